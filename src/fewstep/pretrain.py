@@ -1,0 +1,356 @@
+"""`fewstep pretrain`: the embedded base and its judges, rebuilt from nothing in three resumable stages.
+
+1. vae: drawings to latents and back;
+2. judges: the reader with its features, and the alignment model;
+3. denoiser: text encoder and UNet on cached latents, then the figures that say what the base can do.
+
+Every batch is a function of (seed, step): a stage that was stopped goes on as if it had not been.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from diffusers import AutoencoderKL
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import CLIPTokenizer
+
+from fewstep.backbone import load_backbone
+from fewstep.config import PretrainSettings
+from fewstep.files import write_text_atomic
+from fewstep.proving import draw_arm, prove_base, untrained_arm
+from fewstep.randomness import generator
+from fewstep.reporting import SILENT, Reporter
+from fewstep.scenes import measure
+from fewstep.scenes.abilities import SceneAbilities
+from fewstep.scenes.alignment import alignment_losses, build_alignment_model, save_alignment_model
+from fewstep.scenes.captions import random_caption
+from fewstep.scenes.denoiser import CAPTION_DROPOUT, SCHEDULER, Denoiser, denoiser_losses, latents_of, tokenize
+from fewstep.scenes.drawings import drawn_pixels, numbered_attributes, numbered_drawing
+from fewstep.scenes.export import save_base, save_defaults
+from fewstep.scenes.judge import CLASSES, Judge, judge_losses, labels, save_judge, soften
+from fewstep.scenes.layout import FLAWS, parameters
+from fewstep.scenes.loop import Plan, batch_indices, run
+from fewstep.scenes.text import build_tokenizer
+from fewstep.scenes.vae import build_vae, fold_latent_statistics, to_pixels, vae_losses
+from fewstep.schedule import NoiseSchedule
+
+GUIDANCES = (2.0, 3.0, 4.5, 6.0, 7.5)
+"""Swept for the teacher's default; ties go to the lower."""
+
+STAGES = ("vae", "judges", "denoiser")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sizes:
+    """How much each stage draws and trains."""
+
+    drawings: int
+    flawed: int
+    reconstructed: int
+    tested: int
+    swept: int
+    proved: int
+    minutes: dict[str, int]  # by stage, on two cores with bf16 matrix units; without them about twice that
+    vae: Plan
+    judge: Plan
+    alignment: Plan
+    denoiser: Plan
+
+
+SIZES = {
+    "full": Sizes(
+        drawings=20_000,
+        flawed=6_000,
+        reconstructed=10_000,
+        tested=2_000,
+        swept=100,
+        proved=256,
+        minutes={"vae": 35, "judges": 20, "denoiser": 70},
+        vae=Plan(steps=4_200, batch_size=8, learning_rate=2e-3, ema_decay=0.998),
+        judge=Plan(steps=2_200, batch_size=64, learning_rate=2e-3),
+        alignment=Plan(steps=500, batch_size=96, learning_rate=1e-3),
+        denoiser=Plan(steps=4_000, batch_size=48, learning_rate=1.5e-3, warmup=300, ema_decay=0.9993),
+    ),
+    "tiny": Sizes(
+        drawings=64,
+        flawed=24,
+        reconstructed=32,
+        tested=16,
+        swept=4,
+        proved=8,
+        minutes=dict.fromkeys(STAGES, 1),
+        vae=Plan(steps=20, batch_size=4, learning_rate=2e-3, ema_decay=0.9),
+        judge=Plan(steps=10, batch_size=8, learning_rate=2e-3, ema_decay=0.9),
+        alignment=Plan(steps=6, batch_size=8, learning_rate=1e-3, ema_decay=0.9),
+        denoiser=Plan(steps=20, batch_size=8, learning_rate=1e-3, ema_decay=0.9),
+    ),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class PretrainResult:
+    """Where the base was written, and what it can do."""
+
+    folder: Path
+    figures: dict[str, Any]
+
+
+def pretrain(settings: PretrainSettings, *, reporter: Reporter = SILENT) -> PretrainResult:
+    """Train the stages asked for and write `base/`, `judge/`, `alignment/` and `figures.json` to the output folder."""
+    reporter.say("settings: " + ", ".join(f"{name}={value}" for name, value in settings))
+    work = _Workshop(settings, reporter)
+    stages = STAGES if settings.stage == "all" else (settings.stage,)
+    for stage in stages:
+        minutes = work.sizes.minutes[stage]
+        reporter.say(f"{stage}: about {minutes} minutes on two cores; stopped, it goes on from its last save")
+        started = time.monotonic()
+        figures = {"vae": work.train_vae, "judges": work.train_judges, "denoiser": work.train_denoiser}[stage]()
+        taken = (time.monotonic() - started) / 60
+        work.record(stage, figures | {"minutes_of_the_last_run": round(taken, 1)})
+    return PretrainResult(folder=settings.output_dir, figures=work.figures)
+
+
+class _Workshop:
+    """The stages, and what they hand to one another through the output folder."""
+
+    def __init__(self, settings: PretrainSettings, reporter: Reporter) -> None:
+        self.settings, self.reporter = settings, reporter
+        self.sizes, self.size, self.seed = SIZES[settings.size], settings.size, settings.seed
+        self.out, self.work = settings.output_dir, settings.output_dir / "work"
+        self.fast = _bf16(settings)
+        self.card = self.out / "figures.json"
+        self.figures: dict[str, Any] = json.loads(self.card.read_text()) if self.card.exists() else {}
+
+    # Three disjoint streams of drawings: trained on, tested on, tested on and of held-out combinations.
+    @property
+    def train_seed(self) -> int:
+        return self.seed
+
+    @property
+    def test_seed(self) -> int:
+        return self.seed + 1_000_003
+
+    def record(self, stage: str, figures: dict[str, Any]) -> None:
+        command = f"fewstep pretrain --size {self.size} --stage {stage} --seed {self.seed}"
+        self.figures[stage] = {"command": command, "bf16": self.fast} | figures
+        write_text_atomic(self.card, json.dumps(self.figures, indent=1) + "\n")
+        for name, value in self.figures[stage].items():
+            self.reporter.say(f"{stage}: {name} = {value}")
+
+    def autocast(self) -> torch.autocast:
+        return torch.autocast(
+            self.settings.device if self.settings.device != "auto" else "cpu", torch.bfloat16, self.fast
+        )
+
+    def drawings(self) -> np.ndarray:
+        self.reporter.say(f"drawing {self.sizes.drawings} pictures")
+        return drawn_pixels(self.train_seed, self.sizes.drawings, self.work / "drawings.npy")
+
+    # ------------------------------------------------------------------------------------------------------------ vae
+
+    def train_vae(self) -> dict[str, Any]:
+        pixels, plan = self.drawings(), self.sizes.vae
+        torch.manual_seed(self.seed)
+        vae = build_vae(self.size)
+
+        def loss(step: int) -> dict[str, Tensor]:
+            batch = to_pixels(pixels[np.sort(batch_indices(self.seed, step, plan.batch_size, len(pixels)).numpy())])
+            if step % 2:  # a mirrored landscape is as good
+                batch = batch.flip(-1)
+            noise = torch.randn(plan.batch_size, 4, 16, 16, generator=generator(self.seed, "posterior", step))
+            with self.autocast():
+                return vae_losses(vae, batch, noise)
+
+        run(vae, loss, plan, self.work / "vae", self.reporter)
+        with self.autocast():
+            latents = torch.cat([latents_of(vae, to_pixels(chunk)) for chunk in np.array_split(pixels[:1024], 32)])
+        vae = fold_latent_statistics(vae, latents.mean((0, 2, 3)), latents.std((0, 2, 3)))
+        vae.save_pretrained(self.work / "vae" / "folded")
+        test = drawn_pixels(self.test_seed, self.sizes.tested)
+        return {"psnr_db": measure.psnr(vae, test), "latent_std": latents.std((0, 2, 3)).tolist()}
+
+    def load_vae(self) -> AutoencoderKL:
+        folder = self.work / "vae" / "folded"
+        if not folder.exists():
+            raise FileNotFoundError(f"{folder} is not there; run --stage vae first")
+        return AutoencoderKL.from_pretrained(folder).eval().requires_grad_(False)
+
+    # --------------------------------------------------------------------------------------------------------- judges
+
+    def train_judges(self) -> dict[str, Any]:
+        vae = self.load_vae()
+        figures = self._train_judge(vae)
+        return figures | self._train_alignment()
+
+    def _train_judge(self, vae: AutoencoderKL) -> dict[str, Any]:
+        sizes, plan = self.sizes, self.sizes.judge
+        total = sizes.drawings + sizes.flawed
+        kinds = [None] * sizes.drawings + [FLAWS[i % len(FLAWS)] for i in range(sizes.flawed)]
+        with self.reporter.progress("labels", total) as bar:
+            examples = []
+            pixels = np.empty((total, 128, 128, 3), np.uint8)
+            for index, flaw in enumerate(kinds):
+                drawing = numbered_drawing(self.train_seed, index, flaw=flaw)
+                pixels[index] = drawing.pixels
+                examples.append((labels(drawing), parameters(drawing.attributes, drawing.layout)))
+                bar.advance()
+        targets = {name: torch.tensor([label[name] for label, _ in examples]) for name in CLASSES}
+        numbers = torch.from_numpy(np.stack([numbers for _, numbers in examples]))
+        known = numbers.isfinite()
+        centre = numbers.nan_to_num().sum(0) / known.sum(0)
+        spread = ((numbers - centre).nan_to_num().square().sum(0) / known.sum(0)).sqrt().clamp(min=1e-3)
+        # Pictures beyond `total` are reconstructions of an even spread of those before.
+        source = torch.linspace(0, total - 1, sizes.reconstructed).long()
+        with self.autocast():
+            rebuilt = measure.reconstruct(vae, pixels[source.numpy()])
+        everything = np.concatenate([pixels, rebuilt])
+        origin = torch.cat([torch.arange(total), source])
+        torch.manual_seed(self.seed)
+        judge = Judge(self.size, numbers.shape[1] + 2)
+
+        def loss(step: int) -> dict[str, Tensor]:
+            picked = batch_indices(self.seed, step, plan.batch_size, len(everything)).sort().values
+            random = generator(self.seed, "soften", step)
+            soft = torch.rand(plan.batch_size, generator=random) < 0.4
+            sigma = torch.rand(plan.batch_size, generator=random) * 1.6 * soft
+            contrast = 1 + (torch.rand(plan.batch_size, generator=random) - 0.5) * 0.4 * soft
+            batch = soften((to_pixels(everything[picked.numpy()]) + 1) / 2, sigma, contrast)
+            rows = origin[picked]
+            # A reconstruction's own blur is unknown: its sharpness is not regressed.
+            sharpness = torch.where(picked < total, (sigma - 0.3) / 0.5, torch.nan)
+            softness = torch.stack([sharpness, (contrast - 1) / 0.07], 1)
+            wanted = torch.cat([(numbers[rows] - centre) / spread, softness], 1)
+            with self.autocast():
+                return judge_losses(judge, batch, {name: values[rows] for name, values in targets.items()}, wanted)
+
+        run(judge, loss, plan, self.work / "judge", self.reporter)
+        save_judge(judge, self.size, self.out / "judge")
+        test = [numbered_drawing(self.test_seed, index, "unseen") for index in range(sizes.tested)]
+        return measure.reading(judge, vae, test)
+
+    def _train_alignment(self) -> dict[str, Any]:
+        plan = self.sizes.alignment
+        pixels = self.drawings()
+        tokenizer = build_tokenizer(self.work / "tokenizer")
+        torch.manual_seed(self.seed)
+        model = build_alignment_model(tokenizer, self.size)
+
+        def loss(step: int) -> dict[str, Tensor]:
+            picked = batch_indices(self.seed + 1, step, plan.batch_size, len(pixels)).sort().values.tolist()
+            tokens = tokenizer(self._captions(step, picked), padding=True, return_tensors="pt")
+            with self.autocast():
+                return alignment_losses(model, to_pixels(pixels[picked]), tokens.input_ids, tokens.attention_mask)
+
+        run(model, loss, plan, self.work / "alignment", self.reporter)
+        save_alignment_model(model, tokenizer, self.out / "alignment")
+        curve = (self.work / "alignment" / "curve.jsonl").read_text().splitlines()
+        return {"alignment_loss": json.loads(curve[-1])["loss"]}
+
+    def _captions(self, step: int, picked: list[int]) -> list[str]:
+        """A caption of each drawing, in a phrasing drawn anew each step."""
+        rng = np.random.default_rng((self.seed, step, 2))
+        return [random_caption(rng, numbered_attributes(self.train_seed, index)) for index in picked]
+
+    # ------------------------------------------------------------------------------------------------------- denoiser
+
+    def train_denoiser(self) -> dict[str, Any]:
+        plan, vae = self.sizes.denoiser, self.load_vae()
+        latents = self._cached_latents(vae)
+        tokenizer: CLIPTokenizer = build_tokenizer(self.work / "tokenizer")
+        schedule = NoiseSchedule.from_config(SCHEDULER)
+        torch.manual_seed(self.seed)
+        denoiser = Denoiser(tokenizer, self.size)
+        denoiser.use_plain_attention(self.fast)
+
+        def loss(step: int) -> dict[str, Tensor]:
+            picked = batch_indices(self.seed, step, plan.batch_size, len(latents))
+            random = generator(self.seed, "denoiser", step)
+            noise = torch.randn(plan.batch_size, *latents.shape[1:], generator=random)
+            t = torch.randint(schedule.num_train_timesteps, (plan.batch_size,), generator=random)
+            dropped = torch.rand(plan.batch_size, generator=random) < CAPTION_DROPOUT
+            captions = self._captions(step, picked.tolist())
+            captions = ["" if drop else caption for drop, caption in zip(dropped.tolist(), captions, strict=True)]
+            with self.autocast():
+                return denoiser_losses(denoiser, schedule, latents[picked], noise, t, tokenize(tokenizer, captions))
+
+        run(denoiser, loss, plan, self.work / "denoiser", self.reporter)
+        denoiser.use_plain_attention(False)
+        save_base(vae, denoiser, tokenizer, SCHEDULER, self.out / "base")
+        return self._fresh_loss(denoiser, vae, tokenizer, latents) | self._prove()
+
+    def _fresh_loss(
+        self, denoiser: Denoiser, vae: AutoencoderKL, tokenizer: CLIPTokenizer, latents: Tensor
+    ) -> dict[str, Any]:
+        """Overfitting: the loss on drawings never trained on over that on trained ones, same noise and timesteps."""
+        count = min(1024, len(latents), self.sizes.tested)
+        schedule = NoiseSchedule.from_config(SCHEDULER)
+        random = generator(self.seed, "fresh")
+        noise = torch.randn(count, *latents.shape[1:], generator=random)
+        t = torch.randint(schedule.num_train_timesteps, (count,), generator=random)
+        fresh = [numbered_drawing(self.test_seed, index) for index in range(count)]
+        with torch.no_grad(), self.autocast():
+            drawn = to_pixels(np.stack([drawing.pixels for drawing in fresh]))
+            unseen = torch.cat([latents_of(vae, chunk) for chunk in drawn.split(64)])
+        seen = [numbered_attributes(self.train_seed, index) for index in range(count)]
+        sums = {"trained": 0.0, "fresh": 0.0}
+        for name, rows, attributes in (
+            ("trained", latents[:count], seen),
+            ("fresh", unseen, [drawing.attributes for drawing in fresh]),
+        ):
+            rng = np.random.default_rng((self.seed, 5))
+            ids = tokenize(tokenizer, [random_caption(rng, one) for one in attributes])
+            for i in range(0, count, 64):
+                some = slice(i, i + 64)
+                with torch.no_grad():
+                    losses = denoiser_losses(denoiser, schedule, rows[some], noise[some], t[some], ids[some])
+                sums[name] += float(losses["loss"]) * len(t[some]) / count
+        return {"loss": sums, "fresh_over_trained": round(sums["fresh"] / sums["trained"], 4)}
+
+    def _prove(self) -> dict[str, Any]:
+        """Choose the teacher's guidance, write it beside the base, and measure the base at it."""
+        abilities, sizes, seed = SceneAbilities(self.out), self.sizes, self.test_seed
+        base = load_backbone(str(self.out / "base"), device=self.settings.device, dtype="no")
+        base = replace(base, abilities=abilities)
+        some = abilities.prompts(sizes.swept, seed + 1)
+        sweep = {
+            guidance: draw_arm(base, untrained_arm("ddim", 25, guidance), some, seed, reporter=self.reporter).mean_read
+            for guidance in GUIDANCES
+        }
+        chosen = max(sweep, key=lambda guidance: sweep[guidance])
+        save_defaults(self.out / "base", guidance_scale=chosen, teacher_steps=50)
+        proved = prove_base(
+            replace(base, guidance_scale=chosen),
+            abilities.prompts(sizes.proved, seed),
+            abilities.prompts(sizes.proved, seed, "composed"),
+            seed=seed,
+            reporter=self.reporter,
+        )
+        return {"read_by_guidance": {str(guidance): share for guidance, share in sweep.items()}} | proved
+
+    def _cached_latents(self, vae: AutoencoderKL) -> Tensor:
+        """Latents of all drawings, computed once: fp32 [N, 4, 16, 16]."""
+        file = self.work / "latents.safetensors"
+        if not file.exists():
+            pixels = self.drawings()
+            chunks = []
+            with self.reporter.progress("latents", len(pixels)) as bar, self.autocast():
+                for chunk in np.array_split(pixels, max(1, len(pixels) // 64)):
+                    chunks.append(latents_of(vae, to_pixels(chunk)))
+                    bar.advance(len(chunk))
+            save_file({"latents": torch.cat(chunks).contiguous()}, file)
+        return load_file(file)["latents"]
+
+
+def _bf16(settings: PretrainSettings) -> bool:
+    """Whether to train under bf16 autocast: asked for, or on a processor with bf16 matrix units."""
+    if settings.mixed_precision == "auto":
+        return torch.cuda.is_available() or torch.cpu._is_amx_tile_supported()
+    return settings.mixed_precision == "bf16"

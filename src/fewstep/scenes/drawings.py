@@ -1,0 +1,64 @@
+"""Numbered drawings: picture `i` of a seed is always the same picture, whoever draws it and when."""
+
+from __future__ import annotations
+
+import multiprocessing
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+
+from fewstep.scenes.attributes import Attributes, Split, sample_attributes
+from fewstep.scenes.drawing import draw
+from fewstep.scenes.layout import SIZE, Flaw, Layout, sample_layout
+
+
+@dataclass(frozen=True)
+class Drawing:
+    """One picture with everything that is known about it."""
+
+    attributes: Attributes
+    layout: Layout
+    pixels: np.ndarray  # uint8 [128, 128, 3]
+
+
+def numbered_attributes(seed: int, index: int, split: Split = "train") -> Attributes:
+    """The attributes of drawing `index` of `seed`."""
+    return sample_attributes(np.random.default_rng((seed, index, 0)), split)
+
+
+def numbered_drawing(
+    seed: int, index: int, split: Split = "train", *, attributes: Attributes | None = None, flaw: Flaw | None = None
+) -> Drawing:
+    """Drawing `index` of `seed`; with `attributes` given, a picture of those instead of its own."""
+    attributes = attributes or numbered_attributes(seed, index, split)
+    layout = sample_layout(np.random.default_rng((seed, index, 1)), attributes, flaw)
+    return Drawing(attributes, layout, draw(attributes, layout))
+
+
+def _pixels(seed: int, index: int) -> np.ndarray:
+    return numbered_drawing(seed, index).pixels
+
+
+def drawn_pixels(seed: int, count: int, cache: Path | None = None) -> np.ndarray:
+    """Pixels of the first `count` drawings of `seed`.
+
+    Args:
+        cache: a `.npy` file that keeps them; read back memory-mapped when it is there.
+
+    Returns:
+        uint8 array [count, 128, 128, 3].
+    """
+    if cache is not None and cache.exists():
+        pixels = np.load(cache, mmap_mode="r")
+        if pixels.shape == (count, SIZE, SIZE, 3):
+            return pixels
+    with multiprocessing.get_context("spawn").Pool() as pool:
+        pixels = np.stack(pool.map(partial(_pixels, seed), range(count), chunksize=64))
+    if cache is not None:
+        cache.parent.mkdir(parents=True, exist_ok=True)
+        partial_file = cache.with_suffix(".partial.npy")
+        np.save(partial_file, pixels)
+        partial_file.rename(cache)
+    return pixels

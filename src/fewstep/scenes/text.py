@@ -1,0 +1,80 @@
+"""The words of the embedded base: a CLIP tokenizer with a small vocabulary, and its text encoder."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from tokenizers import Regex, Tokenizer
+from tokenizers.models import BPE
+from tokenizers.normalizers import Lowercase
+from tokenizers.pre_tokenizers import ByteLevel, Sequence, Split
+from tokenizers.trainers import BpeTrainer
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+
+from fewstep.scenes.attributes import VALUES, Attributes
+from fewstep.scenes.captions import PHRASINGS, write_caption
+
+MAX_TOKENS = 48
+_CLIP_WORDS = Regex(r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+")
+START, END = "<|startoftext|>", "<|endoftext|>"
+
+TEXT_SIZES = {
+    "full": {"hidden_size": 128, "intermediate_size": 384, "num_hidden_layers": 3, "num_attention_heads": 4},
+    "tiny": {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2},
+}
+
+
+def _every_word() -> list[str]:
+    """Captions that together use every value in every phrasing."""
+    longest = max(len(values) for values in VALUES.values())
+    examples = [
+        Attributes(**{name: values[i % len(values)] for name, values in VALUES.items()}) for i in range(longest)
+    ]
+    return [write_caption(example, phrasing) for example in examples for phrasing in range(len(PHRASINGS))]
+
+
+def build_tokenizer(folder: Path) -> CLIPTokenizer:
+    """Train byte-level BPE with CLIP's rules on all caption words (each becomes one token) and save it.
+
+    Any other text still has tokens, down to single bytes.
+    """
+    bpe = Tokenizer(BPE(end_of_word_suffix="</w>", unk_token=END))
+    bpe.normalizer = Lowercase()
+    words = Split(pattern=_CLIP_WORDS, behavior="removed", invert=True)
+    bpe.pre_tokenizer = Sequence([words, ByteLevel(add_prefix_space=False)])
+    trainer = BpeTrainer(
+        vocab_size=4096,
+        min_frequency=1,
+        end_of_word_suffix="</w>",
+        initial_alphabet=sorted(ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    bpe.train_from_iterator(_every_word(), trainer)
+    model = json.loads(bpe.to_str())["model"]
+    symbols = sorted(ByteLevel.alphabet())
+    merges = [tuple(merge) for merge in model["merges"]]
+    tokens = [*symbols, *(symbol + "</w>" for symbol in symbols), *("".join(merge) for merge in merges), START, END]
+    vocab = {token: index for index, token in enumerate(dict.fromkeys(tokens))}
+    tokenizer = CLIPTokenizer(vocab=vocab, merges=merges, model_max_length=MAX_TOKENS, pad_token=END)
+    tokenizer.save_pretrained(folder)
+    return tokenizer
+
+
+def text_config(tokenizer: CLIPTokenizer, size: str) -> CLIPTextConfig:
+    """The configuration of a small CLIP text transformer for this tokenizer."""
+    return CLIPTextConfig(
+        vocab_size=len(tokenizer),
+        max_position_embeddings=MAX_TOKENS,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+        hidden_act="quick_gelu",
+        projection_dim=TEXT_SIZES[size]["hidden_size"],
+        **TEXT_SIZES[size],
+    )
+
+
+def build_text_encoder(tokenizer: CLIPTokenizer, size: str) -> CLIPTextModel:
+    """An untrained text encoder."""
+    return CLIPTextModel(text_config(tokenizer, size))

@@ -1,0 +1,102 @@
+"""The stages of `fewstep pretrain`, at the tiny size."""
+
+from __future__ import annotations
+
+import json
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import StableDiffusionPipeline
+from torch import nn
+
+from fewstep.config import PretrainSettings
+from fewstep.pretrain import pretrain
+from fewstep.reporting import SILENT
+from fewstep.scenes.judge import gaussian_blur, load_judge, soften
+from fewstep.scenes.loop import Plan, batch_indices, run
+from fewstep.scenes.text import build_tokenizer
+from fewstep.scenes.vae import build_vae, fold_latent_statistics
+
+
+def test_tokenizer_has_one_token_a_caption_word(tmp_path: Path) -> None:
+    tokenizer = build_tokenizer(tmp_path)
+    words = "a purple lighthouse in the middle with three lit windows , sunset sky"
+    assert len(tokenizer(words).input_ids) == len(words.split()) + 2
+    assert len(tokenizer("Łódź 2026!").input_ids) > 2  # other text falls back to bytes
+
+
+def test_folding_standardises_latents_and_changes_no_picture() -> None:
+    torch.manual_seed(0)
+    vae = build_vae("tiny").eval()
+    mean, std = torch.tensor([0.3, -1.0, 0.1, 2.0]), torch.tensor([0.5, 2.0, 1.5, 0.8])
+    folded = fold_latent_statistics(vae, mean, std)
+    pixels = torch.rand(2, 3, 128, 128) * 2 - 1
+    with torch.no_grad():
+        before, after = vae.encode(pixels).latent_dist, folded.encode(pixels).latent_dist
+        column = (1, -1, 1, 1)
+        torch.testing.assert_close(after.mean, (before.mean - mean.view(column)) / std.view(column))
+        torch.testing.assert_close(after.std, before.std / std.view(column))
+        torch.testing.assert_close(
+            folded.decode(after.mean).sample, vae.decode(before.mean).sample, atol=1e-4, rtol=1e-4
+        )
+
+
+def test_an_epoch_shows_everything_once() -> None:
+    seen = torch.cat([batch_indices(0, step, 7, 35) for step in range(5)])
+    assert sorted(seen.tolist()) == list(range(35))
+    across = torch.cat([batch_indices(0, step, 8, 35) for step in range(35)])  # 8 epochs, batches over their ends
+    assert torch.bincount(across).tolist() == [8] * 35
+
+
+def test_a_stopped_stage_goes_on_as_if_it_had_not_been(tmp_path: Path) -> None:
+    class Stop(Exception):
+        pass
+
+    def train(folder: Path, stop_at: int | None = None) -> nn.Module:
+        torch.manual_seed(0)
+        module = nn.Linear(3, 1)
+
+        def loss(step: int) -> dict[str, torch.Tensor]:
+            if step == stop_at:
+                raise Stop
+            x = torch.randn(4, 3, generator=torch.Generator().manual_seed(step))
+            return {"loss": (module(x) - x.sum(1, keepdim=True)).square().mean()}
+
+        return run(module, loss, Plan(steps=12, batch_size=4, learning_rate=0.1, save_seconds=0), folder, SILENT)
+
+    straight = train(tmp_path / "straight")
+    with pytest.raises(Stop):
+        train(tmp_path / "cut", stop_at=7)
+    resumed = train(tmp_path / "cut")
+    assert all(torch.equal(a, b) for a, b in zip(straight.parameters(), resumed.parameters(), strict=True))
+
+
+def test_softening_blurs_and_flattens() -> None:
+    picture = torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    sharp = gaussian_blur(picture, torch.zeros(2))
+    torch.testing.assert_close(sharp, picture)
+    blurred = gaussian_blur(picture, torch.tensor([0.0, 1.5]))
+    torch.testing.assert_close(blurred[0], picture[0])
+    assert blurred[1].std() < 0.5 * picture[1].std()
+    flat = soften(picture, torch.zeros(2), torch.tensor([1.0, 0.5]))
+    assert flat[1].std().item() == pytest.approx(0.5 * picture[1].std().item(), rel=0.01)
+
+
+def test_pretraining_from_nothing_gives_a_base_that_a_stock_pipeline_draws_with(tmp_path: Path) -> None:
+    result = pretrain(PretrainSettings(output_dir=tmp_path, size="tiny", seed=0, mixed_precision="no"))
+    assert set(result.figures) == {"vae", "judges", "denoiser"}
+    assert json.loads((tmp_path / "figures.json").read_text()) == result.figures
+    assert 5 < result.figures["vae"]["psnr_db"] < 40
+    assert set(result.figures["denoiser"]["arms"]) >= {"ddim-50-guided", "lcm-2-unguided"}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        pipeline = StableDiffusionPipeline.from_pretrained(tmp_path / "base", use_safetensors=True)
+    pipeline.set_progress_bar_config(disable=True)
+    picture = pipeline("a red house", num_inference_steps=2, output_type="np").images[0]
+    assert picture.shape == (128, 128, 3)
+    assert load_judge(tmp_path / "judge").read(torch.rand(2, 3, 128, 128))["birds"].shape == (2,)
+    # Everything is there: the same command again trains nothing and finds the same figures.
+    again = pretrain(PretrainSettings(output_dir=tmp_path, size="tiny", seed=0, mixed_precision="no", stage="vae"))
+    assert again.figures["vae"]["psnr_db"] == pytest.approx(result.figures["vae"]["psnr_db"])
