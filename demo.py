@@ -1,0 +1,11 @@
+"""Draw in a few steps, score and compare: ``fewstep bench`` with Stable Diffusion 1.5 as the default base."""
+
+from __future__ import annotations
+
+import sys
+
+from fewstep.cli import script
+from fewstep.config import STABLE_DIFFUSION
+
+if __name__ == "__main__":
+    sys.exit(script("demo.py", "bench", default_base=STABLE_DIFFUSION))

@@ -1,0 +1,144 @@
+"""What an arm of a benchmark is: adapter on or off, a sampler, its timesteps, a guidance. Pure data."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from fewstep.errors import InputError
+from fewstep.timesteps import student_grid, teacher_grid
+
+Sampler = Literal["ddim", "lcm"]
+Role = Literal["teacher", "student", "base"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Arm:
+    """One way of drawing pictures, as compared with others from the same initial noise.
+
+    Args:
+        id: names files and rows; small letters, digits and hyphens.
+        role: ``teacher``: what is to be matched; ``student``: with adapter; ``base``: the control without one.
+        adapter: whether the adapter is on.
+        sampler: ``ddim`` (trailing, deterministic) or ``lcm`` (re-noises between steps).
+        steps: how many network evaluations a picture takes, those for guidance not counted.
+        timesteps: the timesteps visited, descending; after the last one comes x0.
+        guidance: w in u + w(c - u); at 1 and below nothing is guided (facts: as in diffusers' pipelines).
+        is_baseline: whether the others are compared with it.
+    """
+
+    id: str
+    role: Role
+    adapter: bool
+    sampler: Sampler
+    steps: int
+    timesteps: tuple[int, ...]
+    guidance: float
+    is_baseline: bool = False
+
+    def __post_init__(self) -> None:
+        if not re.fullmatch(r"[a-z0-9]+(-[a-z0-9]+)*", self.id):
+            raise InputError(f"{self.id!r} came as an arm's id; allowed are a-z, 0-9 and single hyphens between them")
+        if self.steps < 1 or self.steps != len(self.timesteps):
+            raise InputError(
+                f"arm {self.id} came with {self.steps} steps and {len(self.timesteps)} timesteps; "
+                "allowed are as many timesteps as steps, at least one"
+            )
+        if any(earlier <= later for earlier, later in zip(self.timesteps, self.timesteps[1:], strict=False)):
+            raise InputError(f"arm {self.id} came with timesteps {self.timesteps}; allowed are descending ones")
+
+    @property
+    def guided(self) -> bool:
+        return self.guidance > 1
+
+    @property
+    def evaluations(self) -> int:
+        """Network evaluations a picture: guidance takes two a step."""
+        return self.steps * (2 if self.guided else 1)
+
+    @property
+    def title(self) -> str:
+        """For people: ``student, 4 steps``."""
+        return f"{self.role}, {self.steps} step{'s' if self.steps != 1 else ''}"
+
+
+def sampler_timesteps(sampler: Sampler, steps: int, num_train_timesteps: int) -> tuple[int, ...]:
+    """The timesteps that ``sampler`` visits: LCMScheduler's own grid, or DDIM "trailing"."""
+    grid = student_grid(steps, num_train_timesteps) if sampler == "lcm" else teacher_grid(steps, num_train_timesteps)
+    return tuple(grid)
+
+
+def teacher_arm(steps: int, guidance: float, num_train_timesteps: int = 1000) -> Arm:
+    """The baseline: no adapter, guidance, DDIM trailing."""
+    return Arm(
+        id=f"teacher-{steps}",
+        role="teacher",
+        adapter=False,
+        sampler="ddim",
+        steps=steps,
+        timesteps=sampler_timesteps("ddim", steps, num_train_timesteps),
+        guidance=guidance,
+        is_baseline=True,
+    )
+
+
+def student_arm(steps: int, guidance: float = 1.0, num_train_timesteps: int = 1000) -> Arm:
+    """The adapter at a few steps with the LCM sampler."""
+    return Arm(
+        id=f"student-{steps}",
+        role="student",
+        adapter=True,
+        sampler="lcm",
+        steps=steps,
+        timesteps=sampler_timesteps("lcm", steps, num_train_timesteps),
+        guidance=guidance,
+    )
+
+
+def base_arm(steps: int, guidance: float = 1.0, num_train_timesteps: int = 1000) -> Arm:
+    """The negative control: what the student's sampler and steps give without the adapter."""
+    return Arm(
+        id=f"base-{steps}",
+        role="base",
+        adapter=False,
+        sampler="lcm",
+        steps=steps,
+        timesteps=sampler_timesteps("lcm", steps, num_train_timesteps),
+        guidance=guidance,
+    )
+
+
+def control_of(arm: Arm, arms: Iterable[Arm]) -> Arm | None:
+    """The arm that differs from ``arm`` in the adapter alone."""
+    if not arm.adapter:
+        return None
+    return next(
+        (
+            other
+            for other in arms
+            if not other.adapter
+            and (other.sampler, other.timesteps, other.guidance) == (arm.sampler, arm.timesteps, arm.guidance)
+        ),
+        None,
+    )
+
+
+def check_arms(arms: Sequence[Arm], negative_prompt: str | None = None) -> None:
+    """Refuse arms that cannot be told apart, several baselines, and a negative prompt where it has no effect."""
+    if not arms:
+        raise InputError("no arms came; allowed is at least one; pass --steps 4")
+    ids = [arm.id for arm in arms]
+    repeated = sorted({name for name in ids if ids.count(name) > 1})
+    if repeated:
+        raise InputError(f"arm {repeated[0]} came twice; allowed is each id once; rename or leave one out")
+    baselines = [arm.id for arm in arms if arm.is_baseline]
+    if len(baselines) > 1:
+        raise InputError(f"{len(baselines)} baselines came ({', '.join(baselines)}); allowed is one")
+    unguided = [arm.id for arm in arms if arm.role == "student" and not arm.guided]
+    if negative_prompt and unguided:
+        raise InputError(
+            f"a negative prompt came, but {unguided[0]} has no guidance to use it with; allowed is guidance above 1; "
+            "pass --flash_guidance 1.5 or leave --negative_prompt out"
+        )

@@ -1,0 +1,183 @@
+"""A base model: its frozen networks, its noise schedule, and the few things that are done with them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from ..quiet import quiet_libraries
+
+if TYPE_CHECKING:
+    from diffusers import AutoencoderKL, StableDiffusionPipeline, UNet2DConditionModel
+    from transformers import CLIPTextModel, CLIPTokenizer
+
+    from ..schedule import NoiseSchedule
+    from ..solver import Denoiser
+    from .registry import Abilities
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Backbone:
+    """A text-to-image latent diffusion model of Stable Diffusion's make; its own weights never change.
+
+    Attributes:
+        name: the base as it was asked for: a Hub id, a path, or a registered name.
+        why: where that name came from, in a few words.
+        unet, vae, text_encoder, tokenizer: Stable Diffusion's parts. Weights are in `dtype`, without gradients, in
+            evaluation mode; adapters are attached to `unet` in fp32.
+        scheduler_config: the base's own, with the prediction type that is in force.
+        schedule: its noise schedule, on `device`.
+        device, dtype: where and in which precision the networks run; fp32, fp16 or bf16.
+        guidance_scale: the teacher's guidance where none is asked for.
+        resolution: side of the pictures in pixels where none is asked for.
+        teacher_steps: DDIM steps of the teacher where none are asked for.
+        abilities: what the base can do besides; None for most.
+        fingerprint: 32 hexadecimal digits that change with the base's weights and configurations.
+        revision: of the Hub's repository, if one was asked for.
+    """
+
+    name: str
+    why: str
+    unet: UNet2DConditionModel
+    vae: AutoencoderKL
+    text_encoder: CLIPTextModel
+    tokenizer: CLIPTokenizer
+    scheduler_config: dict[str, Any]
+    schedule: NoiseSchedule
+    device: torch.device
+    dtype: torch.dtype
+    guidance_scale: float
+    resolution: int
+    teacher_steps: int
+    abilities: Abilities | None
+    fingerprint: str
+    revision: str | None = None
+
+    def __post_init__(self) -> None:
+        for network in (self.unet, self.vae, self.text_encoder):
+            network.eval().requires_grad_(False)
+
+    @property
+    def downscale(self) -> int:
+        """Pixels a side of a latent pixel: the VAE's factor, 8."""
+        return int(2 ** (len(self.vae.config.block_out_channels) - 1))
+
+    def latent_shape(self, resolution: int | None = None) -> tuple[int, int, int]:
+        """(C, H, W) of the latents of a square picture; without `resolution`, at the base's own."""
+        side = (self.resolution if resolution is None else resolution) // self.downscale
+        return int(self.unet.config.in_channels), side, side
+
+    @property
+    def max_tokens(self) -> int:
+        """Tokens of a prompt that the text encoder sees, the two special ones included."""
+        return min(int(self.tokenizer.model_max_length), int(self.text_encoder.config.max_position_embeddings))
+
+    @torch.no_grad()
+    def embed(self, prompts: Sequence[str]) -> Tensor:
+        """Embeddings [B, L, D] fp32 of `prompts`, in one call; longer ones are cut: see `token_overflow`."""
+        tokens = self.tokenizer(
+            list(prompts), padding="max_length", max_length=self.max_tokens, truncation=True, return_tensors="pt"
+        )
+        embeddings: Tensor = self.text_encoder(tokens.input_ids.to(self.device))[0]
+        return embeddings.float()
+
+    def token_overflow(self, prompts: Sequence[str]) -> list[int]:
+        """How many tokens at the end of each prompt the text encoder does not see; 0 where it sees all."""
+        with quiet_libraries():  # the tokenizer warns on long texts, which is what we are counting
+            lengths = [len(tokens) for tokens in self.tokenizer(list(prompts), truncation=False).input_ids]
+        return [max(0, length - self.max_tokens) for length in lengths]
+
+    @torch.no_grad()
+    def encode(self, pixels: Tensor, noise: Tensor | None = None) -> Tensor:
+        """Latents [B, 4, h, w] fp32 of `pixels`, scaled as the UNet wants them; never clamped.
+
+        Args:
+            pixels: [B, 3, H, W] in -1..1.
+            noise: standard normal [B, 4, h, w] with which to draw from the VAE's posterior; its mean without.
+        """
+        posterior = self.vae.encode(pixels.to(self.device, self.dtype)).latent_dist
+        latents: Tensor = posterior.mean.float()
+        if noise is not None:
+            latents = latents + posterior.std.float() * noise.to(self.device)
+        return latents * self.vae.config.scaling_factor
+
+    @torch.no_grad()
+    def decode(self, latents: Tensor) -> Tensor:
+        """Pictures [B, 3, H, W] fp32 in 0..1 of scaled `latents` [B, 4, h, w]."""
+        unscaled = latents.to(self.device) / self.vae.config.scaling_factor
+        pixels: Tensor = self.vae.decode(unscaled.to(self.dtype), return_dict=False)[0]
+        return (pixels.float() / 2 + 0.5).clamp(0, 1)
+
+    def denoiser(self, adapter: bool = True) -> Denoiser:
+        """The UNet as a function of x_t [B, C, H, W], t int64 [B], cond [B, L, D] to its raw output [B, C, H, W] fp32.
+
+        Args:
+            adapter: with the active adapter, the student; else with adapters off, the teacher, whatever is attached.
+                Each call restores what it found. Around many teacher calls hold `adapters_off(unet)`, which makes the
+                switching inside free.
+        """
+
+        def denoise(x_t: Tensor, t: Tensor, cond: Tensor, /) -> Tensor:
+            with nullcontext() if adapter else adapters_off(self.unet), self.autocast():
+                output: Tensor = self.unet(x_t, t, encoder_hidden_states=cond, return_dict=False)[0]
+            return output.float()
+
+        return denoise
+
+    def autocast(self) -> AbstractContextManager[Any]:
+        """Run networks in `dtype`: weights kept in fp32, the adapter's, are cast on the way; nothing at fp32."""
+        if self.dtype == torch.float32:
+            return nullcontext()
+        return torch.autocast(self.device.type, dtype=self.dtype)
+
+    def pipeline(self) -> StableDiffusionPipeline:
+        """A stock StableDiffusionPipeline around these very modules, with the teacher's scheduler."""
+        with quiet_libraries():
+            from diffusers import DDIMScheduler, StableDiffusionPipeline
+
+            return StableDiffusionPipeline(
+                vae=self.vae,
+                text_encoder=self.text_encoder,
+                tokenizer=self.tokenizer,
+                unet=self.unet,
+                scheduler=DDIMScheduler.from_config(self.scheduler_config, timestep_spacing="trailing"),
+                safety_checker=None,
+                feature_extractor=None,
+                requires_safety_checker=False,
+            )
+
+
+@contextmanager
+def adapters_off(unet: UNet2DConditionModel) -> Iterator[None]:
+    """The base alone inside: every adapter is disabled, and afterwards as it was, `requires_grad` included.
+
+    Nothing happens where no adapter is attached or where they are off already, so it can be nested. It has to be left
+    before `backward()` of a loss of the student: recomputation under gradient checkpointing runs what is active then.
+    """
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    attached = (module for module in unet.modules() if isinstance(module, BaseTunerLayer))
+    first = next(attached, None) if getattr(unet, "peft_config", None) else None
+    if first is None or first.disable_adapters:
+        yield
+        return
+    layers = [first, *attached]
+    # enable_adapters() makes the active adapter trainable, whether or not it was.
+    flags = [
+        (parameter, parameter.requires_grad)
+        for layer in layers
+        for name in layer.adapter_layer_names
+        for parameter in getattr(layer, name).parameters()
+    ]
+    unet.disable_adapters()
+    try:
+        yield
+    finally:
+        unet.enable_adapters()
+        for parameter, flag in flags:
+            parameter.requires_grad_(flag)

@@ -1,0 +1,504 @@
+"""One frozen settings class a command: defaults, units, help texts and checks in one place.
+
+Command line, TOML file and Python all fill the same objects; a field's ``description`` is its help text. Whatever is
+wrong is raised as one `InputError` of one line: what came, what is allowed, the fix. Nothing here imports torch.
+
+Fields that may be ``None`` are filled in by the procedure, from the base model or from another field; the resolved
+object is what gets printed and saved as ``settings.toml``.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import re
+import tomllib
+import types
+import typing
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Self, TypeVar
+
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
+from pydantic.fields import FieldInfo
+
+from fewstep.errors import InputError
+
+EMBEDDED_BASE = "scenes"
+"""The base that ships with the package: the default of every ``fewstep`` command."""
+
+STABLE_DIFFUSION = "stable-diffusion-v1-5/stable-diffusion-v1-5"
+"""The default base of the two root scripts."""
+
+MOST_STUDENT_STEPS = 50
+"""LCMScheduler and TCDScheduler pick a student's steps out of 50: no student takes more."""
+
+SettingsT = TypeVar("SettingsT", bound="Settings")
+
+Precision = Literal["auto", "no", "fp16", "bf16"]
+
+
+# ---------------------------------------------------------------------------------------------------- kinds of values
+
+
+def _as_list(value: Any) -> Any:
+    """A single number or name stands for a list of one: ``steps = 4``."""
+    return (value,) if isinstance(value, int | str) else value
+
+
+def _distinct(values: tuple[Any, ...]) -> tuple[Any, ...]:
+    repeated = [value for position, value in enumerate(values) if value in values[:position]]
+    if repeated:
+        raise ValueError(f"{repeated[0]} came twice in {spell(values)}; allowed is each value once; leave one out")
+    return values
+
+
+def _device(value: str) -> str:
+    if not re.fullmatch(r"auto|cpu|mps|(cuda|xpu)(:\d+)?", value):
+        raise ValueError(f"{value!r} came; allowed: auto, cpu, cuda, cuda:N, mps, xpu; for example --device auto")
+    return value
+
+
+def _not_blank(value: str) -> str:
+    if not value.strip():
+        raise ValueError("an empty text came; allowed is any other text; leave the setting out to get its default")
+    return value
+
+
+Text = Annotated[str, AfterValidator(_not_blank)]
+Folder = Annotated[Path, BeforeValidator(lambda value: _not_blank(value) if isinstance(value, str) else value),
+                   AfterValidator(Path.expanduser)]  # fmt: skip
+Count = Annotated[int, Field(ge=1)]
+CountOrNone = Annotated[int, Field(ge=0)]
+Seed = Annotated[int, Field(ge=0, le=2**63 - 1)]
+Guidance = Annotated[float, Field(ge=0, le=100)]
+Side = Annotated[int, Field(ge=8, le=8192, multiple_of=8)]
+Share = Annotated[float, Field(ge=0, le=1)]
+StudentSteps = Annotated[int, Field(ge=1, le=MOST_STUDENT_STEPS)]
+TeacherSteps = Annotated[int, Field(ge=1, le=1000)]
+StepCounts = Annotated[
+    tuple[StudentSteps, ...], BeforeValidator(_as_list), Field(min_length=1), AfterValidator(_distinct)
+]
+Names = Annotated[tuple[Text, ...], BeforeValidator(_as_list), Field(min_length=1), AfterValidator(_distinct)]
+Device = Annotated[str, AfterValidator(_device)]
+
+
+# ------------------------------------------------------------------------------------------------------- the base class
+
+
+class Settings(BaseModel):
+    """What all commands share: frozen, keyword-only, unknown names refused, errors of one line."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, protected_namespaces=())
+
+    device: Device = Field("auto", description="auto, cpu, cuda, cuda:N, mps or xpu; auto takes the fastest at hand.")
+    mixed_precision: Precision = Field(
+        "auto", description="Precision of the networks; auto is bf16 or fp16 on a GPU and no on a CPU."
+    )
+    seed: Seed = Field(42, description="All noise, data order and choices derive from it.")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _no_truth_for_numbers(cls, values: Any) -> Any:
+        # Python counts True as 1: without this, ``max_steps = true`` would train for one step.
+        for name, value in values.items():
+            if isinstance(value, bool) and name in cls.model_fields and cls.model_fields[name].annotation is not bool:
+                raise ValueError(refusal(name, value, cls))
+        return values
+
+    # Static checkers keep the signature that pydantic derives from the fields; at run time its errors become ours.
+    if not TYPE_CHECKING:
+
+        def __init__(self, **values: Any) -> None:
+            try:
+                super().__init__(**values)
+            except ValidationError as error:
+                raise InputError(one_line(error, type(self))) from None
+
+    def replace(self, **changes: Any) -> Self:
+        """The same settings with some of them changed, checked again."""
+        return type(self)(**{**dict(self), **changes})
+
+
+class BaseModelSettings(Settings):
+    """Which base model to work on."""
+
+    base_model: Text | None = Field(
+        None,
+        description="Hub id, diffusers folder, single .safetensors/.ckpt file, or 'scenes', the base that comes with "
+        "fewstep. Unset: the one recorded in the given adapter, else the default base.",
+    )
+    default_base: Text = Field(
+        EMBEDDED_BASE, description="Base taken where neither --base_model nor the adapter names one."
+    )
+    revision: Text | None = Field(None, description="Branch, tag or commit of a base from the Hub.")
+    allow_pickle: bool = Field(
+        False, description="Also open pickled weights (.ckpt, .bin), tensors only; otherwise only safetensors."
+    )
+
+    def chosen_base(self, recorded: str | None = None) -> tuple[str, str]:
+        """The base model to open and why, as the first printed line names them.
+
+        ``recorded`` is the base that the given adapter names, if it names one.
+        """
+        if self.base_model is not None:
+            return self.base_model, "asked for with base_model"
+        if recorded is not None:
+            return recorded, "recorded in the adapter"
+        return self.default_base, "the default base"
+
+
+def _forbid_both(settings: Settings, first: str, second: str, fix: str) -> None:
+    if getattr(settings, first) is not None and getattr(settings, second) is not None:
+        raise ValueError(f"{first} and {second} came together; allowed is one of the two; {fix}")
+
+
+# ------------------------------------------------------------------------------------------------------------ commands
+
+
+class TrainSettings(BaseModelSettings):
+    """Distil a base model into a few-step LoRA."""
+
+    dataset_name: Text | None = Field(None, description="Hugging Face dataset to train on.")
+    data_dir: Folder | None = Field(
+        None,
+        description="Folder to train on: COCO 2014/2017, images/ + captions/, picture + .txt, or metadata.jsonl. "
+        "Unset, like dataset_name: the base's own data, where it has any.",
+    )
+    image_column: Text | None = Field(None, description="Column of the pictures. Unset: found by its type.")
+    caption_column: Text | None = Field(None, description="Column of the captions. Unset: found by its name.")
+    max_dropped: Share = Field(0.01, description="Share of unusable pictures above which training refuses to start.")
+    output_dir: Folder = Field(Path("./checkpoints"), description="Folder that holds the runs.")
+    run_name: Text = Field("lora_flash", description="Folder of this run inside output_dir.")
+    log_file: Folder | None = Field(None, description="Also write what is printed to this file.")
+    resume_from_checkpoint: Text | None = Field(
+        None,
+        description="checkpoint-N folder to go on from; 'latest': this run's newest, an error where there is none; "
+        "'auto': the same, or a fresh start.",
+    )
+
+    max_steps: Count = Field(3000, description="Optimizer updates.")
+    batch_size: Count = Field(8, description="Pictures a process and micro-batch.")
+    gradient_accumulation_steps: Count = Field(1, description="Micro-batches an update.")
+    learning_rate: Annotated[float, Field(gt=0, le=1)] = Field(1e-4, description="AdamW's learning rate.")
+    lr_schedule: Literal["constant", "cosine"] = Field("constant", description="Learning rate after the warm-up.")
+    lr_warmup_steps: CountOrNone = Field(0, description="Updates over which the learning rate rises from 0.")
+    max_grad_norm: Annotated[float, Field(gt=0)] = Field(1.0, description="Gradients are clipped to this norm.")
+    ema_decay: Annotated[float, Field(ge=0, lt=1)] = Field(
+        0.0, description="Decay of the running average of the adapter that is saved to sample with; 0 is off."
+    )
+
+    lora_rank: Count = Field(4, description="Rank of the adapter.")
+    lora_alpha: Count | None = Field(None, description="Alpha of the adapter. Unset: 8 x lora_rank.")
+    lora_targets: Names = Field(
+        ("to_q", "to_k", "to_v", "to_out.0"), description="UNet layers that get an adapter, by the end of their names."
+    )
+
+    guidance_scale: Guidance | None = Field(
+        None, description="The teacher's guidance w in u + w(c - u). Unset: the base's own, else 7.5."
+    )
+    num_ddim_steps: StudentSteps = Field(8, description="DDIM steps K of the teacher from t to x0.")
+    num_inference_steps: StepCounts = Field(
+        (1, 2, 4, 8), description="Step counts promised: the student is trained on exactly their timesteps."
+    )
+    pure_noise_share: Share = Field(
+        1.0, description="Share of the draws at the highest timestep that start from pure noise, as sampling does."
+    )
+    loss: Literal["mse", "huber"] = Field("mse", description="Distance between the student's and the teacher's x0.")
+    loss_weighting: Literal["x0", "eps", "v"] = Field(
+        "x0", description="In which quantity the distance is measured: x0 as it is, eps or v re-weighted by timestep."
+    )
+    prediction_type: Literal["epsilon", "v_prediction"] | None = Field(
+        None, description="What the network predicts. Unset: as its scheduler says."
+    )
+    resolution: Side | None = Field(None, description="Side in pixels. Unset: the base's own, else sample_size x 8.")
+
+    checkpoint_every: CountOrNone = Field(500, description="Updates between checkpoints; 0 saves the end alone.")
+    validate_every: CountOrNone = Field(500, description="Updates between grids of previews; 0 is off.")
+    log_every: Count = Field(10, description="Updates between lines of metrics.jsonl.")
+    oracle_images: CountOrNone | None = Field(
+        None,
+        description="Pictures behind the oracle, what a perfect student would reach, measured before training; 0 is "
+        "off. Unset: 16 where the base has an answer key, else 0.",
+    )
+
+    @property
+    def alpha(self) -> int:
+        """LoRA alpha, resolved: the scale alpha / rank stays 8 whatever the rank."""
+        return 8 * self.lora_rank if self.lora_alpha is None else self.lora_alpha
+
+    @property
+    def run_dir(self) -> Path:
+        return self.output_dir / self.run_name
+
+    @field_validator("run_name")
+    @classmethod
+    def _one_folder(cls, value: str) -> str:
+        if value in {".", ".."} or re.search(r"[/\\\0]", value):
+            raise ValueError(f"{value!r} came; allowed is the name of one folder; give its parent as --output_dir")
+        return value
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        _forbid_both(self, "dataset_name", "data_dir", "leave one out")
+        if self.lr_warmup_steps >= self.max_steps:
+            raise ValueError(
+                f"lr_warmup_steps {self.lr_warmup_steps} came with max_steps {self.max_steps}; allowed is a warm-up "
+                "shorter than the training; lower --lr_warmup_steps"
+            )
+        return self
+
+
+class SamplingSettings(BaseModelSettings):
+    """What generation and benchmark share: prompts, adapter, student."""
+
+    prompt: Text | None = Field(None, description="What to draw.")
+    prompts_file: Folder | None = Field(None, description="Text file with one prompt a line.")
+    negative_prompt: str | None = Field(None, description="What to keep away from; needs guidance above 1.")
+    num_images: Count = Field(1, description="Pictures a prompt.")
+    batch_size: Count = Field(8, description="Pictures drawn at once; does not change them.")
+    resolution: Side | None = Field(None, description="Side in pixels. Unset: the base's own, else sample_size x 8.")
+    outdir: Folder = Field(Path("./outputs"), description="Folder for the results.")
+    lora_path: Folder | None = Field(
+        None, description="Adapter file or folder. Unset, like lora_id: the one shipped with the base, if any."
+    )
+    lora_id: Text | None = Field(None, description="Adapter on the Hub.")
+    flash_guidance: Guidance = Field(1.0, description="Guidance of the student; above 1 doubles its work.")
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        _forbid_both(self, "lora_path", "lora_id", "--lora_path is an adapter on disk, --lora_id one on the Hub")
+        _forbid_both(self, "prompt", "prompts_file", "add the prompt to the file as a line")
+        if self.negative_prompt and self.flash_guidance <= 1:
+            raise ValueError(
+                f"negative_prompt came with flash_guidance {self.flash_guidance:g}, where it has no effect; allowed is "
+                "guidance above 1; add --flash_guidance 1.5 or leave --negative_prompt out"
+            )
+        return self
+
+
+class BenchSettings(SamplingSettings):
+    """Measure a student: time, alignment, and what few steps cost."""
+
+    steps: StepCounts = Field((2, 4, 8), description="Step counts of the student.")
+    num_prompts: Count = Field(
+        20, description="How many of the base's own prompts to take where no prompt and no file is given."
+    )
+    compare_baseline: bool = Field(
+        False, description="Also draw with the teacher and with the base without adapter at the same few steps."
+    )
+    baseline_steps: TeacherSteps = Field(50, description="DDIM steps of the teacher.")
+    baseline_guidance: Guidance | None = Field(
+        None, description="Guidance of the teacher. Unset: the base's own, else 7.5."
+    )
+    baseline_outdir: Folder | None = Field(
+        None, description="Folder for the teacher's pictures. Unset: beside the others."
+    )
+    clip_model_id: Text = Field(
+        "openai/clip-vit-base-patch32",
+        description="CLIP model of the alignment metric, for bases that bring none of their own; none leaves it out.",
+    )
+    timing_repeats: Count = Field(5, description="Timed runs after the warm-up; the median is reported.")
+    frechet_images: CountOrNone | None = Field(
+        None,
+        description="Reference pictures a prompt for the Fréchet distance; 0 leaves it out. Unset: 5 where the base "
+        "draws pictures of its own, else 0.",
+    )
+
+
+class GenerateSettings(SamplingSettings):
+    """Draw pictures in a few steps."""
+
+    steps: StepCounts = Field((4,), description="Step counts of the student; each makes its own pictures.")
+    safety_checker: bool = Field(
+        False, description="Blacken pictures that the base's safety checker objects to, where it has one."
+    )
+
+    @model_validator(mode="after")
+    def _something_to_draw(self) -> Self:
+        if self.prompt is None and self.prompts_file is None:
+            raise ValueError(
+                "no prompt came; allowed is a prompt or a file with one a line; "
+                'add --prompt "a red house" or --prompts_file FILE'
+            )
+        return self
+
+
+class PretrainSettings(Settings):
+    """Rebuild the embedded base and its judges from nothing."""
+
+    output_dir: Folder = Field(Path("./scenes_base"), description="Folder for the weights; a stopped run goes on here.")
+    size: Literal["full", "tiny"] = Field("full", description="full is the shipped size; tiny takes a minute.")
+    stage: Literal["all", "vae", "judges", "denoiser"] = Field("all", description="Which stage to train.")
+
+
+class DemoSettings(BaseModelSettings):
+    """Distil the base into a LoRA, measure it against its teacher, and show both."""
+
+    outdir: Folder = Field(Path("./demo_outputs"), description="Folder for the adapter, pictures and tables.")
+    max_steps: Count = Field(200, description="Optimizer updates.")
+    batch_size: Count = Field(16, description="Pictures a micro-batch.")
+    learning_rate: Annotated[float, Field(gt=0, le=1)] = Field(3e-4, description="AdamW's learning rate.")
+    lora_rank: Count = Field(4, description="Rank of the adapter.")
+    lora_alpha: Count | None = Field(None, description="Alpha of the adapter. Unset: 8 x lora_rank.")
+    num_ddim_steps: StudentSteps = Field(8, description="DDIM steps K of the teacher from t to x0.")
+    steps: StepCounts = Field((1, 2, 4, 8), description="Step counts to train for and to measure.")
+    baseline_steps: TeacherSteps = Field(50, description="DDIM steps of the teacher it is measured against.")
+    num_prompts: Count = Field(20, description="How many of the base's own prompts to draw.")
+    num_images: Count = Field(10, description="Pictures a prompt.")
+
+
+# ----------------------------------------------------------------------------------------------------------- TOML files
+
+
+def load_toml(path: Path | str) -> dict[str, Any]:
+    """The flat table of a settings file; an `InputError` where it cannot be read or is not flat."""
+    path = Path(path).expanduser()
+    try:
+        values = tomllib.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise InputError(f"no settings file {str(path)!r}; allowed is a TOML file; check the path") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{str(path)!r} cannot be read ({error}); allowed is a TOML file in UTF-8") from None
+    except tomllib.TOMLDecodeError as error:
+        raise InputError(f"{str(path)!r} is no TOML: {error}; allowed are lines such as max_steps = 300") from None
+    for key, value in values.items():
+        if isinstance(value, dict):
+            raise InputError(
+                f"{str(path)!r} has a table [{key}]; settings files are flat; move its keys to the top, without [{key}]"
+            )
+    return values
+
+
+def merged(
+    settings: type[SettingsT],
+    given: Mapping[str, Any],
+    *,
+    config: Path | str | None = None,
+    defaults: Mapping[str, Any] | None = None,
+) -> SettingsT:
+    """Settings from three sources, the later wins: ``defaults``, the TOML file ``config``, what was ``given``.
+
+    They are checked once, together; a key of the file that is no setting of this class is refused.
+    """
+    filed = {key.replace("-", "_"): value for key, value in (load_toml(config) if config else {}).items()}
+    for key in filed:
+        if key not in settings.model_fields:
+            raise InputError(f"{str(config)!r}: {unknown_name(key, settings)}")
+    return settings(**{**(defaults or {}), **filed, **given})
+
+
+def settings_toml(settings: Settings) -> str:
+    """The settings as flat TOML, ``None`` left out: reading it back gives equal settings."""
+    lines = [f"{name} = {_toml_value(value)}" for name, value in dict(settings).items() if value is not None]
+    return "\n".join(lines) + "\n"
+
+
+def _toml_value(value: Any) -> str:
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, int | float):
+        return repr(value)
+    if isinstance(value, str | Path):
+        # A JSON string is a TOML basic string, but for the one control character that JSON leaves alone.
+        return json.dumps(str(value), ensure_ascii=False).replace("\x7f", "\\u007f")
+    return f"[{', '.join(_toml_value(item) for item in value)}]"
+
+
+# ------------------------------------------------------------------------------------------------- errors of one line
+
+
+def spell(value: Any) -> str:
+    """A value as one types it on the command line: lists without brackets, words and numbers bare."""
+    if isinstance(value, list | tuple):
+        return " ".join(spell(item) for item in value)
+    if isinstance(value, str | Path):
+        text = str(value)
+        return text if re.fullmatch(r"[^\s'\"]+", text) else repr(text)
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def nearest(name: str, names: Iterable[str]) -> str | None:
+    """The name that was most likely meant, if any is near."""
+    found = difflib.get_close_matches(name.replace("-", "_"), list(names), n=1, cutoff=0.6)
+    return found[0] if found else None
+
+
+def one_line(error: ValidationError, settings: type[Settings]) -> str:
+    """A pydantic error in one line: what came, what is allowed, the fix; further ones are counted."""
+    details = error.errors(include_url=False)
+    first = details[0]
+    name = str(first["loc"][0]) if first["loc"] else ""
+    if first["type"] == "extra_forbidden":
+        message = unknown_name(name, settings)
+    elif first["type"] == "value_error":
+        reason = str(first["ctx"]["error"])
+        message = f"{name}: {reason}" if name else reason
+    else:
+        message = refusal(name, first["input"], settings)
+    others = len({detail["loc"][:1] for detail in details}) - 1
+    return " ".join(message.split()) + (f" (and {others} more)" if others else "")
+
+
+def refusal(name: str, came: Any, settings: type[Settings]) -> str:
+    """What came for a field, what is allowed there, and an example of it."""
+    field = settings.model_fields[name]
+    message = f"{name}: {_came(came)} came; allowed: {allowed(field)}"
+    if field.default is not None and not isinstance(field.default, bool):
+        message += f"; for example --{name} {spell(field.default)}"
+    return message
+
+
+def unknown_name(name: str, settings: type[Settings]) -> str:
+    """The line for a name that no field has: the nearest one, or all of them where none is near."""
+    near = nearest(name, settings.model_fields)
+    fix = f"did you mean {near}?" if near else f"known are {', '.join(sorted(settings.model_fields))}"
+    return f"unknown setting {name!r}; {fix}"
+
+
+def _came(value: Any) -> str:
+    """A value as it is quoted in an error: short."""
+    text = spell(value) if value not in ("", (), []) else "nothing"
+    return text if len(text) <= 60 else f"{text[:57]}..."
+
+
+def allowed(field: FieldInfo) -> str:
+    """In words, what a field takes: ``a whole number, at least 1``."""
+    return _allowed(field.annotation, field.metadata)
+
+
+def _allowed(annotation: Any, metadata: Iterable[Any]) -> str:
+    origin = typing.get_origin(annotation)
+    if origin is Annotated:
+        inner, *extra = typing.get_args(annotation)
+        return _allowed(inner, [*metadata, *extra])
+    if origin in (typing.Union, types.UnionType):
+        inner = next(part for part in typing.get_args(annotation) if part is not type(None))
+        return _allowed(inner, metadata)
+    if origin is Literal:
+        return ", ".join(map(str, typing.get_args(annotation)))
+    if origin is tuple:
+        return f"one or several, each {_allowed(typing.get_args(annotation)[0], [])}"
+    kind = {int: "a whole number", float: "a number", bool: "true or false", Path: "a path"}.get(annotation, "a text")
+    return ", ".join([kind, *_bounds(metadata)])
+
+
+def _bounds(metadata: Iterable[Any]) -> list[str]:
+    words = {"ge": "at least", "gt": "above", "le": "at most", "lt": "below", "multiple_of": "a multiple of"}
+    # ``Annotated[int, Field(ge=1)]`` keeps its constraints one level down.
+    flat = [part for item in metadata for part in (item.metadata if isinstance(item, FieldInfo) else [item])]
+    return [
+        f"{word} {spell(getattr(part, bound))}"
+        for part in flat
+        for bound, word in words.items()
+        if getattr(part, bound, None) is not None
+    ]

@@ -1,0 +1,122 @@
+"""Training data: pictures with captions from wherever the settings say, scanned, counted and ready to be loaded.
+
+A new kind of dataset is a file of its own that offers `PictureData`, and a line in `open_data`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from math import floor
+from pathlib import Path
+from typing import Protocol
+
+from fewstep.data import folder
+from fewstep.data.generated import DrawsPictures, GeneratedPictures
+from fewstep.data.hub import scan_hub
+from fewstep.data.loader import Batch, Batches, Slices
+from fewstep.data.pairs import LocalPictures, PictureData, keep_readable
+from fewstep.data.report import DataReport, Drops
+from fewstep.errors import InputError
+from fewstep.reporting import SILENT, Reporter
+
+__all__ = ["Batch", "Batches", "DataReport", "OpenedData", "PictureData", "Slices", "open_data"]
+
+
+class DataSettings(Protocol):
+    """The settings that say where the data is."""
+
+    @property
+    def data_dir(self) -> Path | None: ...
+    @property
+    def dataset_name(self) -> str | None: ...
+    @property
+    def image_column(self) -> str | None: ...
+    @property
+    def caption_column(self) -> str | None: ...
+    @property
+    def max_dropped(self) -> float: ...
+    @property
+    def resolution(self) -> int | None: ...
+    @property
+    def seed(self) -> int: ...
+
+
+class Base(Protocol):
+    """What is asked of the base model."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def resolution(self) -> int: ...
+    @property
+    def abilities(self) -> object | None: ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class OpenedData:
+    """Data that training may start on.
+
+    Attributes:
+        data: the pictures, at the run's resolution.
+        report: what was kept and what was dropped.
+        fingerprint: of the content (names, lengths, captions): another one is other data, for a resumed run as well.
+        allowance: how many more pictures may turn out to be no good before more than `max_dropped` are.
+    """
+
+    data: PictureData
+    report: DataReport
+    fingerprint: str
+    allowance: int
+
+
+def open_data(settings: DataSettings, backbone: Base, *, reporter: Reporter = SILENT) -> OpenedData:
+    """Find, scan and check the training data: a folder, a Hugging Face dataset, or the base's own drawings.
+
+    Raises:
+        InputError: nothing says what to train on, or the settings contradict each other or the data.
+        DataError: the data is not there, cannot be understood, or too much of it cannot be used.
+    """
+    resolution = settings.resolution or backbone.resolution
+    drops = Drops()
+    data: PictureData
+    if settings.data_dir is not None and settings.dataset_name is not None:
+        raise InputError("data_dir and dataset_name came together; allowed is one of them; leave one out")
+    if settings.data_dir is not None:
+        scanned = folder.scan_folder(
+            settings.data_dir,
+            drops,
+            image_column=settings.image_column,
+            caption_column=settings.caption_column,
+            reporter=reporter,
+        )
+        pairs, fingerprint = keep_readable(scanned.root, scanned.pairs, drops, reporter)
+        data = LocalPictures(scanned.root, pairs, resolution)
+        report = drops.report(scanned.source, len(pairs), sum(len(pair.captions) for pair in pairs))
+    elif settings.dataset_name is not None:
+        rows = scan_hub(
+            settings.dataset_name,
+            resolution,
+            drops,
+            image_column=settings.image_column,
+            caption_column=settings.caption_column,
+            reporter=reporter,
+        )
+        data, fingerprint = rows.data, rows.fingerprint
+        report = drops.report(rows.source, len(data), rows.captions)
+    else:
+        if not isinstance(backbone.abilities, DrawsPictures):
+            raise InputError(
+                f"no training data came, and base model {backbone.name} draws none of its own; allowed: --data_dir "
+                f"FOLDER with {folder.LAYOUTS}; or --dataset_name ID of a Hugging Face dataset"
+            )
+        drawings = GeneratedPictures(backbone.abilities, settings.seed, resolution)
+        data, fingerprint = drawings, drawings.fingerprint()
+        report = drops.report(f"pictures drawn by the base model {backbone.name}", len(data), len(data), endless=True)
+    report.check(settings.max_dropped)
+    lost = report.dropped_of("pictures")
+    return OpenedData(
+        data=data,
+        report=report,
+        fingerprint=fingerprint,
+        allowance=max(0, floor(settings.max_dropped * (report.pictures + lost) + 1e-9) - lost),
+    )

@@ -1,0 +1,247 @@
+"""Local folders that hold pictures and captions: which layout it is, and which caption belongs to which picture.
+
+Pairs are made by name alone, never by order. Whatever is ambiguous belongs to nobody: it is dropped and counted.
+Names that start with a dot are skipped, as are files that are neither pictures nor captions by their ending.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections import defaultdict
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from fewstep.data import captions, coco
+from fewstep.data.pairs import READERS, Pair, safe_name
+from fewstep.data.pictures import SUFFIXES
+from fewstep.data.report import Drops
+from fewstep.errors import DataError, InputError
+from fewstep.reporting import SILENT, Reporter
+
+LAYOUTS = (
+    "COCO (annotations/captions_train2017.json + train2017/, 2014 and val alike), metadata.jsonl, images/ + captions/ "
+    "with files of the same stem, or pictures with a .txt of the same stem beside each"
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scanned:
+    """What a layout says is there, before any picture was looked at.
+
+    Attributes:
+        source: layout and place, for people.
+        root: folder that the names of the pairs start from.
+        pairs: sorted by name.
+    """
+
+    source: str
+    root: Path
+    pairs: list[Pair]
+
+
+def scan_folder(
+    place: Path,
+    drops: Drops,
+    *,
+    image_column: str | None = None,
+    caption_column: str | None = None,
+    reporter: Reporter = SILENT,
+) -> Scanned:
+    """Recognise the layout of a folder and pair its pictures with their captions.
+
+    Args:
+        place: the folder, or the annotation file itself where a folder has several.
+        drops: counts what belongs to nothing.
+        image_column, caption_column: names in metadata.jsonl; found by themselves if None.
+
+    Raises:
+        DataError: nothing is there, no layout is recognised, or an annotation file cannot be read.
+        InputError: the settings do not say which of several things is meant.
+    """
+    if place.is_file():
+        if place.suffix == ".jsonl":
+            return _with_metadata(place, drops, image_column, caption_column)
+        if coco.is_annotations(place):
+            _no_columns(image_column, caption_column, place)
+            return _with_coco(place, drops)
+        raise DataError(f"data_dir {place} is a file; allowed is a folder, a metadata.jsonl or COCO's captions_*.json")
+    if not place.is_dir():
+        raise DataError(f"data_dir {place} does not exist; allowed is a folder: {LAYOUTS}; check the path")
+    if (place / "metadata.jsonl").is_file():
+        return _with_metadata(place / "metadata.jsonl", drops, image_column, caption_column)
+    _no_columns(image_column, caption_column, place)
+    annotations = coco.find_annotations(place)
+    if annotations is not None:
+        return _with_coco(annotations, drops)
+    if (place / "images").is_dir() and (place / "captions").is_dir():
+        pictures, texts = PurePosixPath("images"), PurePosixPath("captions")
+        source = f"images/ + captions/ in {place}"
+    else:
+        pictures = texts = PurePosixPath()
+        source = f"pictures with .txt in {place}"
+    listing = _Listing()
+    listing.add_pictures(place, pictures)
+    listing.add_captions(place, texts)
+    if not listing.pictures or not listing.captions:
+        raise DataError(
+            f"data_dir {place} has {sum(map(len, listing.pictures.values()))} pictures and "
+            f"{sum(map(len, listing.captions.values()))} caption files; allowed is one of these layouts: {LAYOUTS}"
+        )
+    return Scanned(source=source, root=place, pairs=_pair(place, listing, drops, reporter))
+
+
+def _no_columns(image_column: str | None, caption_column: str | None, place: Path) -> None:
+    for setting, column in (("image_column", image_column), ("caption_column", caption_column)):
+        if column is not None:
+            raise InputError(
+                f"{setting} {column!r} came, but {place} has no columns; allowed with metadata.jsonl and with "
+                f"--dataset_name; leave --{setting} out"
+            )
+
+
+def _with_coco(annotations: Path, drops: Drops) -> Scanned:
+    root = coco.picture_folder(annotations)
+    return Scanned(source=f"COCO {annotations.stem} in {root}", root=root, pairs=coco.read_pairs(annotations, drops))
+
+
+# ------------------------------------------------------------------------------------------------------ files by stem
+
+
+@dataclass
+class _Listing:
+    """Names of files, below the folder that holds them all, by the stem that pairs them."""
+
+    pictures: dict[str, list[str]] = field(default_factory=lambda: defaultdict(list))
+    captions: dict[str, list[str]] = field(default_factory=lambda: defaultdict(list))
+
+    def add_pictures(self, root: Path, below: PurePosixPath) -> None:
+        for file in _files(root / below):
+            if file.suffix.lower() in SUFFIXES:
+                self.pictures[str(file.with_suffix(""))].append(str(below / file))
+
+    def add_captions(self, root: Path, below: PurePosixPath) -> None:
+        for file in _files(root / below):
+            if file.suffix.lower() == ".txt":
+                self.captions[str(file.with_suffix(""))].append(str(below / file))
+
+
+def _files(root: Path) -> Iterator[PurePosixPath]:
+    """Every file below `root`, by its path from there; links to folders are followed, but nowhere twice."""
+
+    def stop(error: OSError) -> None:
+        raise DataError(
+            f"folder {error.filename} cannot be read: {error.strerror}; allowed is a data folder that can be read as a "
+            "whole; check its permissions and the disk"
+        ) from error
+
+    seen: set[tuple[int, int]] = set()
+    for place, folders, files in os.walk(root, onerror=stop, followlinks=True):
+        folder = Path(place)
+        here = folder.stat()
+        if (here.st_dev, here.st_ino) in seen:
+            folders.clear()
+            continue
+        seen.add((here.st_dev, here.st_ino))
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        below = PurePosixPath(folder.relative_to(root).as_posix())
+        yield from (below / name for name in sorted(files) if not name.startswith("."))
+
+
+def _pair(root: Path, listing: _Listing, drops: Drops, reporter: Reporter) -> list[Pair]:
+    """One picture and one caption file of the same stem make a pair."""
+    couples: list[tuple[str, str]] = []
+    for stem, pictures in sorted(listing.pictures.items()):
+        texts = listing.captions.get(stem, [])
+        if len(pictures) > 1:
+            for name in pictures:
+                drops.add("pictures", "another picture has the same stem", name)
+        elif not texts:
+            drops.add("pictures", "no caption file of the same stem", pictures[0])
+        elif len(texts) > 1:
+            drops.add("pictures", "several caption files of the same stem", pictures[0])
+        else:
+            couples.append((pictures[0], texts[0]))
+    for stem, texts in sorted(listing.captions.items()):
+        if stem not in listing.pictures:
+            for name in texts:
+                drops.add("captions", "no picture of the same stem", name)
+
+    def read(couple: tuple[str, str]) -> str | captions.CaptionError:
+        try:
+            return captions.read(root / couple[1])
+        except captions.CaptionError as error:
+            return error
+
+    pairs: list[Pair] = []
+    with reporter.progress("reading the captions", len(couples)) as bar, ThreadPoolExecutor(READERS) as readers:
+        for (picture, text), caption in zip(couples, readers.map(read, couples), strict=True):
+            if isinstance(caption, str):
+                pairs.append(Pair(picture, (caption,)))
+            else:
+                drops.add("pictures", str(caption), text)
+            bar.advance()
+    return sorted(pairs, key=lambda pair: pair.name)
+
+
+# ----------------------------------------------------------------------------------------------------- metadata.jsonl
+
+
+def _with_metadata(file: Path, drops: Drops, image_column: str | None, caption_column: str | None) -> Scanned:
+    """A JSON object a line: the picture's file name and its caption, or a list of captions."""
+    image_column = image_column or "file_name"
+    lines = list(_objects(file, drops))
+    caption_column = caption_column or captions.guess_column(
+        sorted({key for _, values in lines for key in values}), str(file)
+    )
+    of_file: dict[str, list[tuple[int, object]]] = defaultdict(list)
+    for number, values in lines:
+        name = safe_name(values.get(image_column))
+        if name is None:
+            drops.add(
+                "pictures", f"{image_column} is no path below the folder (with forward slashes)", f"line {number}"
+            )
+        else:
+            of_file[name].append((number, values.get(caption_column)))
+    pairs: list[Pair] = []
+    for name, entries in sorted(of_file.items()):
+        numbers = ", ".join(str(number) for number, _ in entries[:3])
+        if any(value != entries[0][1] for _, value in entries):
+            # Two pictures saved under one name look just like this, and one of the captions would be a lie.
+            drops.add("pictures", "several lines with different captions", name, f"lines {numbers}")
+            continue
+        good, bad = captions.clean_list(entries[0][1])
+        if not good:
+            drops.add("pictures", bad[0], name, f"line {numbers}")
+            continue
+        for reason in bad:
+            drops.add("captions", reason, name, f"line {numbers}")
+        pairs.append(Pair(name, tuple(good)))
+    return Scanned(source=f"metadata.jsonl in {file.parent}", root=file.parent, pairs=pairs)
+
+
+def _objects(file: Path, drops: Drops) -> Iterator[tuple[int, dict[str, Any]]]:
+    """(line number from 1, object) of every line that holds one."""
+    try:
+        with file.open("rb") as stream:
+            for number, line in enumerate(stream, start=1):
+                if not line.strip():
+                    continue
+                try:
+                    values = json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8"))
+                except UnicodeDecodeError:
+                    drops.add("pictures", "line is not UTF-8", f"line {number}")
+                except (ValueError, RecursionError):
+                    drops.add("pictures", "line is not JSON", f"line {number}")
+                else:
+                    if isinstance(values, dict):
+                        yield number, values
+                    else:
+                        drops.add("pictures", "line is not a JSON object", f"line {number}")
+    except OSError as error:
+        raise DataError(
+            f"{file} cannot be read: {error.strerror or error}; check its permissions and the disk"
+        ) from error

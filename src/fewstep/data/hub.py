@@ -1,0 +1,206 @@
+"""A dataset of the Hugging Face Hub (or a local one that the `datasets` library opens), memory-mapped.
+
+Pictures are read as the bytes that were stored and decoded here, like any other: same formats, same limits.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, BinaryIO, cast
+
+import numpy as np
+
+from fewstep.data import captions
+from fewstep.data.pairs import add_to_fingerprint
+from fewstep.data.pictures import PictureError, decode, decode_file, inspect, inspect_file, quiet_pillow
+from fewstep.data.report import Drops, shown
+from fewstep.errors import DataError, InputError
+from fewstep.reporting import SILENT, Reporter
+
+if TYPE_CHECKING:
+    import datasets
+
+_ROWS = 256  # looked over at a time
+
+
+class HubPictures:
+    """The usable rows of a dataset, decoded when they are asked for."""
+
+    def __init__(self, rows: datasets.Dataset, columns: tuple[str, str], kept: np.ndarray, resolution: int) -> None:
+        """Take the dataset `rows`, its columns (image undecoded, caption) and the numbers of the usable rows."""
+        self._rows = rows
+        self._image, self._caption = columns
+        self._kept = kept
+        self._resolution = resolution
+
+    def __len__(self) -> int:
+        return len(self._kept)
+
+    def name(self, index: int) -> str:
+        return f"row {int(self._kept[index])}"
+
+    def item(self, index: int) -> tuple[np.ndarray, tuple[str, ...]]:
+        row = self._rows[int(self._kept[index])]
+        cell = row[self._image]
+        if cell["bytes"] is not None:
+            pixels = decode(io.BytesIO(cell["bytes"]), self._resolution)
+        else:
+            pixels = decode_file(Path(cell["path"]), self._resolution)
+        return pixels, tuple(captions.clean_list(row[self._caption])[0])
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScannedRows:
+    """What was found in a dataset; `captions` counts those of the rows that are kept."""
+
+    data: HubPictures
+    source: str
+    captions: int
+    fingerprint: str
+
+
+def scan_hub(
+    name: str,
+    resolution: int,
+    drops: Drops,
+    *,
+    image_column: str | None = None,
+    caption_column: str | None = None,
+    reporter: Reporter = SILENT,
+) -> ScannedRows:
+    """Open a dataset and look over its rows: captions whole, pictures by header and end.
+
+    Args:
+        name: ID, ID:CONFIGURATION or ID:CONFIGURATION:SPLIT (the configuration may be empty). Split: train, or the
+            only one. Or a local folder of parquet or other files that `datasets` opens.
+        resolution: side in pixels.
+        drops: counts the rows that cannot be used.
+        image_column, caption_column: found by type and by name if None.
+
+    Raises:
+        DataError: the dataset cannot be had, or has no such split.
+        InputError: the columns are not there, or it is not clear which are meant.
+    """
+    rows, split = _load(name)
+    image = _image_column(rows, name, image_column)
+    caption = _caption_column(rows, name, caption_column, image)
+    rows = _undecoded(rows, image, caption)
+    kept: list[int] = []
+    count = 0
+    digest = hashlib.blake2b(digest_size=16)
+    tables = rows.with_format("arrow")
+    with quiet_pillow(), reporter.progress("looking over the pictures", len(rows)) as bar:
+        for first in range(0, len(rows), _ROWS):
+            table = tables[first : first + _ROWS]
+            for number, (cell, value) in enumerate(zip(table[image], table[caption], strict=True), start=first):
+                good, bad = captions.clean_list(value.as_py())
+                if not good:
+                    drops.add("pictures", bad[0], f"row {number}")
+                    continue
+                try:
+                    length = _inspect_cell(cell)
+                except PictureError as error:
+                    drops.add("pictures", error.reason, f"row {number}", error.detail)
+                    continue
+                for reason in bad:
+                    drops.add("captions", reason, f"row {number}")
+                kept.append(number)
+                count += len(good)
+                add_to_fingerprint(digest, str(number), length, good)
+            bar.advance(len(table))
+    return ScannedRows(
+        data=HubPictures(rows, (image, caption), np.array(kept, dtype=np.int64), resolution),
+        source=f"dataset {name}, split {split}",
+        captions=count,
+        fingerprint=digest.hexdigest(),
+    )
+
+
+def _inspect_cell(cell: Any) -> int:
+    """`inspect` of an Arrow struct {bytes, path}; reads the header through the memory map, without a copy."""
+    import pyarrow  # type: ignore[import-untyped]
+
+    if cell.is_valid and cell["bytes"].is_valid:
+        return inspect(cast(BinaryIO, pyarrow.BufferReader(cell["bytes"].as_buffer())))
+    if cell.is_valid and cell["path"].is_valid:
+        return inspect_file(Path(cell["path"].as_py()))
+    raise PictureError("no picture in the row")
+
+
+def _load(name: str) -> tuple[datasets.Dataset, str]:
+    """The dataset that `name` stands for, and which split of it was taken."""
+    import datasets
+
+    repo, config, split = (name, "", "") if Path(name).exists() else [*name.split(":", 2), "", ""][:3]
+    try:
+        builder = datasets.load_dataset_builder(repo, config or None)
+        splits = sorted(str(known) for known in builder.info.splits or builder.config.data_files or ())
+        split = split or (splits[0] if len(splits) == 1 else "train")
+        if splits and split.partition("[")[0] not in splits:  # train[:1000] is a part of train
+            raise DataError(
+                f"dataset {repo} has no split {split!r}; allowed: {', '.join(splits)}; "
+                f"pass --dataset_name {repo}:{config}:{splits[0]}"
+            )
+        rows = datasets.load_dataset(repo, config or None, split=split)
+    except ConnectionError as error:
+        raise DataError(
+            f"dataset {repo} is not in the cache {datasets.config.HF_DATASETS_CACHE} and the Hub cannot be reached "
+            f"({_line(error)}); allowed is a cached, a reachable or a local one; where there is a network, run "
+            f"`hf download {repo} --repo-type dataset --local-dir FOLDER`, then pass --dataset_name FOLDER"
+        ) from error
+    except FileNotFoundError as error:
+        raise DataError(
+            f"dataset {repo} was not found or is not yours to read ({_line(error)}); allowed is the id of a public "
+            "dataset, or of a gated one with HF_TOKEN set; check the id"
+        ) from error
+    except (datasets.exceptions.DatasetsError, OSError, ValueError, RuntimeError, NotImplementedError) as error:
+        raise DataError(
+            f"dataset {repo} cannot be opened ({_line(error)}); allowed is ID, ID:CONFIGURATION or "
+            "ID:CONFIGURATION:SPLIT of a dataset stored as files, not as a script; check the name"
+        ) from error
+    return cast("datasets.Dataset", rows), split
+
+
+def _image_column(rows: datasets.Dataset, name: str, wanted: str | None) -> str:
+    import datasets
+
+    pictures = [str(column) for column, feature in rows.features.items() if isinstance(feature, datasets.Image)]
+    if wanted is None and len(pictures) == 1:
+        return pictures[0]
+    if wanted is not None and wanted in pictures:
+        return wanted
+    came = f"no image_column {wanted!r} of pictures" if wanted else f"{len(pictures)} columns of pictures"
+    raise InputError(
+        f"dataset {name} has {came} (columns: {_columns(rows)}); allowed is a column of pictures"
+        f"{': ' + ', '.join(map(shown, pictures)) if pictures else ''}; say which with --image_column NAME"
+    )
+
+
+def _caption_column(rows: datasets.Dataset, name: str, wanted: str | None, image: str) -> str:
+    columns = [column for column in rows.column_names if column != image]
+    if wanted is None:
+        return captions.guess_column(columns, f"dataset {name}")
+    if wanted not in columns:
+        raise InputError(
+            f"dataset {name} has no caption_column {wanted!r}; allowed: {_columns(rows)}; say which with "
+            "--caption_column NAME"
+        )
+    return wanted
+
+
+def _undecoded(rows: datasets.Dataset, image: str, caption: str) -> datasets.Dataset:
+    import datasets
+
+    return rows.select_columns([image, caption]).cast_column(image, datasets.Image(decode=False))
+
+
+def _columns(rows: datasets.Dataset) -> str:
+    return ", ".join(shown(column) for column in rows.column_names)
+
+
+def _line(error: Exception) -> str:
+    """What another library says, as part of our one line."""
+    return shown(" ".join(str(error).split())) or type(error).__name__

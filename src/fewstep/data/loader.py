@@ -1,0 +1,253 @@
+"""Batches for every (update, micro-batch) of a run, the same whoever loads them and wherever the run begins.
+
+The run's samples form one endless sequence, `global_batch` of them an update. Which item, and which of its captions,
+stands at a place of it follows from the seed and that place alone (`data.order`), so that neither processes nor workers
+nor micro-batches change what an update sees, and a resumed run needs no state but its update.
+
+A picture whose content turns out to be no good only when it is decoded (its header and its end were looked at in the
+scan) gives way to another, drawn by the seed and the place: the batch stays full, the choice is the same in every
+repetition, and each one is named in the batch. More of them than the scan's allowance ends the run. A picture that is
+*gone* ends the run at once: that is no property of the data but something happening to it.
+"""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from fewstep.data.order import sample_index
+from fewstep.data.pairs import PictureData
+from fewstep.data.pictures import PictureError
+from fewstep.errors import DataError, FewstepError
+from fewstep.randomness import generator
+
+_ATTEMPTS = 32  # at finding a replacement; that many failures in a row are no accident
+
+
+@dataclass(frozen=True, kw_only=True)
+class Slices:
+    """How a global batch is cut: by micro-batches, then by processes, then by samples.
+
+    Attributes:
+        batch_size: samples a process and micro-batch.
+        accumulation: micro-batches an update.
+        processes: that share each micro-batch.
+        rank: this process, from 0.
+    """
+
+    batch_size: int
+    accumulation: int = 1
+    processes: int = 1
+    rank: int = 0
+
+    def __post_init__(self) -> None:
+        if min(self.batch_size, self.accumulation, self.processes) < 1 or not 0 <= self.rank < self.processes:
+            raise ValueError(f"{self} came; allowed are counts from 1 and a rank below the number of processes")
+
+    @property
+    def global_batch(self) -> int:
+        """Samples an update, over all micro-batches and processes."""
+        return self.batch_size * self.accumulation * self.processes
+
+    def positions(self, micro: int) -> range:
+        """Positions in the global batch that this process handles in micro-batch `micro`."""
+        first = (micro * self.processes + self.rank) * self.batch_size
+        return range(first, first + self.batch_size)
+
+
+@dataclass(frozen=True)
+class Replaced:
+    """A picture that another one stands in for."""
+
+    name: str
+    reason: str
+
+    def __str__(self) -> str:
+        return f"{self.name}: {self.reason}; another picture took its place"
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Batch:
+    """One micro-batch of one process.
+
+    Attributes:
+        update: number of the optimizer update, from 0.
+        micro: number of the micro-batch in it, from 0.
+        positions: of the B samples in the global batch.
+        items: numbers of the B items in the data.
+        pictures: uint8 [B, R, R, 3], RGB.
+        captions: B of them, none empty.
+        replaced: pictures that were met for the first time here and could not be used.
+    """
+
+    update: int
+    micro: int
+    positions: tuple[int, ...]
+    items: tuple[int, ...]
+    pictures: Tensor
+    captions: tuple[str, ...]
+    replaced: tuple[Replaced, ...]
+
+    def pixels(self, device: torch.device | str = "cpu") -> Tensor:
+        """The pictures as a model takes them: fp32 [B, 3, R, R] in -1 … 1, converted on `device`."""
+        return to_pixels(self.pictures.to(device, non_blocking=True))
+
+
+def to_pixels(pictures: Tensor) -> Tensor:
+    """uint8 [B, R, R, 3] in 0 … 255 to fp32 [B, 3, R, R] in -1 … 1: x / 127.5 - 1."""
+    return pictures.permute(0, 3, 1, 2).to(torch.float32, memory_format=torch.contiguous_format).div_(127.5).sub_(1)
+
+
+class Batches:
+    """The batches of updates `start` to `end` of one process, in order; can be iterated again."""
+
+    def __init__(
+        self,
+        data: PictureData,
+        slices: Slices,
+        *,
+        seed: int,
+        start: int,
+        end: int,
+        allowance: int = 0,
+        workers: int = 0,
+    ) -> None:
+        """Nothing is loaded yet.
+
+        Args:
+            data: what to load.
+            slices: which part of each global batch this process handles.
+            seed: of order and captions.
+            start: update to begin with: the number of updates that are done.
+            end: update to stop before.
+            allowance: how many different pictures may turn out to be no good (`OpenedData.allowance`).
+            workers: processes that load ahead; 0 loads in this one. Changes nothing but the speed.
+        """
+        self._source = _Source(data, slices, seed)
+        self._order = [(update, micro) for update in range(start, end) for micro in range(slices.accumulation)]
+        self._allowance = allowance
+        self._workers = workers
+        self.replaced: dict[str, str] = {}
+        """Names of the pictures that turned out to be no good, and why."""
+
+    def __len__(self) -> int:
+        """Number of micro-batches."""
+        return len(self._order)
+
+    def __iter__(self) -> Iterator[Batch]:
+        """The batches in order.
+
+        Raises:
+            DataError: the data is gone, or more pictures than allowed are no good.
+        """
+        loader: DataLoader[_Loaded | FewstepError] = DataLoader(
+            self._source,
+            batch_size=None,  # the source makes whole batches
+            sampler=self._order,
+            collate_fn=_as_it_is,
+            num_workers=self._workers,
+            worker_init_fn=_ignore_interrupts,
+            generator=torch.Generator(),  # else the loader draws from, and so changes, torch's global generator
+        )
+        for loaded in loader:
+            if isinstance(loaded, FewstepError):
+                raise loaded
+            yield self._checked(loaded)
+
+    def _checked(self, loaded: _Loaded) -> Batch:
+        new = tuple(replaced for replaced in loaded.replaced if replaced.name not in self.replaced)
+        self.replaced |= {replaced.name: replaced.reason for replaced in new}
+        if len(self.replaced) > self._allowance:
+            named = "; ".join(f"{name}: {reason}" for name, reason in list(self.replaced.items())[-3:])
+            raise DataError(
+                f"{len(self.replaced)} pictures turned out to be no good when they were decoded ({named}); allowed is "
+                f"{self._allowance} more than the scan dropped; repair or remove them, or raise --max_dropped"
+            )
+        return Batch(
+            update=loaded.update,
+            micro=loaded.micro,
+            positions=loaded.positions,
+            items=loaded.items,
+            pictures=torch.from_numpy(loaded.pictures),
+            captions=loaded.captions,
+            replaced=new,
+        )
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class _Loaded:
+    """A batch on its way from a worker; arrays, since tensors would need shared memory, which containers lack."""
+
+    update: int
+    micro: int
+    positions: tuple[int, ...]
+    items: tuple[int, ...]
+    pictures: np.ndarray
+    captions: tuple[str, ...]
+    replaced: tuple[Replaced, ...]
+
+
+@dataclass(frozen=True)
+class _Source(Dataset["_Loaded | FewstepError"]):
+    """(update, micro-batch) to its batch, or to the error in its way: the loader would garble one that is raised."""
+
+    data: PictureData
+    slices: Slices
+    seed: int
+
+    def __getitem__(self, key: tuple[int, int]) -> _Loaded | FewstepError:
+        update, micro = key
+        positions = tuple(self.slices.positions(micro))
+        replaced: list[Replaced] = []
+        try:
+            samples = [self._sample(update * self.slices.global_batch + position, replaced) for position in positions]
+        except FewstepError as error:
+            return error.with_traceback(None)
+        items, pictures, captions = zip(*samples, strict=True)
+        return _Loaded(
+            update=update,
+            micro=micro,
+            positions=positions,
+            items=items,
+            pictures=np.stack(pictures),
+            captions=captions,
+            replaced=tuple({bad.name: bad for bad in replaced}.values()),
+        )
+
+    def _sample(self, place: int, replaced: list[Replaced]) -> tuple[int, np.ndarray, str]:
+        """(number, pixels, caption) of the item at a place of the endless sequence."""
+        index = sample_index(self.seed, place, len(self.data))
+        for attempt in range(_ATTEMPTS):
+            try:
+                pixels, captions = self.data.item(index)
+            except PictureError as error:
+                replaced.append(Replaced(self.data.name(index), str(error)))
+                index = _draw(len(self.data), generator(self.seed, "replacement", place, attempt))
+            else:
+                return index, pixels, captions[_draw(len(captions), generator(self.seed, "caption", place))]
+        bad = replaced[-1]
+        raise DataError(
+            f"{_ATTEMPTS} pictures in a row are no good, the last {bad.name}: {bad.reason}; allowed are a few; check "
+            "the data"
+        )
+
+
+def _draw(n: int, rng: torch.Generator) -> int:
+    """One of 0 … n-1."""
+    return int(torch.randint(n, (), generator=rng)) if n > 1 else 0
+
+
+def _as_it_is(loaded: Any) -> Any:
+    return loaded
+
+
+def _ignore_interrupts(_worker: int) -> None:
+    """Control-C goes to every process of the terminal: the main one decides, and its workers end with it."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)

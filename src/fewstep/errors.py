@@ -1,0 +1,37 @@
+"""The exceptions that users see: one line each, saying what came, what is allowed, and how to put it right.
+
+Each class carries the exit code with which the command line ends when nobody catches it. An exception that does not
+derive from `FewstepError` is a bug of ours and ends with 1.
+"""
+
+from __future__ import annotations
+
+
+class FewstepError(Exception):
+    """Base of every error that is not a bug: catch this one to catch them all."""
+
+    exit_code = 1
+
+
+class InputError(FewstepError):
+    """A flag, a setting, a base model or a value that cannot be used."""
+
+    exit_code = 2
+
+
+class DataError(FewstepError):
+    """Training data that is missing, unreadable, or dropped beyond what was allowed."""
+
+    exit_code = 3
+
+
+class CheckpointError(FewstepError):
+    """A checkpoint or an adapter that is missing, damaged, or does not do what it says."""
+
+    exit_code = 4
+
+
+class Interrupted(FewstepError):
+    """The run was asked to stop; it saved its state first and can be resumed."""
+
+    exit_code = 75

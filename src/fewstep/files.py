@@ -1,0 +1,61 @@
+"""Files and folders that appear whole or not at all."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+from pathlib import Path
+
+
+def write_bytes_atomic(path: str | Path, content: bytes) -> Path:
+    """Write `content` to `path`, making its folders; a reader sees the old file or the new one, never a part.
+
+    Returns:
+        The path that was written.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")  # same folder: os.replace cannot cross file systems
+    try:
+        with partial.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())  # else a power cut may keep the rename and lose the content
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+    return path
+
+
+def write_text_atomic(path: str | Path, text: str) -> Path:
+    """`write_bytes_atomic` for text: UTF-8, line ends as given."""
+    return write_bytes_atomic(path, text.encode())
+
+
+def replace_folder_atomic(partial: str | Path, final: str | Path) -> Path:
+    """Give the finished folder `partial` the name `final`; a folder that had the name is removed afterwards.
+
+    No system call exchanges two folders everywhere: for an instant an older `final` is called `.NAME.old`, whole.
+
+    Args:
+        partial: a folder on the same file system as `final`.
+
+    Returns:
+        The final path.
+    """
+    partial, final = Path(partial), Path(final)
+    old = final.with_name(f".{final.name}.old")
+    shutil.rmtree(old, ignore_errors=True)
+    final.parent.mkdir(parents=True, exist_ok=True)
+    if final.exists():
+        final.rename(old)
+    partial.rename(final)
+    shutil.rmtree(old, ignore_errors=True)
+    return final
+
+
+def sha256(path: str | Path) -> str:
+    """SHA-256 of a file's content, in hexadecimal."""
+    with Path(path).open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,0 +1,20 @@
+"""The student: a LoRA on the base's UNet. Made, saved and read back through the stock loader; and foreign layouts."""
+
+from .adapter import ADAPTER, AdapterWeights, attach, detach, trainable_parameters
+from .loading import AdapterInfo, load_adapter, prove_round_trip, save_adapter
+from .source import WEIGHTS_NAME, AdapterSource, locate
+
+__all__ = [
+    "ADAPTER",
+    "WEIGHTS_NAME",
+    "AdapterInfo",
+    "AdapterSource",
+    "AdapterWeights",
+    "attach",
+    "detach",
+    "load_adapter",
+    "locate",
+    "prove_round_trip",
+    "save_adapter",
+    "trainable_parameters",
+]

@@ -1,0 +1,140 @@
+"""K-step distillation: one unguided jump of the student learns where K guided DDIM steps of the teacher arrive.
+
+    x_t = √ᾱ_t x0 + √(1−ᾱ_t) ε                          a noised data latent, or ε itself at the noisiest t
+    target(x_t) = DDIM_K(teacher, guidance; t → … → x0)   no gradient
+    loss = w(t) ‖ f_student(x_t, t) − target(x_t) ‖²       f as the few-step sampler maps the network to x0
+
+t is drawn as sampling will ask for it: a promised number of steps, then one of its timesteps, both evenly.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from fewstep.errors import InputError
+from fewstep.losses import LOSSES, WEIGHTINGS, LossName, Weighting
+from fewstep.randomness import generator
+from fewstep.schedule import NoiseSchedule
+from fewstep.solver import Denoiser, ddim_rollout
+from fewstep.timesteps import promised_points, rollout_grid, rollout_grids, student_grid
+
+
+@dataclass(frozen=True, eq=False)
+class Draws:
+    """What chance decides about B training samples, on the CPU.
+
+    Attributes:
+        t: int64 [B].
+        noise: [B, C, H, W] fp32, standard normal.
+        pure: bool [B]; the sample starts from `noise` alone.
+    """
+
+    t: Tensor
+    noise: Tensor
+    pure: Tensor
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class KStep:
+    """The method and its settings.
+
+    Attributes:
+        schedule: of the base model, on the device that trains.
+        step_counts: the numbers of steps promised to whoever samples, 1 to 50 each.
+        num_ddim_steps: K.
+        guidance: the teacher's w in u + w (c − u); at 1 or less it is not guided.
+        pure_noise_share: which share of the draws at the noisiest t starts from pure noise, as sampling always does.
+            The rest are noised data, which at that t still show through (SD1.5: ᾱ = 0.0047).
+        criterion: the loss, by its name in `losses.LOSSES`.
+        weighting: w(t), by its name in `losses.WEIGHTINGS`.
+    """
+
+    schedule: NoiseSchedule
+    step_counts: Sequence[int]
+    num_ddim_steps: int
+    guidance: float
+    pure_noise_share: float = 1.0
+    criterion: LossName = "mse"
+    weighting: Weighting = "x0"
+
+    def __post_init__(self) -> None:
+        """Find out before training whether every rollout exists.
+
+        Raises:
+            InputError: no step counts, a step count or K that is impossible, or a share outside 0 … 1.
+        """
+        if not self.step_counts:
+            raise InputError("no step counts came; at least one must be promised; pass --num_inference_steps 1 2 4 8")
+        if not 0 <= self.pure_noise_share <= 1:
+            raise InputError(f"pure_noise_share {self.pure_noise_share} came; it is a share; choose one from 0 to 1")
+        rollout_grids(self.points, self.num_ddim_steps, self.schedule.num_train_timesteps)
+
+    @cached_property
+    def points(self) -> list[int]:
+        """Every timestep that training visits, noisiest first."""
+        return promised_points(self.step_counts, self.schedule.num_train_timesteps)
+
+    def draw(self, seed: int, update: int, positions: Sequence[int], shape: Sequence[int]) -> Draws:
+        """The chance of each sample: a function of (seed, update, its position in the global batch), nothing else.
+
+        Args:
+            update: number of the optimizer update.
+            positions: of the B samples at hand in the update's global batch, over micro-batches and processes.
+            shape: of one latent, (C, H, W).
+        """
+        draws = [self._draw_one(generator(seed, "kstep", update, position), shape) for position in positions]
+        t, noise, pure = zip(*draws, strict=True)
+        return Draws(torch.tensor(t), torch.stack(noise), torch.tensor(pure))
+
+    def _draw_one(self, rng: torch.Generator, shape: Sequence[int]) -> tuple[int, Tensor, bool]:
+        """t, noise and whether it is pure, of one sample."""
+        steps = self.step_counts[_below(len(self.step_counts), rng)]
+        t = student_grid(steps, self.schedule.num_train_timesteps)[_below(steps, rng)]
+        chance = torch.rand((), generator=rng).item()  # drawn at every t, so that the noise below never shifts
+        return t, torch.randn(*shape, generator=rng), t == self.points[0] and chance < self.pure_noise_share
+
+    def start(self, x0: Tensor, draws: Draws) -> Tensor:
+        """x_t [B, C, H, W] on the device of the data latents `x0` [B, C, H, W]."""
+        t, noise, pure = (part.to(x0.device) for part in (draws.t, draws.noise, draws.pure))
+        return torch.where(pure[:, None, None, None], noise, self.schedule.add_noise(x0, noise, t))
+
+    @torch.no_grad()
+    def target(self, teacher: Denoiser, x_t: Tensor, t: Tensor, cond: Tensor, uncond: Tensor | None) -> Tensor:
+        """The teacher's x0 [B, C, H, W] after K guided DDIM steps from x_t [B, C, H, W], without gradient.
+
+        Args:
+            t: int64 [B]; on the CPU the device need not be waited for.
+            cond, uncond: embeddings [B, L, D]; `uncond` may be [1, L, D].
+        """
+        rows = [
+            rollout_grid(one, self.num_ddim_steps, self.points, self.schedule.num_train_timesteps) for one in t.tolist()
+        ]
+        grids = torch.tensor(rows, device=x_t.device)
+        return ddim_rollout(teacher, self.schedule, x_t, grids, cond, uncond, self.guidance)
+
+    def loss(self, student: Denoiser, x_t: Tensor, t: Tensor, cond: Tensor, target: Tensor) -> Tensor:
+        """One forward of the student, its x0 against the `target`: a loss a sample, [B] fp32, with gradient."""
+        t = t.to(x_t.device)
+        x0 = self.schedule.consistency(student(x_t, t, cond), x_t, t)
+        return LOSSES[self.criterion](x0, target, WEIGHTINGS[self.weighting](self.schedule.alpha_bar(t)))
+
+    def oracle(self, teacher: Denoiser, uncond: Tensor | None) -> Denoiser:
+        """The student that has learnt everything: a denoiser whose x0 is the teacher's K-step rollout.
+
+        Under the student's sampler it gives the ceiling of what training can reach.
+        """
+
+        def perfect_student(x_t: Tensor, t: Tensor, cond: Tensor) -> Tensor:
+            return self.schedule.from_x0(self.target(teacher, x_t, t, cond, uncond), x_t, t)
+
+        return perfect_student
+
+
+def _below(count: int, rng: torch.Generator) -> int:
+    """One of 0 … count − 1, evenly."""
+    return int(torch.randint(count, (), generator=rng).item())

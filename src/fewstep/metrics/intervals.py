@@ -1,0 +1,123 @@
+"""Intervals by bootstrap over prompts.
+
+Pictures of one prompt resemble each other, so that prompts, not pictures, are the independent draws: whole prompts are
+resampled with their pictures (cluster bootstrap; Davison and Hinkley 1997, section 3.8). Comparisons are paired: two
+arms draw the same prompts from the same noise, and it is their differences that are resampled.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from statistics import NormalDist
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from fewstep.records import Interval
+
+Statistic = Callable[[NDArray[np.float64]], NDArray[np.float64]]
+"""Means [R, K] of the K columns in each of R resamples to the R values of interest."""
+
+RESAMPLES = 4000
+LEVEL = 0.95
+
+
+def bootstrap(
+    columns: ArrayLike,
+    clusters: Sequence[int],
+    statistic: Statistic | None = None,
+    *,
+    level: float = LEVEL,
+    resamples: int = RESAMPLES,
+    seed: int = 0,
+) -> Interval:
+    """A statistic of column means with its percentile interval, whole clusters resampled.
+
+    Args:
+        columns: [N] or [N, K], one line a picture.
+        clusters: [N], the prompt each picture belongs to.
+        statistic: what is made of the K means; by default the first of them.
+        level: two-sided; a one-sided 95 % bound is the bound of a two-sided 90 %.
+
+    Returns:
+        The interval; without bounds where there are fewer than two clusters, or where the statistic is not finite in
+        every resample (a ratio whose denominator may be zero has no honest interval).
+    """
+    values = np.asarray(columns, dtype=np.float64)
+    values = values[:, None] if values.ndim == 1 else values
+    names = np.asarray(clusters)
+    if len(values) == 0 or len(values) != len(names):
+        raise ValueError(
+            f"{len(values)} values and {len(names)} clusters; allowed is one cluster a value, at least one"
+        )
+    of = statistic or (lambda means: means[:, 0])
+    unique, index = np.unique(names, return_inverse=True)
+    sums = np.zeros((len(unique), values.shape[1]))
+    np.add.at(sums, index, values)
+    counts = np.bincount(index).astype(np.float64)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        value = float(of(values.mean(axis=0, keepdims=True))[0])
+        if len(unique) < 2:
+            return Interval(value=value)
+        # How often each cluster is drawn in each resample: [R, clusters].
+        drawn = np.random.default_rng(seed).multinomial(len(unique), np.full(len(unique), 1 / len(unique)), resamples)
+        resampled = of((drawn @ sums) / (drawn @ counts)[:, None])
+    if not np.isfinite(resampled).all():
+        return Interval(value=value)
+    low, high = np.quantile(resampled, [(1 - level) / 2, (1 + level) / 2])
+    return Interval(
+        value=value,
+        low=float(low),
+        high=float(high),
+        standard_error=float(resampled.std(ddof=1)),
+        method="bootstrap over prompts",
+    )
+
+
+def paired_difference(
+    values: ArrayLike, baseline: ArrayLike, clusters: Sequence[int], *, level: float = LEVEL, seed: int = 0
+) -> Interval:
+    """Mean of ``values - baseline`` [N], picture by picture, with its interval over prompts."""
+    difference = np.asarray(values, dtype=np.float64) - np.asarray(baseline, dtype=np.float64)
+    return bootstrap(difference, clusters, level=level, seed=seed)
+
+
+def gap_closed(
+    untrained: ArrayLike, student: ArrayLike, teacher: ArrayLike, clusters: Sequence[int], *, level: float = LEVEL
+) -> Interval:
+    """(u - s) / (u - t) of the means: 0 is the untrained arm, 1 the teacher; columns [N] of errors or of scores."""
+
+    def ratio(means: NDArray[np.float64]) -> NDArray[np.float64]:
+        return (means[:, 0] - means[:, 1]) / (means[:, 0] - means[:, 2])
+
+    return bootstrap(np.stack([untrained, student, teacher], axis=1), clusters, ratio, level=level)
+
+
+def share(outcomes: ArrayLike, clusters: Sequence[int], *, level: float = LEVEL, seed: int = 0) -> Interval:
+    """Share of ``outcomes`` (booleans [N]) that hold.
+
+    Where all agree, resampling says nothing, and Wilson's interval over the number of *prompts* is given instead:
+    the cautious reading, in which the pictures of one prompt count as one.
+    """
+    values = np.asarray(outcomes, dtype=np.float64)
+    found = bootstrap(values, clusters, level=level, seed=seed)
+    if found.value not in (0.0, 1.0):
+        return found
+    prompts = len(set(clusters))
+    return wilson(round(found.value * prompts), prompts, level=level)
+
+
+def wilson(successes: int, trials: int, *, level: float = LEVEL) -> Interval:
+    """Wilson's score interval of a share (Wilson 1927)."""
+    if not 0 <= successes <= trials or trials < 1:
+        raise ValueError(
+            f"{successes} of {trials} came; allowed are 0 to as many successes as trials, at least one trial"
+        )
+    z = NormalDist().inv_cdf((1 + level) / 2)
+    p = successes / trials
+    centre = (p + z * z / (2 * trials)) / (1 + z * z / trials)
+    half = z / (1 + z * z / trials) * math.sqrt(p * (1 - p) / trials + z * z / (4 * trials * trials))
+    return Interval(
+        value=p, low=max(0.0, centre - half), high=min(1.0, centre + half), standard_error=half / z, method="Wilson"
+    )

@@ -1,0 +1,180 @@
+"""What every command that draws does first: read the prompts, open the base, attach the adapter, say what came."""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+
+import torch
+
+from fewstep import checkpoint, lora
+from fewstep.backbone import Backbone, load_backbone
+from fewstep.config import SamplingSettings
+from fewstep.errors import CheckpointError, InputError
+from fewstep.randomness import generator
+from fewstep.reporting import Reporter
+
+LIBRARIES = ("fewstep", "torch", "diffusers", "transformers", "peft", "torchmetrics", "numpy", "pillow")
+
+
+@dataclass(frozen=True)
+class Opened:
+    """A base, and what is known of the adapter on it; None where none was asked for."""
+
+    backbone: Backbone
+    adapter: Mapping[str, str] | None
+
+
+def read_prompts(settings: SamplingSettings) -> list[str] | None:
+    """The prompt, or the lines of the prompts file that are not blank; None where neither came.
+
+    Raises:
+        InputError: the file is missing, unreadable or empty.
+    """
+    if settings.prompt is not None:
+        return [settings.prompt]
+    if settings.prompts_file is None:
+        return None
+    path = settings.prompts_file
+    try:
+        lines = path.read_text(encoding="utf-8-sig").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(
+            f"prompts_file {str(path)!r} cannot be read ({error}); allowed is a text file in UTF-8 with a prompt a "
+            "line; check the path"
+        ) from None
+    prompts = [line.strip() for line in lines if line.strip()]
+    if not prompts:
+        raise InputError(f"prompts_file {str(path)!r} holds no prompt; allowed is a prompt a line; add one")
+    return prompts
+
+
+def warn_of_prompts(prompts: Sequence[str], backbone: Backbone, reporter: Reporter) -> None:
+    """Say which prompts came twice, and which are longer than the text encoder reads."""
+    repeated = sorted({prompt for prompt in prompts if prompts.count(prompt) > 1})
+    if repeated:
+        reporter.warn(
+            f"{len(repeated)} prompts came more than once, such as {repeated[0]!r}; each is drawn from other noise, "
+            "but intervals take them for different prompts"
+        )
+    for number, cut in enumerate(backbone.token_overflow(prompts)):
+        if cut:
+            reporter.warn(
+                f"prompt {number} is {cut} tokens longer than the text encoder reads; its end is not seen: "
+                f"...{prompts[number][-60:]!r}"
+            )
+
+
+def open_base(
+    settings: SamplingSettings,
+    *,
+    backbone: Backbone | None,
+    with_adapter: bool,
+    step_counts: Sequence[int],
+    reporter: Reporter,
+) -> Opened:
+    """Open the base and, if wanted, attach the adapter: the given one, else the one that is shipped with the base.
+
+    Args:
+        backbone: a base that is loaded already; an adapter on it is kept where the settings name no other.
+        step_counts: what the adapter will be asked for; a count that it does not promise is warned about.
+
+    Raises:
+        InputError: no adapter was given and the base ships none, or the base cannot be used.
+        CheckpointError: the adapter is not there, not one, not for this base, or without effect.
+    """
+    asked = with_adapter and (settings.lora_path is not None or settings.lora_id is not None)
+    source = lora.locate(settings.lora_path, settings.lora_id) if asked else None
+    if backbone is None:
+        name, why = settings.chosen_base(checkpoint.recorded_base(source.folder) if source else None)
+        record = checkpoint.recorded(source.folder) if source else None
+        recorded_revision = record.revision if record and record.base_model == name else None
+        backbone = load_backbone(
+            name,
+            revision=settings.revision or recorded_revision,
+            device=settings.device,
+            dtype=settings.mixed_precision,
+            allow_pickle=settings.allow_pickle,
+            why=why,
+        )
+    reporter.say(f"base: {backbone.name} ({backbone.why})")
+    if not with_adapter:
+        return Opened(backbone, None)
+    if source is None and getattr(backbone.unet, "peft_config", {}):
+        _prove_effect(backbone)
+        reporter.say("adapter: the one that is attached to the base")
+        return Opened(backbone, {"source": "attached already"})
+    if source is None:
+        if backbone.abilities is None:
+            raise InputError(
+                f"no adapter came and the base {backbone.name} ships none; allowed is --lora_path FOLDER|FILE or "
+                "--lora_id HUB_ID; pass one of the two, or train one with fewstep train"
+            )
+        source = lora.locate(backbone.abilities.adapter())
+    info = lora.load_adapter(backbone, source, allow_pickle=settings.allow_pickle, warn=reporter.warn)
+    reporter.say(
+        f"adapter: {source.name}, {info.layout} layout, rank {info.rank}, alpha {info.alpha:g} (alpha / rank "
+        f"{info.alpha / info.rank:g}), {info.modules} modules, {info.parameters:,} parameters"
+    )
+    _compare_with_record(source, backbone, step_counts, reporter)
+    return Opened(
+        backbone,
+        {
+            "source": source.name,
+            "layout": info.layout,
+            "rank": str(info.rank),
+            "alpha": f"{info.alpha:g}",
+            "parameters": str(info.parameters),
+            "change": f"{info.change:.6g}",
+        },
+    )
+
+
+def _compare_with_record(
+    source: lora.AdapterSource, backbone: Backbone, step_counts: Sequence[int], reporter: Reporter
+) -> None:
+    """Name what training wrote beside the adapter and this run does otherwise: the base, the step counts."""
+    record = checkpoint.recorded(source.folder)
+    if record is not None and record.base_fingerprint != backbone.fingerprint:
+        reporter.warn(
+            f"the adapter was trained on {record.base_model} ({record.base_fingerprint[:8]}), the base here is "
+            f"{backbone.name} ({backbone.fingerprint[:8]}): it fits, but was not made for it"
+        )
+    promised = checkpoint.recorded_steps(source.folder)
+    odd = [steps for steps in step_counts if promised and steps not in promised]
+    if promised and odd:
+        reporter.warn(
+            f"the adapter was not trained for {_spelled(odd)} steps; it promises {_spelled(promised)}: expect worse "
+            "pictures"
+        )
+
+
+def versions() -> dict[str, str]:
+    """Versions of fewstep, Python and the libraries that draw and judge."""
+    found = {"python": platform.python_version()}
+    for name in LIBRARIES:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:  # run from its source, or installed without metadata
+            found[name] = "unknown"
+    return found
+
+
+@torch.no_grad()
+def _prove_effect(backbone: Backbone) -> None:
+    """Refuse an attached adapter under which the network says what it says without: it would only cost time."""
+    cond = backbone.embed([""])
+    noise = torch.randn(1, *backbone.latent_shape(backbone.resolution), generator=generator(0, "effect"))
+    x_t = noise.to(backbone.device)
+    t = torch.tensor([backbone.schedule.num_train_timesteps - 1], device=backbone.device)
+    if torch.equal(backbone.denoiser(adapter=True)(x_t, t, cond), backbone.denoiser(adapter=False)(x_t, t, cond)):
+        raise CheckpointError(
+            "the adapter that is attached to the base changes nothing: its output is the base's; allowed is a trained "
+            "adapter; train it, or pass another one with --lora_path"
+        )
+
+
+def _spelled(counts: Sequence[int]) -> str:
+    return " ".join(map(str, counts))

@@ -1,0 +1,22 @@
+"""What a benchmark leaves behind: tables, JSON, grids and one page. Drawn from `records` and from pictures on disk."""
+
+from __future__ import annotations
+
+from fewstep.report.grids import save_grids
+from fewstep.report.layout import RESULT_FILES, arm_folder, picture_path, save_picture
+from fewstep.report.page import page
+from fewstep.report.tables import markdown, results_csv, timing_csv
+from fewstep.report.verdict import verdict
+
+__all__ = [
+    "RESULT_FILES",
+    "arm_folder",
+    "markdown",
+    "page",
+    "picture_path",
+    "results_csv",
+    "save_grids",
+    "save_picture",
+    "timing_csv",
+    "verdict",
+]

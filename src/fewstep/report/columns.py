@@ -1,0 +1,106 @@
+"""The table of a benchmark, column by column, as text: for the page and for the terminal."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from fewstep.records import ArmSummary, Interval
+from fewstep.report.verdict import percent, seconds, signed
+
+
+@dataclass(frozen=True)
+class Column:
+    """A column of the table: its title, what it means, and a cell for each arm, empty where there is no figure."""
+
+    title: str
+    meaning: str
+    cells: tuple[str, ...]
+
+
+def columns(arms: Sequence[ArmSummary]) -> list[Column]:
+    """The table: only columns that some arm has a figure for."""
+    table = [Column(title, meaning, tuple(cell(arm) for arm in arms)) for title, meaning, cell in _TABLE]
+    return [column for column in table if any(column.cells)]
+
+
+def attribute_columns(arms: Sequence[ArmSummary]) -> list[Column]:
+    """A column for each attribute of the answer key: the share of pictures that have it right."""
+    names = list(dict.fromkeys(name for arm in arms for name in arm.attributes))
+    return [
+        Column(name, "", tuple(percent(arm.attributes[name]) if name in arm.attributes else "" for arm in arms))
+        for name in names
+    ]
+
+
+def _spread(found: Interval | None) -> str:
+    if found is None:
+        return ""
+    if found.low is None or found.high is None:
+        return f"{found.value:.2f}"
+    return f"{found.value:.2f} ({found.low:.2f} to {found.high:.2f})"
+
+
+def _share(found: Interval | None) -> str:
+    return "" if found is None else percent(found)
+
+
+def _difference(arm: ArmSummary, found: Interval | None, scale: float, digits: int) -> str:
+    """The baseline's difference to itself is no finding."""
+    return "" if found is None or arm.arm.is_baseline else signed(found, scale, digits)
+
+
+def _saturation(arm: ArmSummary) -> str:
+    return "" if arm.saturation is None else f"{sum(arm.saturation) / len(arm.saturation):.3f}"
+
+
+_TABLE: list[tuple[str, str, Callable[[ArmSummary], str]]] = [
+    ("Evaluations", "network evaluations a picture; guidance takes two a step", lambda a: str(a.arm.evaluations)),
+    ("Guidance", "w in u + w (c − u)", lambda a: f"{a.arm.guidance:g}"),
+    ("All right", "pictures with every captioned attribute right", lambda a: _share(a.all_right)),
+    (
+        "against teacher",
+        "paired difference in points: same prompt, same noise",
+        lambda a: _difference(a, a.delta_all_right, 100, 1),
+    ),
+    (
+        "against base",
+        "paired difference in points to the same sampler and steps without adapter",
+        lambda a: _difference(a, a.gain_all_right, 100, 1),
+    ),
+    ("Alignment", "100 × max(0, cos) of CLIP's picture and caption", lambda a: _spread(a.alignment)),
+    (
+        "Floor",
+        "the same pictures with everyone else's captions",
+        lambda a: "" if a.floor is None else f"{a.floor:.2f}",
+    ),
+    (
+        "Alignment against teacher",
+        "paired difference: same prompt, same noise",
+        lambda a: _difference(a, a.delta_alignment, 1, 2),
+    ),
+    ("Retention, raw", "alignment over the teacher's; flatters a broken student", lambda a: _share(a.retention_raw)),
+    (
+        "Retention, floor off",
+        "(score − floor) over the teacher's (score − floor)",
+        lambda a: _share(a.retention_corrected),
+    ),
+    (
+        "Fréchet",
+        "distance to pictures of the same captions, passed through the VAE",
+        lambda a: _spread(a.frechet.through_vae if a.frechet else None),
+    ),
+    (
+        "Fréchet, raw",
+        "distance to the same pictures as they were drawn",
+        lambda a: _spread(a.frechet.raw if a.frechet else None),
+    ),
+    ("Saturation", "spread of the latents over the teacher's, mean over channels", _saturation),
+    ("Time a picture", "median, end to end, at the smallest timed batch", lambda a: seconds(a.time_per_image_s)),
+    (
+        "Speed-up",
+        "over the teacher",
+        lambda a: "" if a.speedup_vs_baseline is None else f"{a.speedup_vs_baseline:.1f}×",
+    ),
+]
+"""Title, meaning, and how an arm's cell is spelled."""

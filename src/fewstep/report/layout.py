@@ -1,0 +1,37 @@
+"""Where pictures and tables lie in an output folder, and how a picture gets there."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from fewstep.files import write_bytes_atomic
+
+RESULT_FILES = ("results.csv", "timing.csv", "clipscore_results.json", "report.html")
+"""What a finished benchmark writes last, in this order."""
+
+
+def arm_folder(outdir: Path, arm: str) -> Path:
+    """``OUTDIR/images/ARM``."""
+    return outdir / "images" / arm
+
+
+def picture_path(folder: Path, prompt: int, picture: int) -> Path:
+    """``ARM/PPP/III.png`` in an arm's folder; prompt and picture numbers start at 0."""
+    return folder / f"{prompt:03d}" / f"{picture:03d}.png"
+
+
+def save_picture(path: Path, pixels: NDArray[np.uint8]) -> Path:
+    """Save pixels [H, W, 3] as PNG, whole or not at all."""
+    return save_image(path, Image.fromarray(pixels))
+
+
+def save_image(path: Path, image: Image.Image) -> Path:
+    """Save an image as PNG, whole or not at all."""
+    buffer = io.BytesIO()
+    image.save(buffer, format="PNG", optimize=False)
+    return write_bytes_atomic(path, buffer.getvalue())

@@ -1,0 +1,112 @@
+"""report.html: one page that opens from disk, in light and dark, on a desk and on a phone; nothing is loaded."""
+
+from __future__ import annotations
+
+import base64
+import io
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jinja2
+from markupsafe import Markup
+from PIL import Image
+
+from fewstep.records import BenchmarkRecord
+from fewstep.report.columns import attribute_columns, columns
+from fewstep.report.figures import ROLES, frontier
+from fewstep.report.layout import picture_path
+from fewstep.report.verdict import verdict
+
+GALLERY_PROMPTS = 40
+"""More would make a page of tens of megabytes; all pictures lie beside it."""
+GALLERY_SIDE = 256
+"""Pixels of a gallery picture's longer side."""
+
+
+def page(record: BenchmarkRecord, folders: Mapping[str, Path]) -> str:
+    """The whole page as text.
+
+    Args:
+        record: what was found.
+        folders: arm id to the folder of its pictures; arms that are missing here stay out of the gallery.
+    """
+    # autoescape whatever the template's name: captions and paths come from outside.
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("fewstep.report", "."),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    arms = list(record.summary.values())
+    shown = [arm for arm in arms if arm.arm.id in folders]
+    return environment.get_template("page.html.j2").render(
+        title=f"fewstep: {record.base.get('name', 'a base')} in few steps",
+        record=record,
+        arms=arms,
+        verdict=verdict(record),
+        columns=columns(arms),
+        attributes=attribute_columns(arms),
+        # Our own SVG; every text in it is escaped where it is made.
+        frontier=Markup(frontier(arms)),
+        roles=[role for role in ROLES if any(arm.arm.role == role for arm in arms)],
+        notes=_notes(record),
+        gallery_arms=shown,
+        gallery=_gallery(record, {arm.arm.id: folders[arm.arm.id] for arm in shown}),
+        gallery_left_out=max(0, len(record.prompts) - GALLERY_PROMPTS),
+    )
+
+
+def _notes(record: BenchmarkRecord) -> list[str]:
+    """What a careful reader must know about the table."""
+    arms = list(record.summary.values())
+    pictures = sum(arm.pictures for arm in arms)
+    notes = [
+        f"{len(record.prompts)} prompts, {pictures} pictures in {len(arms)} arms; a picture starts from the same noise "
+        "in every arm. Intervals are 95 %, by bootstrap over prompts; differences are paired."
+    ]
+    if record.alignment_model:
+        notes.append(f"Alignment by {record.alignment_model}.")
+    frechet = next((arm.frechet for arm in arms if arm.frechet), None)
+    if frechet:
+        beside = (
+            ""
+            if record.reference_frechet is None
+            else f" Real pictures against real ones at this N: {record.reference_frechet:.2f}."
+        )
+        notes.append(
+            f"Fréchet distance in {frechet.dimensions} dimensions, N = {frechet.pictures} pictures against "
+            f"{frechet.references} of the same captions. It grows with small N: compare within this table alone."
+            f"{beside}"
+        )
+    timing = next((arm.timings[0] for arm in arms if arm.timings), None)
+    if timing:
+        notes.append(
+            f"Times are medians of {timing.end_to_end.repeats} repeats at batch {timing.batch_size}, warmed up and "
+            f"synchronised, from text to finished picture, on {record.machine.get('device', '?')}."
+        )
+    return notes
+
+
+def _gallery(record: BenchmarkRecord, folders: Mapping[str, Path]) -> list[dict[str, Any]]:
+    """A row a prompt, a picture an arm: picture 0 of each."""
+    return [
+        {
+            "prompt": prompt,
+            "pictures": [
+                {"arm": arm, "src": _embedded(picture_path(folder, number, 0))} for arm, folder in folders.items()
+            ],
+        }
+        for number, prompt in enumerate(record.prompts[:GALLERY_PROMPTS])
+    ]
+
+
+def _embedded(path: Path) -> str:
+    """A picture as a data: address, small enough for a page of hundreds."""
+    with Image.open(path) as image:
+        small = image.convert("RGB")
+    small.thumbnail((GALLERY_SIDE, GALLERY_SIDE))
+    buffer = io.BytesIO()
+    small.save(buffer, format="JPEG", quality=88)
+    return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode()

@@ -1,0 +1,151 @@
+"""What the figures say, in sentences made from them: how good, how fast, and what the adapter is worth."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from fewstep.records import ArmSummary, BenchmarkRecord, Interval
+
+SATURATION_TOLERANCE = 0.05
+
+
+def verdict(record: BenchmarkRecord) -> list[str]:
+    """Up to five sentences about the student that matters most; what was not measured is not spoken of."""
+    student = headline(list(record.summary.values()))
+    if student is None:
+        return ["No student was drawn: there is nothing to compare."]
+    sentences = [_quality(student, record), _cost(student, record), _control(student, record)]
+    return [sentence for sentence in [*sentences, _distribution(student), _saturation(student)] if sentence]
+
+
+def headline(arms: Sequence[ArmSummary]) -> ArmSummary | None:
+    """The student to speak of: the fewest steps of those not shown to be worse than the teacher, else the best."""
+    students = sorted((arm for arm in arms if arm.arm.role == "student"), key=lambda arm: arm.arm.steps)
+    if not students:
+        return None
+    for student in students:
+        difference = _difference(student)
+        if difference is not None and difference.high is not None and difference.high >= 0:
+            return student
+    return max(students, key=lambda arm: (found.value if (found := quality(arm)) else 0.0, -arm.arm.steps))
+
+
+def quality(arm: ArmSummary) -> Interval | None:
+    """The figure an arm is ranked by: everything right where there is an answer key, else alignment."""
+    return arm.all_right or arm.alignment
+
+
+def _difference(arm: ArmSummary) -> Interval | None:
+    return arm.delta_all_right if arm.all_right else arm.delta_alignment
+
+
+def percent(interval: Interval) -> str:
+    """``52.0 % (47.1 to 56.9)``."""
+    bounds = "" if interval.low is None else f" ({100 * interval.low:.1f} to {100 * (interval.high or 0):.1f})"
+    return f"{100 * interval.value:.1f} %{bounds}"
+
+
+def signed(interval: Interval, scale: float = 1.0, digits: int = 1) -> str:
+    """``-4.0 (-8.1 to +0.2)``, with a true minus sign."""
+    bounds = ""
+    if interval.low is not None and interval.high is not None:
+        bounds = f" ({scale * interval.low:+.{digits}f} to {scale * interval.high:+.{digits}f})"
+    return f"{scale * interval.value:+.{digits}f}{bounds}".replace("-", "−")
+
+
+def _quality(student: ArmSummary, record: BenchmarkRecord) -> str | None:
+    teacher, name = record.baseline, student.arm.id
+    if student.all_right:
+        text = f"{name} gets everything in the caption right in {percent(student.all_right)} of its pictures"
+        if teacher is None or teacher.all_right is None or student.delta_all_right is None:
+            return f"{text}."
+        return (
+            f"{text}, {teacher.arm.id} in {percent(teacher.all_right)}: {signed(student.delta_all_right, 100)} points, "
+            f"{_judged(student.delta_all_right, record)}."
+        )
+    if student.alignment:
+        text = f"{name} scores {student.alignment.value:.2f} in alignment"
+        if student.floor is not None:
+            text += f", where shuffled captions score {student.floor:.2f}"
+        if teacher is None or teacher.alignment is None or student.delta_alignment is None:
+            return f"{text}."
+        kept = (
+            f"; of the teacher's lift over its floor it keeps {percent(student.retention_corrected)}"
+            if student.retention_corrected
+            else ""
+        )
+        return (
+            f"{text}, and {teacher.arm.id} scores {teacher.alignment.value:.2f}: "
+            f"{signed(student.delta_alignment, 1, 2)}, {_judged(student.delta_alignment, record)}{kept}."
+        )
+    return None
+
+
+def _judged(difference: Interval, record: BenchmarkRecord) -> str:
+    prompts = len(record.prompts)
+    if difference.low is None or difference.high is None:
+        return f"which {prompts} prompt{'s' if prompts != 1 else ''} cannot judge"
+    if difference.high < 0:
+        return "a loss beyond the interval"
+    if difference.low > 0:
+        return "a gain beyond the interval"
+    return f"no difference that {prompts} prompts can show"
+
+
+def _cost(student: ArmSummary, record: BenchmarkRecord) -> str:
+    batch = student.timings[0].batch_size
+    place, teacher = record.machine.get("device", "?"), record.baseline
+    text = f"It takes {seconds(student.time_per_image_s)} a picture at batch {batch} on {place}"
+    if teacher is None or student.speedup_vs_baseline is None:
+        return f"{text}."
+    evaluations = f"{student.arm.evaluations} network evaluation{'s' if student.arm.evaluations != 1 else ''}"
+    return (
+        f"{text}, {student.speedup_vs_baseline:.1f} times as fast as {teacher.arm.id} with "
+        f"{seconds(teacher.time_per_image_s)} ({evaluations} instead of {teacher.arm.evaluations})."
+    )
+
+
+def _control(student: ArmSummary, record: BenchmarkRecord) -> str | None:
+    control = record.summary.get(student.control or "")
+    gain = student.gain_all_right if student.all_right else student.gain_alignment
+    reached = quality(control) if control else None
+    if control is None or gain is None or reached is None:
+        return None
+    what, scale, digits, unit = (
+        (percent(reached), 100, 1, " points") if student.all_right else (f"{reached.value:.2f}", 1, 2, "")
+    )
+    told = f"the adapter is worth {signed(gain, scale, digits)}{unit}"
+    if gain.low is not None and gain.low <= 0:
+        told += ", and nothing here shows that it helps" if gain.high is None or gain.high >= 0 else ": it harms"
+    return f"The same sampler and steps without the adapter ({control.arm.id}) reach {what}: {told}."
+
+
+def _distribution(student: ArmSummary) -> str | None:
+    frechet = student.frechet
+    if frechet is None or frechet.difference is None or frechet.difference.low is None:
+        return None
+    against = {True: "worse", False: "better"}[frechet.difference.value > 0]
+    sure = "" if frechet.difference.excludes_zero else ", within the interval"
+    return (
+        f"Its Fréchet distance to pictures of the same captions is "
+        f"{frechet.through_vae.value:.2f}, {signed(frechet.difference, 1, 2)} against the teacher's ({against}{sure}; "
+        f"N = {frechet.pictures})."
+    )
+
+
+def _saturation(student: ArmSummary) -> str | None:
+    if student.saturation is None:
+        return None
+    worst = max(student.saturation, key=lambda ratio: abs(ratio - 1))
+    if abs(worst - 1) <= SATURATION_TOLERANCE:
+        return None
+    return (
+        f"Its latents spread {100 * (worst - 1):+.0f} % against the teacher's in the worst channel, beyond the 5 % of "
+        "a faithful student: pictures are "
+        f"{'burnt' if worst > 1 else 'washed out'}."
+    ).replace("-", "−")
+
+
+def seconds(value: float) -> str:
+    """``1.32 s`` or ``86 ms``."""
+    return f"{value:.2f} s" if value >= 1 else f"{1000 * value:.3g} ms"

@@ -1,0 +1,45 @@
+"""How a procedure tells its caller what it is doing, be that a terminal, a notebook or a test."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
+from typing import Protocol
+
+
+class Bar(Protocol):
+    """One progress bar."""
+
+    def advance(self, n: int = 1, **values: float) -> None:
+        """`n` more units are done; `values` are shown beside the bar until the next call replaces them."""
+
+
+class Reporter(Protocol):
+    """What procedures report to."""
+
+    def say(self, text: str) -> None:
+        """One line of information."""
+
+    def warn(self, text: str) -> None:
+        """One line that the user should not miss."""
+
+    def progress(self, name: str, total: int) -> AbstractContextManager[Bar]:
+        """A bar of `total` units, shown while the context is open."""
+
+
+class _Silence:
+    """A reporter, and a bar, that keeps everything to itself."""
+
+    def say(self, text: str) -> None: ...
+
+    def warn(self, text: str) -> None: ...
+
+    def advance(self, n: int = 1, **values: float) -> None: ...
+
+    @contextmanager
+    def progress(self, name: str, total: int) -> Iterator[Bar]:
+        yield self
+
+
+SILENT: Reporter = _Silence()
+"""What procedures report to when they are given no reporter."""

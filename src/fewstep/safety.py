@@ -1,0 +1,62 @@
+"""The safety checker that comes with Stable Diffusion: which pictures it objects to.
+
+Off in benchmarks, where blackened pictures would corrupt scores; a flag in `generate`.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fewstep.errors import InputError
+
+
+class SafetyChecker:
+    """The checker of a base in diffusers' layout (`safety_checker/`, `feature_extractor/`).
+
+    Args:
+        base: folder or Hub id.
+        revision: branch, tag or commit of a Hub id.
+        device: where to run it.
+        allow_pickle: also take weights that are not safetensors.
+
+    Raises:
+        InputError: the base has none, or it is not at hand.
+    """
+
+    def __init__(
+        self,
+        base: str,
+        *,
+        revision: str | None = None,
+        device: torch.device | str = "cpu",
+        allow_pickle: bool = False,
+    ) -> None:
+        from diffusers.pipelines.stable_diffusion.safety_checker import StableDiffusionSafetyChecker
+        from transformers import CLIPImageProcessorPil
+
+        try:
+            self._network = StableDiffusionSafetyChecker.from_pretrained(
+                base, subfolder="safety_checker", revision=revision, use_safetensors=None if allow_pickle else True
+            )
+            self._processor = CLIPImageProcessorPil.from_pretrained(
+                base, subfolder="feature_extractor", revision=revision
+            )
+        except (OSError, ValueError) as error:
+            raise InputError(
+                f"the base {base!r} brings no safety checker, or it is not at hand; allowed are bases with "
+                "safety_checker/ and feature_extractor/; leave --safety_checker out, or pass such a --base_model"
+            ) from error
+        self._network.to(device).eval()
+        self._device = torch.device(device)
+
+    @torch.no_grad()
+    def objections(self, pixels: Tensor) -> list[bool]:
+        """For each of the pictures [B, 3, H, W] uint8, whether the checker objects to it."""
+        arrays = list(pixels.permute(0, 2, 3, 1).cpu().numpy())
+        inputs = self._processor(images=arrays, input_data_format="channels_last", return_tensors="pt")
+        # It blackens what it objects to in place, in the arrays it is given: those are thrown away.
+        scratch = [np.zeros((1, 1, 3), dtype=np.float32) for _ in arrays]
+        _, found = self._network(images=scratch, clip_input=inputs["pixel_values"].to(self._device))
+        return [bool(one) for one in found]

@@ -1,0 +1,93 @@
+"""The teacher: classifier-free guidance and DDIM, for a batch whose samples stand at different timesteps."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from fewstep.errors import InputError
+from fewstep.schedule import NoiseSchedule
+
+OnStep = Callable[[], object]
+"""Called without arguments after every solver step: a progress bar's `advance` will do."""
+
+
+class Denoiser(Protocol):
+    """A network with everything about it settled: adapter, precision, device."""
+
+    def __call__(self, x_t: Tensor, t: Tensor, cond: Tensor, /) -> Tensor:
+        """The raw output [B, C, H, W] fp32 for latents [B, C, H, W], timesteps int64 [B] and prompts [B, L, D]."""
+        ...
+
+
+def guided_output(
+    denoiser: Denoiser, x_t: Tensor, t: Tensor, cond: Tensor, uncond: Tensor | None = None, guidance: float = 1.0
+) -> Tensor:
+    """u + w (c − u) in one forward of 2B (classifier-free guidance, Ho & Salimans 2022; their weight is w − 1).
+
+    At w ≤ 1 it is c alone, in one forward of B: 0 and 1 are the same, as in diffusers' pipelines.
+
+    Args:
+        x_t: [B, C, H, W].
+        t: int64 [B].
+        cond: the prompts' embeddings [B, L, D].
+        uncond: the empty or negative prompt's embedding [B, L, D] or [1, L, D].
+        guidance: w.
+
+    Returns:
+        The raw network output [B, C, H, W].
+
+    Raises:
+        InputError: guidance above 1 without `uncond`.
+    """
+    if guidance <= 1:
+        return denoiser(x_t, t, cond)
+    if uncond is None:
+        raise InputError(
+            f"guidance {guidance} needs the embedding of an empty or negative prompt; pass uncond, or guidance 1"
+        )
+    both = denoiser(torch.cat([x_t, x_t]), torch.cat([t, t]), torch.cat([uncond.expand_as(cond), cond]))
+    u, c = both.chunk(2)
+    return u + guidance * (c - u)
+
+
+def ddim_step(schedule: NoiseSchedule, output: Tensor, x_t: Tensor, t: Tensor, t_next: Tensor) -> Tensor:
+    """x_{t_next} = √ᾱ_{t_next} x̂0 + √(1−ᾱ_{t_next}) ε̂ (DDIM, Song et al. 2021, eq. 12 with σ = 0), [B, C, H, W].
+
+    Args:
+        output: the raw network output [B, C, H, W] at x_t [B, C, H, W].
+        t: int64 [B], where each sample is.
+        t_next: int64 [B], where it goes; −1 is x0.
+    """
+    x0, eps = schedule.to_x0(output, x_t, t), schedule.to_eps(output, x_t, t)
+    return schedule.add_noise(x0, eps, t_next)
+
+
+def ddim_rollout(
+    denoiser: Denoiser,
+    schedule: NoiseSchedule,
+    x_t: Tensor,
+    grids: Tensor,
+    cond: Tensor,
+    uncond: Tensor | None = None,
+    guidance: float = 1.0,
+    on_step: OnStep | None = None,
+) -> Tensor:
+    """Follow each sample's own grid with deterministic DDIM; one (guided) forward a step for the whole batch.
+
+    Args:
+        x_t: [B, C, H, W], sample b noised to `grids[b, 0]`.
+        grids: int64 [B, K + 1], falling along each row; where a row ends in −1 the result is x0.
+        cond, uncond, guidance: see `guided_output`.
+
+    Returns:
+        The latents [B, C, H, W] at `grids[:, -1]`; gradients flow through all steps unless the caller forbids it.
+    """
+    for t, t_next in zip(grids.T[:-1], grids.T[1:], strict=True):
+        x_t = ddim_step(schedule, guided_output(denoiser, x_t, t, cond, uncond, guidance), x_t, t, t_next)
+        if on_step is not None:
+            on_step()
+    return x_t

@@ -1,0 +1,191 @@
+"""What a run leaves behind besides weights: metrics.jsonl, TensorBoard, a log file, and how fast it went."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from datetime import datetime
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from fewstep.errors import CheckpointError, InputError
+from fewstep.files import write_text_atomic
+from fewstep.reporting import Bar, Reporter
+
+if TYPE_CHECKING:
+    from torch.utils.tensorboard import SummaryWriter
+
+
+class Telemetry:
+    """The figures of a run, one line of JSON and one TensorBoard point each time they are recorded.
+
+    A resumed run goes on in the same files: what was recorded after `resumed_at` belongs to updates that are
+    made again, and is taken out, so that the history of a resumed run reads like that of an uninterrupted one.
+
+    Args:
+        folder: the run's folder; `metrics.jsonl` and `tensorboard/` are made in it.
+        resumed_at: the update of the checkpoint that the run goes on from; None for a new run, which begins with empty
+            files whatever an earlier one left there.
+        active: False on every process but the first; nothing is written then, and `history` is kept all the same.
+    """
+
+    def __init__(self, folder: Path, *, resumed_at: int | None = None, active: bool = True) -> None:
+        self.file = folder / "metrics.jsonl"
+        self.history: list[dict[str, float]] = []
+        self._board: SummaryWriter | None = None
+        if not active:
+            return
+        # Imported here because TensorBoard takes a second to import, and only one process needs it.
+        from torch.utils.tensorboard import SummaryWriter
+
+        if resumed_at is not None:
+            self.history = [row for row in read_metrics(self.file) if row["step"] <= resumed_at]
+        write_text_atomic(self.file, "".join(json.dumps(row) + "\n" for row in self.history))
+        self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=0 if resumed_at is None else resumed_at + 1)
+
+    def record(self, step: int, values: Mapping[str, float]) -> None:
+        """Add one line: the update it is about, and named figures."""
+        row = {"step": step, **values}
+        self.history.append(row)
+        if self._board is None:
+            return
+        with self.file.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(row) + "\n")  # one write of one line: a reader never sees half of one
+        for name, value in values.items():
+            self._board.add_scalar(name, value, step)
+
+    def __enter__(self) -> Telemetry:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._board is not None:
+            self._board.close()
+
+
+def read_metrics(file: Path) -> list[dict[str, float]]:
+    """The lines of a metrics.jsonl, oldest first; a last line that a crash cut short is left out.
+
+    Raises:
+        CheckpointError: a line before the last is not JSON.
+    """
+    if not file.exists():
+        return []
+    lines = file.read_text(encoding="utf-8").splitlines()
+    rows = []
+    for number, line in enumerate(lines, start=1):
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError as error:
+            if number < len(lines):
+                raise CheckpointError(f"{file}: line {number} is not JSON; repair it or move the file away") from error
+    return rows
+
+
+class LossByTimestep:
+    """Sums of the loss a timestep, kept on the device: nothing waits for it before `means`.
+
+    Args:
+        points: every timestep that training visits.
+        device: of the losses.
+    """
+
+    def __init__(self, points: Sequence[int], device: torch.device) -> None:
+        self._points = list(points)
+        self._number = {t: number for number, t in enumerate(self._points)}
+        precision = torch.float64 if device.type == "cpu" else torch.float32
+        self._sums = torch.zeros(len(self._points), 2, dtype=precision, device=device)
+
+    @torch.no_grad()
+    def add(self, t: Tensor, losses: Tensor) -> None:
+        """Add the losses [B] of samples at timesteps `t`, int64 [B] on the CPU."""
+        rows = torch.tensor([self._number[one] for one in t.tolist()]).to(self._sums.device, non_blocking=True)
+        values = losses.detach().to(self._sums.dtype)
+        self._sums.index_add_(0, rows, torch.stack([values, torch.ones_like(values)], dim=1))
+
+    def means(self, over_processes: Callable[[Tensor], Tensor]) -> dict[str, float]:
+        """Mean loss since the last call, "loss" over all samples and "loss/t999" over those of a timestep; starts anew.
+
+        Args:
+            over_processes: sums a tensor over all processes.
+        """
+        sums, counts = over_processes(self._sums).T.tolist()
+        self._sums.zero_()
+        means = {"loss": sum(sums) / max(sum(counts), 1)}
+        return means | {
+            f"loss/t{t}": total / count for t, total, count in zip(self._points, sums, counts, strict=True) if count > 0
+        }
+
+
+class Throughput:
+    """Pictures a second since the last reading, time spent on anything but training left out."""
+
+    def __init__(self) -> None:
+        self._started = time.perf_counter()
+        self._pictures = 0
+        self._away = 0.0
+
+    def add(self, pictures: int) -> None:
+        """Count pictures that an update was made from."""
+        self._pictures += pictures
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Leave out what happens inside: checkpoints and previews are not training."""
+        left = time.perf_counter()
+        try:
+            yield
+        finally:
+            self._away += time.perf_counter() - left
+
+    def read(self) -> float:
+        """Pictures a second since the last reading; to be called when the device has been waited for."""
+        now = time.perf_counter()
+        rate = self._pictures / max(now - self._started - self._away, 1e-9)
+        self._started, self._pictures, self._away = now, 0, 0.0
+        return rate
+
+
+class LoggedReporter:
+    """Passes everything on to another reporter, and writes what is said, with the time, to a file as well."""
+
+    def __init__(self, reporter: Reporter, file: Path) -> None:
+        self._reporter = reporter
+        try:
+            file.parent.mkdir(parents=True, exist_ok=True)
+            self._file = file.open("a", encoding="utf-8", buffering=1)
+        except OSError as error:
+            raise InputError(
+                f"log_file {str(file)!r} cannot be written: {error.strerror}; give a path that can be"
+            ) from error
+
+    def say(self, text: str) -> None:
+        self._write(text)
+        self._reporter.say(text)
+
+    def warn(self, text: str) -> None:
+        self._write(f"warning: {text}")
+        self._reporter.warn(text)
+
+    def progress(self, name: str, total: int) -> AbstractContextManager[Bar]:
+        return self._reporter.progress(name, total)
+
+    def _write(self, text: str) -> None:
+        self._file.write(f"{datetime.now().astimezone().isoformat(timespec='seconds')} {text}\n")
+
+    def __enter__(self) -> LoggedReporter:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if error is not None:
+            self._write(f"ended: {error}")
+        self._file.close()

@@ -1,0 +1,80 @@
+"""Timing that can be trusted: warmed up at the timed shape, the device synchronised, repeated, median and spread."""
+
+from __future__ import annotations
+
+import platform
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Repeated measurements of one thing, in seconds."""
+
+    seconds: tuple[float, ...]
+
+    @property
+    def median(self) -> float:
+        return float(np.median(self.seconds))
+
+    @property
+    def iqr(self) -> float:
+        """Interquartile range: the spread of the middle half."""
+        low, high = np.quantile(self.seconds, [0.25, 0.75])
+        return float(high - low)
+
+
+def synchronise(device: torch.device | str) -> None:
+    """Wait until ``device`` has done all it was given; a CPU has nothing to wait for."""
+    kind = torch.device(device).type
+    if kind == "cuda":
+        torch.cuda.synchronize(device)
+    elif kind == "mps":
+        torch.mps.synchronize()
+    elif kind == "xpu":
+        torch.xpu.synchronize(device)
+
+
+def measure(
+    work: Callable[[], object], *, repeats: int = 5, warmup: int = 1, device: torch.device | str = "cpu"
+) -> Timing:
+    """Run ``work`` ``warmup`` times unmeasured, then ``repeats`` times by the wall clock."""
+    if repeats < 1 or warmup < 0:
+        raise ValueError(f"{repeats} repeats and {warmup} warm-ups; allowed are at least 1 and 0")
+    for _ in range(warmup):
+        work()
+    seconds = []
+    for _ in range(repeats):
+        synchronise(device)
+        started = time.perf_counter()
+        work()
+        synchronise(device)
+        seconds.append(time.perf_counter() - started)
+    return Timing(tuple(seconds))
+
+
+def machine(device: torch.device | str, precision: str) -> dict[str, str]:
+    """What was timed on, in words: device, its precision, threads, operating system."""
+    place = torch.device(device)
+    name = torch.cuda.get_device_name(place) if place.type == "cuda" else _processor()
+    return {
+        "device": name if place.type in {"cuda", "cpu"} else f"{place.type} on {name}",
+        "precision": precision,
+        "threads": str(torch.get_num_threads()),
+        "system": platform.platform(),
+    }
+
+
+def _processor() -> str:
+    """The CPU's name; `platform.processor` leaves it empty on Linux."""
+    info = Path("/proc/cpuinfo")
+    if info.exists():
+        for line in info.read_text(encoding="utf-8", errors="replace").splitlines():
+            if line.startswith("model name"):
+                return " ".join(line.partition(":")[2].split())
+    return platform.processor() or platform.machine()

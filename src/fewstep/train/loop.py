@@ -1,0 +1,361 @@
+"""K-step distillation from the first line to the last: base, data, adapter, loop.
+
+    x0* = K guided DDIM steps of the teacher from x_t         adapter off, no gradient
+    x0  = one forward of the student at t, without guidance   adapter on
+    loss = w(t) |x0 - x0*|^2, at the timesteps that the promised step counts will be sampled at
+
+A step is an optimizer update: gradient_accumulation_steps micro-batches of batch_size pictures on each process. What
+an update sees is a function of (seed, update, position in its global batch): nothing draws from a running stream, so
+that a resumed run goes on as if it had never stopped, and how the global batch is cut changes the order of summation
+alone.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import GradientAccumulationPlugin
+from torch import Tensor, nn
+
+from fewstep import checkpoint, lora
+from fewstep.backbone import Backbone, adapters_off, load_backbone
+from fewstep.config import TrainSettings, settings_toml
+from fewstep.data import Batch, Batches, Slices, open_data
+from fewstep.data.loader import to_pixels
+from fewstep.ema import EMA
+from fewstep.errors import InputError, Interrupted
+from fewstep.files import write_text_atomic
+from fewstep.methods.kstep import Draws, KStep
+from fewstep.oracle import Oracle, describe, measure_oracle
+from fewstep.previews import Previews
+from fewstep.reporting import SILENT, Reporter
+from fewstep.telemetry import LoggedReporter, LossByTimestep, Telemetry, Throughput
+from fewstep.train import start
+
+PREVIEW_PROMPTS = 4
+"""Rows of a grid of previews."""
+
+MOST_OVERFLOWS = 24
+"""Overflows of fp16 in a row, each of which halves the loss scale, after which the loss itself must be infinite."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DistillResult:
+    """A finished run.
+
+    Attributes:
+        folder: OUTPUT_DIR/RUN_NAME.
+        adapter: the folder of the finished adapter, what `--lora_path` takes.
+        steps: updates that it was trained for.
+        settings: as resolved.
+        oracle: what a perfect student would reach; None where it was not measured, as in a resumed run.
+        history: the lines of metrics.jsonl.
+    """
+
+    folder: Path
+    adapter: Path
+    steps: int
+    settings: TrainSettings
+    oracle: Oracle | None
+    history: list[dict[str, float]]
+
+
+def distill(
+    settings: TrainSettings, *, reporter: Reporter = SILENT, should_stop: Callable[[], bool] = lambda: False
+) -> DistillResult:
+    """Distil a base model into a few-step LoRA.
+
+    Args:
+        settings: everything; what is None is taken from the base.
+        reporter: is told what happens. KeyboardInterrupt from its bar of updates, raised when one is done, asks to stop
+            as `should_stop` does.
+        should_stop: asked after every update; True saves the state and ends the run.
+
+    Raises:
+        InputError: settings that cannot be used, or a folder that holds a run already.
+        DataError: no data, or too little of it is usable.
+        CheckpointError: a checkpoint to resume from that is damaged or of another run; an adapter that does not read
+            back as it was saved.
+        Interrupted: stopped on request; the state is saved.
+    """
+    with ExitStack() as cleanup:
+        # ---- Processes: each has a device of its own; the first one speaks, measures and writes for all.
+        processes = start.join_processes(settings.device)
+        main = processes.is_main_process
+        reporter = reporter if main else SILENT
+        if settings.log_file is not None and main:
+            reporter = cleanup.enter_context(LoggedReporter(reporter, settings.log_file))
+        resumed = start.checkpoint_to_resume(settings, reporter)
+        processes.wait_for_everyone()  # nobody writes into the run's folder before everybody has looked at it
+
+        # ---- The base, and what its defaults make of the settings.
+        name, why = settings.chosen_base(None if resumed is None else checkpoint.recorded_base(resumed))
+        reporter.say(f"base: {name} ({why})")
+        backbone = load_backbone(
+            name,
+            revision=settings.revision,
+            device=start.own_device(settings.device, processes),
+            dtype=settings.mixed_precision,
+            allow_pickle=settings.allow_pickle,
+            prediction_type=settings.prediction_type,
+            why=why,
+        )
+        settings = start.resolved(settings, backbone)
+        assert settings.guidance_scale is not None and settings.resolution is not None
+        shape, device = backbone.latent_shape(settings.resolution), backbone.device
+
+        # ---- The data.
+        opened = open_data(settings, backbone, reporter=reporter)
+        for line in opened.report.lines():
+            reporter.say(f"data: {line}")
+        slices = Slices(
+            batch_size=settings.batch_size,
+            accumulation=settings.gradient_accumulation_steps,
+            processes=processes.num_processes,
+            rank=processes.process_index,
+        )
+
+        # ---- The method, the student, and what trains it.
+        method = KStep(
+            schedule=backbone.schedule,
+            step_counts=settings.num_inference_steps,
+            num_ddim_steps=settings.num_ddim_steps,
+            guidance=settings.guidance_scale,
+            pure_noise_share=settings.pure_noise_share,
+            criterion=settings.loss,
+            weighting=settings.loss_weighting,
+        )
+        parameters = lora.attach(
+            backbone.unet, settings.lora_rank, settings.alpha, settings.lora_targets, settings.seed
+        )
+        ema = EMA(parameters, settings.ema_decay)
+        adamw = torch.optim.AdamW(parameters, lr=settings.learning_rate)
+        accelerator = Accelerator(
+            cpu=device.type == "cpu",
+            mixed_precision=settings.mixed_precision,
+            gradient_accumulation_plugin=GradientAccumulationPlugin(
+                num_steps=settings.gradient_accumulation_steps, sync_with_dataloader=False
+            ),
+        )
+        optimizer = accelerator.prepare(adamw)  # unscales and skips under fp16
+
+        # ---- Where the run begins.
+        stateful: dict[str, checkpoint.Stateful] = {"adapter": lora.AdapterWeights(backbone.unet), "optimizer": adamw}
+        stateful |= {"ema": ema} if settings.ema_decay > 0 else {}
+        stateful |= {"scaler": accelerator.scaler} if accelerator.scaler is not None else {}
+        identity: dict[str, str | int] = {"data_fingerprint": opened.fingerprint, "global_batch": slices.global_batch}
+        step = 0
+        if resumed is not None:
+            start.check_resumed(resumed, settings, backbone, identity)
+            step = checkpoint.load(resumed, stateful).step
+            reporter.say(f"resumed from {resumed} at step {step}")
+        for line in start.plan(settings, method, slices, lora.trainable_parameters(backbone.unet), device):
+            reporter.say(line)
+        if main:
+            write_text_atomic(settings.run_dir / "settings.toml", settings_toml(settings))
+        telemetry = cleanup.enter_context(
+            Telemetry(settings.run_dir, resumed_at=None if resumed is None else step, active=main)
+        )
+
+        # ---- The ceiling, before any work is put in.
+        oracle = None
+        oracle_pictures = settings.oracle_images or 0
+        if oracle_pictures and main and resumed is None:
+            oracle = measure_oracle(
+                backbone,
+                method,
+                start.captions_to_show(oracle_pictures, settings, backbone, opened),
+                resolution=settings.resolution,
+                seed=settings.seed,
+                batch_size=settings.batch_size,
+                reporter=reporter,
+            )
+            reporter.say(describe(oracle, oracle_pictures))
+            telemetry.record(0, {f"oracle/{arm}/{key}": v for arm, found in oracle.items() for key, v in found.items()})
+        previews = None
+        if settings.validate_every and main:
+            prompts = start.captions_to_show(PREVIEW_PROMPTS, settings, backbone, opened)
+            previews = Previews(backbone, method, prompts, resolution=settings.resolution, seed=settings.seed)
+        processes.wait_for_everyone()
+
+        def publish(folder: Path) -> None:
+            """Write the adapter as it is to be sampled with, and prove that a stock pipeline gets the same one."""
+            with ema.applied():
+                lora.save_adapter(backbone.unet, folder, backbone.scheduler_config)
+                lora.prove_round_trip(backbone, folder)
+
+        def save(name: str, state: Mapping[str, checkpoint.Stateful] | None) -> Path:
+            record = checkpoint.Record(
+                step=step,
+                base_model=backbone.name,
+                base_fingerprint=backbone.fingerprint,
+                step_counts=tuple(settings.num_inference_steps),
+                revision=backbone.revision,
+                more=identity | {"rank": settings.lora_rank, "alpha": settings.alpha, "torch": torch.__version__},
+            )
+            folder = settings.run_dir / "lora" / name
+            if main:
+                checkpoint.save(folder, publish, settings=settings_toml(settings), record=record, stateful=state)
+            processes.wait_for_everyone()
+            return folder
+
+        # ---- The loop.
+        batches = Batches(
+            opened.data,
+            slices,
+            seed=settings.seed,
+            start=step,
+            end=settings.max_steps,
+            allowance=opened.allowance,
+            workers=start.loading_workers(device, processes.num_processes),
+        )
+        queue = iter(batches)
+        student, teacher, uncond = backbone.denoiser(), backbone.denoiser(adapter=False), backbone.embed([""])
+        losses, speed = LossByTimestep(method.points, device), Throughput()
+        micro_batches: list[Batch] = []
+        overflows, cut_captions, stopping = 0, False, False
+
+        with reporter.progress("training", settings.max_steps - step) as bar:
+            while step < settings.max_steps and not stopping:
+                # An update that overflowed is made again from the same micro-batches.
+                micro_batches = micro_batches or list(islice(queue, settings.gradient_accumulation_steps))
+                for group in optimizer.param_groups:
+                    group["lr"] = learning_rate(settings, step)
+                seen: list[tuple[Tensor, Tensor]] = []
+                for batch in micro_batches:
+                    draws = method.draw(settings.seed, step, batch.positions, shape)
+                    x_t = _noised(backbone, method, batch, draws)
+                    cond = backbone.embed(batch.captions)
+                    with adapters_off(backbone.unet):
+                        target = method.target(teacher, x_t, draws.t, cond, uncond)
+                    with accelerator.accumulate():
+                        loss = method.loss(student, x_t, draws.t, cond, target)  # [B]
+                        accelerator.backward(loss.mean())  # divided by the number of micro-batches, scaled under fp16
+                    seen.append((draws.t, loss.detach()))
+                _average_gradients(accelerator, parameters)
+                norm = accelerator.clip_grad_norm_(parameters, settings.max_grad_norm)  # unscales first
+                optimizer.step()
+                optimizer.zero_grad()
+                overflows = overflows + 1 if optimizer.step_was_skipped else 0
+                if overflows > MOST_OVERFLOWS:
+                    raise _not_finite(step)
+                if overflows:
+                    continue
+
+                # The update is made.
+                step += 1
+                ema.update(step)
+                for t, values in seen:
+                    losses.add(t, values)
+                speed.add(slices.global_batch)
+                for batch in micro_batches:
+                    for replaced in batch.replaced:
+                        reporter.warn(str(replaced))
+                    if not cut_captions and any(backbone.token_overflow(batch.captions)):
+                        reporter.warn(
+                            f"captions of more than {backbone.max_tokens} tokens are cut, first at step {step}"
+                        )
+                        cut_captions = True
+                micro_batches = []
+
+                shown: dict[str, float] = {}
+                if step % settings.log_every == 0 or step == settings.max_steps:
+                    shown = losses.means(accelerator.reduce)
+                    shown |= {"gradient_norm": float(norm), "learning_rate": learning_rate(settings, step - 1)}
+                    shown |= {"pictures_per_second": speed.read()}
+                    if not math.isfinite(shown["loss"] + shown["gradient_norm"]):
+                        raise _not_finite(step)
+                    telemetry.record(step, shown)
+                try:
+                    bar.advance(1, **{key: shown[key] for key in ("loss", "pictures_per_second") if shown})
+                except KeyboardInterrupt:
+                    stopping = True
+                stopping = _any_process(accelerator, stopping or should_stop())
+
+                last = step == settings.max_steps
+                with speed.paused():
+                    if last or stopping or (settings.checkpoint_every and step % settings.checkpoint_every == 0):
+                        save(f"checkpoint-{step}", stateful)
+                    if previews is not None and (last or step % settings.validate_every == 0) and not stopping:
+                        with ema.applied():
+                            previews.save(settings.run_dir / "previews" / f"step-{step:06d}.png")
+                    processes.wait_for_everyone()
+
+        if step < settings.max_steps:
+            raise Interrupted(
+                f"stopped at step {step} of {settings.max_steps}, saved in {settings.run_dir}; "
+                "go on with --resume_from_checkpoint latest"
+            )
+        adapter = save(checkpoint.FINAL, None)
+        reporter.say(f"adapter: {adapter}")
+        return DistillResult(
+            folder=settings.run_dir,
+            adapter=adapter,
+            steps=step,
+            settings=settings,
+            oracle=oracle,
+            history=telemetry.history,
+        )
+
+
+# ------------------------------------------------------------------------------------------------ parts of an update
+
+
+def learning_rate(settings: TrainSettings, update: int) -> float:
+    """Of update number `update`, from 0: a linear rise over the warm-up, then constant or half a cosine down to 0."""
+    warmup = settings.lr_warmup_steps
+    if update < warmup:
+        return settings.learning_rate * (update + 1) / (warmup + 1)
+    if settings.lr_schedule == "constant":
+        return settings.learning_rate
+    done = (update - warmup) / (settings.max_steps - warmup)
+    return settings.learning_rate * 0.5 * (1 + math.cos(math.pi * done))
+
+
+def _noised(backbone: Backbone, method: KStep, batch: Batch, draws: Draws) -> Tensor:
+    """x_t [B, C, H, W] fp32; only those pictures are encoded that do not start from pure noise.
+
+    A picture's latent is its posterior's mean: the posterior's own spread is far below the noise of any t trained at.
+    """
+    x0 = torch.zeros_like(draws.noise, device=backbone.device)
+    rows = (~draws.pure).nonzero().squeeze(1)
+    if len(rows):
+        latents = backbone.encode(to_pixels(batch.pictures[rows].to(backbone.device)))
+        x0.index_copy_(0, rows.to(backbone.device), latents)
+    return method.start(x0, draws)
+
+
+@torch.no_grad()
+def _average_gradients(accelerator: Accelerator, parameters: Sequence[nn.Parameter]) -> None:
+    """The mean gradient over all processes, once an update.
+
+    In one exchange of the adapter's few numbers: wrapping the UNet would also wrap the teacher's forwards, and would
+    exchange after every micro-batch or need to be told not to.
+    """
+    if accelerator.num_processes == 1:
+        return
+    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    mean = accelerator.reduce(torch.cat([gradient.flatten() for gradient in gradients]), "mean")
+    for gradient, part in zip(gradients, mean.split([gradient.numel() for gradient in gradients]), strict=True):
+        gradient.copy_(part.view_as(gradient))
+
+
+def _any_process(accelerator: Accelerator, here: bool) -> bool:
+    """Whether it is so in any process: they stop together or not at all."""
+    if accelerator.num_processes == 1:
+        return here
+    return bool(accelerator.reduce(torch.tensor(float(here), device=accelerator.device)).item())
+
+
+def _not_finite(step: int) -> InputError:
+    return InputError(
+        f"the loss or its gradient is not finite at step {step}; allowed is training that converges; lower "
+        "--learning_rate, or use --mixed_precision bf16 or no"
+    )

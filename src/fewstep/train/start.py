@@ -1,0 +1,184 @@
+"""What is settled before the first update: processes, the checkpoint to go on from, resolved settings, what is said."""
+
+from __future__ import annotations
+
+import os
+import tomllib
+from collections.abc import Iterator, Mapping
+from datetime import timedelta
+from pathlib import Path
+
+import torch
+from accelerate import PartialState
+from accelerate.state import AcceleratorState, GradientState
+from accelerate.utils import parse_flag_from_env
+
+from fewstep import checkpoint
+from fewstep.backbone import Backbone
+from fewstep.config import TrainSettings, load_toml, settings_toml, spell
+from fewstep.data import Batches, OpenedData, Slices
+from fewstep.errors import CheckpointError, InputError
+from fewstep.methods.kstep import KStep
+from fewstep.reporting import Reporter
+
+ORACLE_PICTURES = 16
+"""Pictures an arm of the oracle where none are asked for and the base has an answer key."""
+
+PATIENCE = timedelta(hours=2)
+"""How long processes wait for the first one, which alone measures the oracle, draws previews and saves."""
+
+MAY_CHANGE = {
+    *("output_dir", "run_name", "log_file", "checkpoint_every", "validate_every", "log_every", "oracle_images"),
+    *("device", "default_base", "revision", "allow_pickle"),
+    *("base_model", "data_dir", "dataset_name", "image_column", "caption_column", "max_dropped"),  # fingerprints tell
+    *("batch_size", "gradient_accumulation_steps"),  # the global batch tells
+    "max_steps",
+}
+"""Settings that a resumed run may change and still be the same run. Under a cosine, max_steps is not one of them."""
+
+
+def join_processes(device: str) -> PartialState:
+    """The processes that were started together, one or several; a call after another in one process starts anew.
+
+    Raises:
+        InputError: one device is named for several processes.
+    """
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
+    processes = PartialState(cpu=device == "cpu" or parse_flag_from_env("ACCELERATE_USE_CPU"), timeout=PATIENCE)
+    if processes.num_processes > 1 and ":" in device:
+        raise InputError(
+            f"device {device!r} came with {processes.num_processes} processes, each of which takes one of its own; "
+            "allowed are auto, cpu and cuda; leave --device out"
+        )
+    return processes
+
+
+def own_device(device: str, processes: PartialState) -> str:
+    """The device of this process: the one that is asked for, else the one that it was given among the others."""
+    if processes.num_processes == 1 and device != "auto":
+        return device
+    return "cpu" if processes.device.type == "cpu" else str(processes.device)  # there they are numbered too: cpu:0
+
+
+def checkpoint_to_resume(settings: TrainSettings, reporter: Reporter) -> Path | None:
+    """The checkpoint that the run goes on from, None for a new run; no run is ever overwritten by another one.
+
+    Raises:
+        InputError: the folder holds a run that is not resumed, or one that has gone on beyond the given checkpoint.
+        CheckpointError: there is no such checkpoint, or it is broken.
+    """
+    run, which = settings.run_dir, settings.resume_from_checkpoint
+    holds_a_run = (run / checkpoint.SETTINGS).exists() or (run / "lora").exists()
+    saved = checkpoint.checkpoints(run)
+    if which is None:
+        if holds_a_run:
+            way = "latest to go on with it" if saved else "auto to start it again, for it has no checkpoint"
+            raise InputError(
+                f"{str(run)!r} holds a run already; allowed is a folder without one; choose another --run_name, or "
+                f"pass --resume_from_checkpoint {way}"
+            )
+        return None
+    folder = checkpoint.resolve(run, which, warn=reporter.warn)
+    if folder is None or which in ("latest", "auto"):
+        return folder
+    if folder.resolve().parent != (run / "lora").resolve():
+        if holds_a_run:
+            raise InputError(
+                f"{str(run)!r} holds a run already, and {which!r} is of another one; choose a new --run_name to go on "
+                "from it"
+            )
+    elif saved and folder.name != saved[0].name:
+        raise InputError(
+            f"the run in {str(run)!r} has gone on from {folder.name} to {saved[0].name}; allowed is its latest "
+            "checkpoint; pass --resume_from_checkpoint latest, or a new --run_name to go on from the older one"
+        )
+    return folder
+
+
+def resolved(settings: TrainSettings, backbone: Backbone) -> TrainSettings:
+    """The settings with all that was left to the base filled in: what is printed, saved and trained with."""
+    oracle = 0 if backbone.abilities is None else ORACLE_PICTURES
+    return settings.replace(
+        base_model=backbone.name,
+        guidance_scale=backbone.guidance_scale if settings.guidance_scale is None else settings.guidance_scale,
+        resolution=backbone.resolution if settings.resolution is None else settings.resolution,
+        lora_alpha=settings.alpha,
+        oracle_images=oracle if settings.oracle_images is None else settings.oracle_images,
+        prediction_type=backbone.schedule.prediction_type,
+        mixed_precision={torch.float32: "no", torch.float16: "fp16", torch.bfloat16: "bf16"}[backbone.dtype],
+        resume_from_checkpoint=None,
+    )
+
+
+def check_resumed(folder: Path, settings: TrainSettings, backbone: Backbone, more: Mapping[str, str | int]) -> None:
+    """Refuse to go on from a checkpoint in a way that would make it another run.
+
+    Args:
+        settings: as resolved.
+        more: what else has to be as it was: fingerprint of the data, global batch.
+
+    Raises:
+        CheckpointError: it was trained on another base, on other data, or in other batches.
+        InputError: a setting differs, or it has more steps than are asked for.
+    """
+    record, name = checkpoint.verify(folder), str(folder)
+    if record.base_fingerprint != backbone.fingerprint:
+        raise CheckpointError(
+            f"checkpoint {name!r} was trained on another base ({record.base_model}, {record.base_fingerprint}) than "
+            f"{backbone.name} ({backbone.fingerprint}); pass that one as --base_model"
+        )
+    for key, now in more.items():
+        if record.more.get(key) != now:
+            raise CheckpointError(
+                f"checkpoint {name!r} was trained with {key} {record.more.get(key)}, now it is {now}; go on with the "
+                "same data and the same batch_size x gradient_accumulation_steps x processes, or with a new --run_name"
+            )
+    if record.step > settings.max_steps:
+        raise InputError(
+            f"checkpoint {name!r} is at step {record.step}, max_steps is {settings.max_steps}; allowed is as many or "
+            "more; raise --max_steps"
+        )
+    before, after = load_toml(folder / checkpoint.SETTINGS), tomllib.loads(settings_toml(settings))
+    free = MAY_CHANGE if settings.lr_schedule == "constant" else MAY_CHANGE - {"max_steps"}
+    for key in sorted((before.keys() | after.keys()) - free):
+        if before.get(key) != after.get(key):
+            raise InputError(
+                f"{key} {spell(after.get(key))} came, checkpoint {name!r} was trained with {spell(before.get(key))}; a "
+                f"resumed run keeps its settings; pass --config {folder / checkpoint.SETTINGS} or a new --run_name"
+            )
+
+
+def plan(settings: TrainSettings, method: KStep, slices: Slices, trainable: int, device: torch.device) -> Iterator[str]:
+    """What is going to happen, line by line; the resolved settings last."""
+    rank, alpha = settings.lora_rank, settings.alpha
+    yield (
+        f"student: LoRA of rank {rank}, alpha {alpha} (alpha / rank = {alpha / rank:g}) on "
+        f"{spell(settings.lora_targets)}: {trainable:,} trainable parameters"
+    )
+    yield (
+        f"teacher: {method.num_ddim_steps} DDIM steps from t to x0 with guidance {method.guidance:g}; "
+        f"t is one of {spell(method.points)}"
+    )
+    yield f"loss: {settings.loss} to the teacher's x0, loss_weighting {settings.loss_weighting}"
+    yield (
+        f"training: {settings.max_steps:,} steps of {slices.global_batch} pictures ({slices.batch_size} x "
+        f"{slices.accumulation} micro-batches x {slices.processes} processes) on {device}, "
+        f"mixed_precision {settings.mixed_precision}"
+    )
+    yield "settings:"
+    yield from (f"  {line}" for line in settings_toml(settings).splitlines())
+
+
+def captions_to_show(count: int, settings: TrainSettings, backbone: Backbone, opened: OpenedData) -> list[str]:
+    """Captions to look at: the base's own unseen ones, else the first that training draws."""
+    if backbone.abilities is not None:
+        return backbone.abilities.prompts(count, settings.seed)
+    few = Slices(batch_size=min(count, len(opened.data)))
+    first = Batches(opened.data, few, seed=settings.seed, start=0, end=1, allowance=opened.allowance)
+    return list(next(iter(first)).captions)
+
+
+def loading_workers(device: torch.device, processes: int) -> int:
+    """Processes that load ahead: none where the CPU does the training, else one a core, at most 8."""
+    return 0 if device.type == "cpu" else min(8, max(1, (os.cpu_count() or 1) // processes))
