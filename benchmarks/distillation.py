@@ -1,0 +1,151 @@
+"""What distillation achieves on a base with an answer key, beside everything that needs no training.
+
+    python benchmarks/distillation.py --adapters run1/lora/final run2/lora/final run3/lora/final --count 2000
+
+Draws `--count` unseen captions, one picture each, from the same noise: the teacher, the untrained few-step samplers,
+and every adapter at 1, 2, 4 and 8 steps. Prints all-right shares, Fréchet distances to drawings of the same captions,
+the paired difference to the teacher, and the share of the gap closed between the best untrained arm and the teacher,
+each with intervals over captions. Arms already drawn are read back from `--cache`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import statistics
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from fewstep.arms import student_arm
+from fewstep.backbone import load_backbone
+from fewstep.lora import load_adapter
+from fewstep.metrics.frechet import frechet_distance, half_sample_distances, half_samples
+from fewstep.metrics.intervals import gap_closed, paired_difference, share
+from fewstep.proving import Drawn, draw_arm, reference_features, untrained_arms
+
+REFERENCES = 5
+RIVALS = ("lcm-4-unguided", "ddim-4-unguided", "ddim-2-guided")
+"""The untrained arms with a 4-step student's number of network evaluations."""
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--base_model", default="scenes")
+    parser.add_argument("--adapters", nargs="*", type=Path, default=[])
+    parser.add_argument("--steps", nargs="+", type=int, default=[1, 2, 4, 8])
+    parser.add_argument("--count", type=int, default=2000)
+    parser.add_argument("--seed", type=int, default=7)
+    parser.add_argument("--cache", type=Path, default=Path("outputs/distillation_cache"))
+    args = parser.parse_args()
+
+    backbone = load_backbone(args.base_model, device="auto", dtype="no")
+    assert backbone.abilities is not None, "this benchmark needs a base with an answer key, such as scenes"
+    prompts = backbone.abilities.prompts(args.count, args.seed)
+    cache = Cache(args.cache, f"{backbone.fingerprint}-{args.count}-{args.seed}")
+
+    reference = cache.tensors("reference", lambda: {"f": reference_features(backbone, prompts, REFERENCES, args.seed)})[
+        "f"
+    ]
+    untrained = {
+        arm.id: cache.drawn(arm.id, partial(draw_arm, backbone, arm, prompts, args.seed))
+        for arm in untrained_arms(backbone.guidance_scale)
+    }
+    teacher = untrained["ddim-50-guided"]
+    judge = Comparison(teacher, untrained, reference)
+    for name, drawn in untrained.items():
+        judge.print_arm(name, drawn)
+    students: dict[int, list[Drawn]] = {steps: [] for steps in args.steps}
+    for folder in args.adapters:
+        weights = (folder / "pytorch_lora_weights.safetensors").read_bytes()
+        key = hashlib.sha256(weights).hexdigest()[:12]
+        base = load_backbone(args.base_model, device="auto", dtype="no")
+        load_adapter(base, folder)
+        for steps in args.steps:
+            draw = partial(draw_arm, base, student_arm(steps), prompts, args.seed)
+            drawn = cache.drawn(f"{key}-{steps}", draw)
+            students[steps].append(drawn)
+            judge.print_arm(f"student-{steps} {folder}", drawn)
+    for steps, runs in students.items():
+        if len(runs) > 1:
+            shares = [100 * run.share for run in runs]
+            mean, spread = statistics.mean(shares), statistics.stdev(shares)
+            print(f"student-{steps} over {len(runs)} runs: all right {mean:.1f} ± {spread:.1f}")
+    if 4 in students:
+        for run in students[4]:
+            judge.print_gap(run)
+
+
+class Cache:
+    """Finished arms, keyed by the base, the captions and the arm."""
+
+    def __init__(self, folder: Path, key: str) -> None:
+        self.folder = folder / key
+        self.folder.mkdir(parents=True, exist_ok=True)
+
+    def tensors(self, name: str, compute: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
+        file = self.folder / f"{name}.safetensors"
+        if not file.exists():
+            save_file({key: value.contiguous() for key, value in compute().items()}, file)
+        return load_file(file)
+
+    def drawn(self, name: str, compute: Callable[[], Drawn]) -> Drawn:
+        attributes = self.folder / f"{name}.json"
+
+        def draw() -> dict[str, Tensor]:
+            drawn = compute()
+            attributes.write_text(json.dumps(drawn.by_attribute))
+            return {"all_right": drawn.all_right.to(torch.uint8), "features": drawn.features}
+
+        found = self.tensors(name, draw)
+        return Drawn(found["all_right"].bool(), json.loads(attributes.read_text()), found["features"])
+
+
+class Comparison:
+    """Every arm against the teacher and the best untrained rival, over the same captions."""
+
+    def __init__(self, teacher: Drawn, untrained: dict[str, Drawn], reference: Tensor) -> None:
+        self.teacher, self.untrained, self.reference = teacher, untrained, reference
+        self.prompts = list(range(len(teacher.all_right)))
+        self.repeated = [prompt for prompt in self.prompts for _ in range(REFERENCES)]
+        self.halves = half_samples(self.prompts, halves=40)
+
+    def distances(self, drawn: Drawn) -> tuple[float, np.ndarray]:
+        halves = half_sample_distances(drawn.features, self.prompts, self.reference, self.repeated, self.halves)
+        return frechet_distance(drawn.features, self.reference), np.array(halves)
+
+    def print_arm(self, name: str, drawn: Drawn) -> None:
+        whole = share(drawn.all_right.numpy(), self.prompts)
+        # A one-sided 95 % bound is the lower end of a two-sided 90 % interval.
+        paired = paired_difference(drawn.all_right.numpy(), self.teacher.all_right.numpy(), self.prompts, level=0.9)
+        distance, halves = self.distances(drawn)
+        interval = f"[{100 * (whole.low or 0):.1f}, {100 * (whole.high or 0):.1f}]"
+        bound = f"one-sided bound {100 * (paired.low or 0):+.1f}, allowed {-5 * self.teacher.share:+.1f}"
+        print(
+            f"{name:40} all right {100 * whole.value:5.1f} % {interval}  "
+            f"minus teacher {100 * paired.value:+5.1f} ({bound})  Fréchet {distance:.3f} ± {halves.std(ddof=1):.3f}",
+            flush=True,
+        )
+
+    def print_gap(self, student: Drawn) -> None:
+        best = max(RIVALS, key=lambda name: self.untrained[name].share)
+        errors = [1 - drawn.all_right.double().numpy() for drawn in (self.untrained[best], student, self.teacher)]
+        closed = gap_closed(*errors, self.prompts, level=0.9)
+        print(f"gap closed to {best}, all-right errors: {closed.value:.2f}, lower bound {closed.low}")
+        nearest = min(RIVALS, key=lambda name: self.distances(self.untrained[name])[0])
+        (u, us), (s, ss), (t, ts) = (
+            self.distances(drawn) for drawn in (self.untrained[nearest], student, self.teacher)
+        )
+        spread = ((us - ss) / (us - ts)).std(ddof=1)
+        value = (u - s) / (u - t)
+        print(f"gap closed to {nearest}, Fréchet: {value:.2f}, lower bound {value - 1.645 * spread:.2f}", flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,359 @@
+"""Whole benchmarks on a tiny base: files, columns, controls, and what must be refused."""
+
+from __future__ import annotations
+
+import csv
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from fewstep import lora
+from fewstep.arms import base_arm, student_arm, teacher_arm
+from fewstep.backbone import Backbone
+from fewstep.benchmark import BenchmarkResult, benchmark
+from fewstep.config import BenchSettings, load_toml
+from fewstep.errors import CheckpointError, InputError
+from fewstep.records import BenchmarkRecord
+from fewstep.report import picture_path
+from tests.benchmark.fakes import PROMPTS, Notes, make_adapter
+
+CONTRACT = (
+    "arm,steps,is_baseline,prompt_idx,avg_clip_align_x100,std_clip_align_x100,time_total_s,time_per_image_s,"
+    "speedup_vs_baseline,delta_clip_vs_baseline"
+)
+
+
+def prompts_file(folder: Path) -> Path:
+    file = folder / "prompts.txt"
+    file.write_text("\n".join(PROMPTS) + "\n")
+    return file
+
+
+def settings(folder: Path, **changes: object) -> BenchSettings:
+    values: dict[str, object] = {
+        "prompts_file": prompts_file(folder),
+        "outdir": folder / "out",
+        "steps": (1, 2),
+        "num_images": 2,
+        "batch_size": 3,
+        "compare_baseline": True,
+        "baseline_steps": 5,
+        "frechet_images": 5,
+        "device": "cpu",
+    }
+    return BenchSettings(**values | changes)
+
+
+def pixels(path: Path) -> np.ndarray:
+    return np.asarray(Image.open(path), dtype=np.int16)
+
+
+def table(path: Path) -> list[dict[str, str]]:
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+@pytest.fixture(scope="module")
+def run(shared_base: Backbone, tmp_path_factory: pytest.TempPathFactory) -> tuple[BenchmarkResult, Notes]:
+    notes = Notes()
+    folder = tmp_path_factory.mktemp("run")
+    result = benchmark(settings(folder), reporter=notes, backbone=shared_base, timing_batch_sizes=(1, 2))
+    lora.detach(shared_base.unet)
+    return result, notes
+
+
+def test_leaves_the_files_of_the_contract_and_no_others(run: tuple[BenchmarkResult, Notes]) -> None:
+    out = run[0].outdir
+    arms = ["teacher-5", "student-1", "student-2", "base-1", "base-2"]
+    assert sorted(path.name for path in out.iterdir()) == sorted(
+        ["settings.toml", "images", "grids", "results.csv", "timing.csv", "clipscore_results.json", "report.html"]
+    )
+    assert sorted(path.name for path in (out / "images").iterdir()) == sorted(arms)
+    pictures = sorted(str(path.relative_to(out / "images")) for path in (out / "images").rglob("*.png"))
+    assert pictures == sorted(
+        f"{arm}/{prompt:03d}/{n:03d}.png" for arm in arms for prompt in range(4) for n in range(2)
+    )
+    grids = {path.name for path in (out / "grids").iterdir()}
+    assert grids == {f"{prompt:03d}_{name}.png" for prompt in range(4) for name in [*arms, "compare"]}
+
+
+def test_results_csv_starts_with_the_columns_of_the_contract(run: tuple[BenchmarkResult, Notes]) -> None:
+    path = run[0].outdir / "results.csv"
+    assert path.read_text().splitlines()[0].startswith(CONTRACT + ",")
+    rows = table(path)
+    assert len(rows) == 5 * 4
+    teacher = [row for row in rows if row["is_baseline"] == "True"]
+    assert [row["prompt_idx"] for row in teacher] == ["0", "1", "2", "3"]
+    assert all(float(row["delta_clip_vs_baseline"]) == 0 and float(row["speedup_vs_baseline"]) == 1 for row in teacher)
+    for row in rows:
+        theirs = next(one for one in teacher if one["prompt_idx"] == row["prompt_idx"])
+        difference = float(row["avg_clip_align_x100"]) - float(theirs["avg_clip_align_x100"])
+        assert float(row["delta_clip_vs_baseline"]) == pytest.approx(difference, abs=1e-3)
+        assert float(row["time_total_s"]) > 0
+    of_arm = {row["time_per_image_s"] for row in rows if row["arm"] == "student-1"}
+    timed = next(row for row in table(run[0].outdir / "timing.csv") if row["arm"] == "student-1")
+    assert of_arm == {timed["time_per_image_s"]} and timed["batch_size"] == "1"
+
+
+def test_timing_has_a_row_an_arm_and_batch_size(run: tuple[BenchmarkResult, Notes]) -> None:
+    rows = table(run[0].outdir / "timing.csv")
+    assert [(row["arm"], row["batch_size"]) for row in rows][:4] == [
+        ("teacher-5", "1"), ("teacher-5", "2"), ("student-1", "1"), ("student-1", "2")
+    ]  # fmt: skip
+    for row in rows:
+        assert row["repeats"] == "5"
+        assert float(row["unet_forward_median_s"]) > 0 and float(row["decode_median_s"]) > 0
+        assert float(row["unet_total_s"]) == pytest.approx(
+            float(row["unet_forward_median_s"]) * int(row["unet_calls"]), rel=1e-4
+        )
+    teacher = rows[0]
+    assert (teacher["unet_calls"], teacher["network_evaluations_per_image"]) == ("5", "10")
+
+
+def test_the_record_is_the_json_and_agrees_with_the_table(run: tuple[BenchmarkResult, Notes]) -> None:
+    result = run[0]
+    text = (result.outdir / "clipscore_results.json").read_text()
+    assert BenchmarkRecord.from_json(text) == result.record
+    plain = json.loads(text)
+    for key in ("schema_version", "settings", "versions", "scores", "floor", "summary"):
+        assert key in plain
+    assert len(result.record.scores) == 5 * 4 * 2
+    student = result.record.summary["student-2"]
+    own = [score for score in result.record.scores if score.arm == "student-2"]
+    mean = np.mean([score.clip_align_x100 for score in own])
+    assert student.alignment is not None and student.alignment.value == pytest.approx(mean)
+    assert student.floor == pytest.approx(np.mean([score.clip_floor_x100 for score in own]))
+    assert student.control == "base-2"
+    assert student.delta_all_right is not None and student.gain_all_right is not None
+    assert set(student.attributes) == {"red", "green", "intact"}
+    assert student.frechet is not None and (student.frechet.pictures, student.frechet.references) == (8, 20)
+    assert student.frechet.difference is not None and student.frechet.difference.standard_error is not None
+    assert student.saturation is not None and len(student.saturation) == 4
+    teacher = result.record.summary["teacher-5"]
+    assert teacher.saturation == pytest.approx((1.0,) * 4)
+    assert teacher.retention_corrected is None or teacher.retention_corrected.value == pytest.approx(1)
+
+
+def test_what_is_said(run: tuple[BenchmarkResult, Notes]) -> None:
+    result, notes = run
+    assert notes.said[0].startswith("base: ")
+    assert any("report.html" in line for line in notes.said)
+    assert all(done == total for done, total in notes.advanced.values())
+    assert notes.warned == []
+    assert result.verdict and all(line in notes.said for line in result.verdict)
+
+
+def test_settings_can_be_passed_back(run: tuple[BenchmarkResult, Notes]) -> None:
+    saved = BenchSettings(**load_toml(run[0].outdir / "settings.toml"))
+    assert saved.baseline_guidance == 7.5 and saved.resolution == 64
+
+
+def test_pictures_depend_neither_on_the_batch_nor_on_the_other_arms(
+    run: tuple[BenchmarkResult, Notes], base: Backbone, tmp_path: Path
+) -> None:
+    alone = benchmark(
+        settings(tmp_path, batch_size=1, steps=(2,), compare_baseline=False, clip_model_id="none", frechet_images=0),
+        backbone=base,
+        timing_batch_sizes=(1,),
+    )
+    for prompt in range(4):
+        for picture in range(2):
+            mine = pixels(picture_path(alone.folders["student-2"], prompt, picture))
+            theirs = pixels(picture_path(run[0].folders["student-2"], prompt, picture))
+            assert np.abs(mine - theirs).max() <= 1
+    # Nothing to compare with, no alignment asked for: empty cells, no made-up figures.
+    row = table(alone.outdir / "results.csv")[0]
+    assert row["avg_clip_align_x100"] == row["delta_clip_vs_baseline"] == row["speedup_vs_baseline"] == ""
+    assert alone.record.floor is None and alone.record.alignment_model is None
+
+
+def test_the_adapter_makes_the_difference(run: tuple[BenchmarkResult, Notes]) -> None:
+    folders = run[0].folders
+    student, control = (pixels(picture_path(folders[arm], 0, 0)) for arm in ("student-2", "base-2"))
+    assert np.abs(student - control).max() > 1
+
+
+def test_one_picture_of_one_prompt_has_no_spread_and_no_floor(base: Backbone, tmp_path: Path) -> None:
+    result = benchmark(
+        settings(tmp_path, prompts_file=None, prompt="a house", num_images=1, steps=(1,)),
+        backbone=base,
+        timing_batch_sizes=(1,),
+    )
+    row = table(result.outdir / "results.csv")[0]
+    assert row["std_clip_align_x100"] == "" and row["clip_floor_x100"] == "" and row["avg_clip_align_x100"] != ""
+    summary = result.record.summary["student-1"]
+    assert summary.alignment is not None and summary.alignment.low is None
+    assert summary.retention_corrected is None and result.record.floor is None
+
+
+def test_the_base_brings_prompts_where_none_are_given(base: Backbone, tmp_path: Path) -> None:
+    result = benchmark(
+        settings(tmp_path, prompts_file=None, num_prompts=2, num_images=1, steps=(1,), compare_baseline=False),
+        backbone=base,
+        timing_batch_sizes=(1,),
+    )
+    assert result.record.prompts == ("caption 42-0", "caption 42-1")
+
+
+def test_a_base_without_abilities_is_measured_by_alignment_alone(base: Backbone, tmp_path: Path) -> None:
+    bare = replace(base, abilities=None)
+    adapter = make_adapter(tmp_path / "adapter", base)
+    notes = Notes()
+    result = benchmark(
+        settings(
+            tmp_path, lora_path=adapter, clip_model_id=str(base.abilities.alignment_model()), steps=(1,)  # type: ignore[union-attr]
+        ),
+        reporter=notes,
+        backbone=bare,
+        timing_batch_sizes=(1,),
+    )  # fmt: skip
+    summary = result.record.summary["student-1"]
+    assert summary.all_right is None and summary.frechet is None and summary.alignment is not None
+    assert any("Fréchet" in line for line in notes.warned)
+    assert "alignment" in result.verdict[0]
+
+
+def test_the_baseline_may_lie_elsewhere(base: Backbone, tmp_path: Path) -> None:
+    result = benchmark(
+        settings(tmp_path, baseline_outdir=tmp_path / "apart", steps=(1,), num_images=1, clip_model_id="none"),
+        backbone=base,
+        timing_batch_sizes=(1,),
+    )
+    assert (tmp_path / "apart" / "images" / "teacher-5" / "000" / "000.png").is_file()
+    assert not (result.outdir / "images" / "teacher-5").exists()
+
+
+def test_own_arms_can_be_measured_without_an_adapter(base: Backbone, tmp_path: Path) -> None:
+    result = benchmark(
+        settings(tmp_path, clip_model_id="none", num_images=1),
+        backbone=base,
+        arms=[teacher_arm(3, 7.5), base_arm(2)],
+        timing_batch_sizes=(1,),
+    )
+    assert [arm.arm.id for arm in result.arms] == ["teacher-3", "base-2"] and result.record.adapter is None
+    assert result.verdict == ["No student was drawn: there is nothing to compare."]
+
+
+def test_an_earlier_run_is_said_and_replaced(base: Backbone, tmp_path: Path) -> None:
+    plain = settings(tmp_path, steps=(1,), num_images=1, compare_baseline=False, clip_model_id="none", frechet_images=0)
+    benchmark(plain.replace(num_images=2), backbone=base, timing_batch_sizes=(1,))
+    notes = Notes()
+    benchmark(plain, reporter=notes, backbone=base, timing_batch_sizes=(1,))
+    assert any("earlier benchmark" in line for line in notes.warned)
+    assert len(list((tmp_path / "out" / "images").rglob("*.png"))) == 4
+
+
+def test_a_step_count_that_is_not_promised_is_named(base: Backbone, tmp_path: Path) -> None:
+    notes = Notes()
+    benchmark(
+        settings(tmp_path, steps=(2, 3), num_images=1, compare_baseline=False, clip_model_id="none"),
+        reporter=notes,
+        backbone=base,
+        timing_batch_sizes=(1,),
+    )
+    assert any("not trained for 3 steps; it promises 1 2 4" in line for line in notes.warned)
+
+
+# ---------------------------------------------------------------------------------------------------------- refusals
+
+
+def test_an_adapter_that_changes_nothing_is_an_error_and_leaves_nothing(base: Backbone, tmp_path: Path) -> None:
+    zero = make_adapter(tmp_path / "zero", base, scale=0)
+    with pytest.raises(CheckpointError, match="changes nothing"):
+        benchmark(settings(tmp_path, lora_path=zero), backbone=base)
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_attached_adapter_that_changes_nothing_is_an_error(base: Backbone, tmp_path: Path) -> None:
+    lora.attach(base.unet, 2, 16, ["to_q"], seed=1)
+    with pytest.raises(CheckpointError, match="changes nothing"):
+        benchmark(settings(tmp_path), backbone=base)
+
+
+def test_clip_weights_that_are_not_at_hand(base: Backbone, tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"hf download nobody/no-clip.*--clip_model_id none") as caught:
+        benchmark(settings(tmp_path, clip_model_id="nobody/no-clip"), backbone=base)
+    assert "\n" not in str(caught.value)
+    assert not (tmp_path / "out").exists()
+
+
+def test_no_adapter_at_all(base: Backbone, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="--lora_path"):
+        benchmark(settings(tmp_path), backbone=replace(base, abilities=None))
+    assert not (tmp_path / "out").exists()
+
+
+def test_no_prompt_at_all(base: Backbone, tmp_path: Path) -> None:
+    adapter = make_adapter(tmp_path / "adapter", base)
+    with pytest.raises(InputError, match="--prompts_file"):
+        benchmark(
+            settings(tmp_path, prompts_file=None, lora_path=adapter), backbone=replace(base, abilities=None)
+        )  # fmt: skip
+
+
+@pytest.mark.parametrize("content", [b"", b"\n  \n", b"\xff\xfe\xfa"])
+def test_prompt_files_that_hold_nothing(base: Backbone, tmp_path: Path, content: bytes) -> None:
+    plain = settings(tmp_path)
+    (tmp_path / "prompts.txt").write_bytes(content)
+    with pytest.raises(InputError, match=r"prompts\.txt"):
+        benchmark(plain, backbone=base)
+    assert not (tmp_path / "out").exists()
+
+
+def test_repeated_and_overlong_prompts_are_named(base: Backbone, tmp_path: Path) -> None:
+    file = tmp_path / "odd.txt"
+    file.write_text("a house\n\na house\n" + "very " * 90 + "long\n")
+    notes = Notes()
+    benchmark(
+        settings(
+            tmp_path, prompts_file=file, steps=(1,), num_images=1, compare_baseline=False, clip_model_id="none"
+        ),
+        reporter=notes,
+        backbone=base,
+        timing_batch_sizes=(1,),
+    )  # fmt: skip
+    assert any("more than once" in line for line in notes.warned)
+    assert any("prompt 2 is" in line and "longer" in line for line in notes.warned)
+
+
+def test_nothing_half_drawn_is_left(base: Backbone, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = []
+
+    def failing(pixels: torch.Tensor, prompts: list[str]) -> dict[str, torch.Tensor]:
+        calls.append(len(prompts))
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return {"all_right": torch.ones(len(prompts), dtype=torch.bool)}
+
+    class Failing(type(base.abilities)):  # type: ignore[misc]
+        answers = staticmethod(failing)
+
+    broken = replace(base, abilities=Failing(base.abilities.clip, base.abilities.shipped))  # type: ignore[union-attr]
+    with pytest.raises(KeyboardInterrupt):
+        benchmark(settings(tmp_path, clip_model_id="none", frechet_images=0), backbone=broken, timing_batch_sizes=(1,))
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) in (
+        ["images", "settings.toml"],
+        ["settings.toml"],
+    )
+    assert not list((tmp_path / "out").rglob("*.png"))
+
+
+def test_two_arms_that_are_the_same_model_do_not_differ(base: Backbone, tmp_path: Path) -> None:
+    teacher = teacher_arm(2, 1.0)
+    twin = replace(teacher, id="twin", is_baseline=False)
+    result = benchmark(
+        settings(tmp_path, num_images=1), backbone=base, arms=[teacher, twin], timing_batch_sizes=(1,)
+    )  # fmt: skip
+    found = result.record.summary["twin"]
+    assert found.delta_alignment is not None and found.delta_alignment.value == 0
+    assert found.frechet is not None and found.frechet.difference is not None and found.frechet.difference.value == 0
+
+
+def test_student_arm_is_the_schedulers_grid() -> None:
+    assert student_arm(4).timesteps == (999, 759, 499, 259)
+    assert teacher_arm(4, 7.5).timesteps == (999, 749, 499, 249)

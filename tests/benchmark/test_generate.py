@@ -1,0 +1,110 @@
+"""`generate`: files, the same pictures as a benchmark's, the shipped adapter, the safety checker."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from fewstep.arms import base_arm, student_arm
+from fewstep.backbone import Backbone
+from fewstep.config import GenerateSettings
+from fewstep.errors import CheckpointError, InputError
+from fewstep.generate import generate
+from fewstep.pictures import encode_prompts, evaluate, make_pictures, picture_ids
+from fewstep.safety import SafetyChecker
+from tests.benchmark.fakes import Notes, make_adapter
+
+
+def test_pictures_where_the_contract_says(base: Backbone, tmp_path: Path, notes: Notes) -> None:
+    settings = GenerateSettings(prompt="a red house", steps=(1, 2), num_images=2, outdir=tmp_path, device="cpu")
+    result = generate(settings, reporter=notes, backbone=base)
+    names = [str(path.relative_to(tmp_path)) for path in result.images]
+    assert names == [f"images/student-{steps}/000/{n:03d}.png" for steps in (1, 2) for n in range(2)]
+    assert all(path.is_file() for path in result.images) and (tmp_path / "settings.toml").is_file()
+    assert notes.said[0].startswith("base: ") and "alpha / rank 8" in notes.said[1]
+    assert all(done == total for done, total in notes.advanced.values())
+
+
+def test_a_picture_is_the_same_one_in_every_command(base: Backbone, tmp_path: Path) -> None:
+    settings = GenerateSettings(prompt="a red house", steps=(2,), num_images=2, outdir=tmp_path, seed=7, device="cpu")
+    first = generate(settings, backbone=base).images
+    whole = make_pictures(base, student_arm(2), encode_prompts(base, ["a red house"]), picture_ids(1, 2), seed=7)
+    for path, expected in zip(first, whole.pixels, strict=True):
+        saved = np.asarray(Image.open(path), dtype=np.int16)
+        assert np.abs(saved - expected.permute(1, 2, 0).numpy().astype(np.int16)).max() <= 1
+
+
+def test_without_adapter_on_a_base_that_ships_none(base: Backbone, tmp_path: Path) -> None:
+    settings = GenerateSettings(prompt="a red house", outdir=tmp_path / "out", device="cpu")
+    with pytest.raises(InputError, match=r"--lora_path FOLDER\|FILE or --lora_id"):
+        generate(settings, backbone=replace(base, abilities=None))
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_adapter_of_another_base_is_named(base: Backbone, tmp_path: Path, notes: Notes) -> None:
+    adapter = make_adapter(tmp_path / "adapter", base)
+    manifest = {"schema_version": 1, "step": 10, "base_model": "another", "base_fingerprint": "f" * 32, "files": {}}
+    (adapter / "manifest.json").write_text(json.dumps(manifest | {"step_counts": [8]}))
+    settings = GenerateSettings(prompt="x", steps=(1,), lora_path=adapter, outdir=tmp_path / "out", device="cpu")
+    generate(settings, reporter=notes, backbone=base)
+    assert any("trained on another (ffffffff)" in line for line in notes.warned)
+    assert any("not trained for 1 steps; it promises 8" in line for line in notes.warned)
+
+
+def test_latents_that_are_no_numbers_are_an_error(base: Backbone) -> None:
+    def broken(x_t: torch.Tensor, t: torch.Tensor, cond: torch.Tensor, /) -> torch.Tensor:
+        return torch.full_like(x_t, float("nan"))
+
+    with pytest.raises(CheckpointError, match="student-1 draws latents that are not finite"):
+        evaluate(base, ["a"], student_arm(1), seed=1, denoiser=broken)
+
+
+def test_a_safety_checker_that_is_not_there(base: Backbone, tmp_path: Path) -> None:
+    settings = GenerateSettings(prompt="a red house", outdir=tmp_path / "out", safety_checker=True, device="cpu")
+    with pytest.raises(InputError, match="--safety_checker"):
+        generate(settings, backbone=replace(base, name=str(tmp_path)))
+    assert not (tmp_path / "out").exists()
+
+
+def test_what_the_safety_checker_objects_to_is_black(
+    base: Backbone, tmp_path: Path, notes: Notes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from diffusers.pipelines.stable_diffusion.safety_checker import StableDiffusionSafetyChecker
+    from transformers import CLIPConfig, CLIPImageProcessorPil
+
+    small = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = CLIPConfig(
+        text_config=small, vision_config=small | {"image_size": 16, "patch_size": 8}, projection_dim=8
+    )  # fmt: skip
+    network = StableDiffusionSafetyChecker(config)
+    network.concept_embeds_weights.fill_(-2.0)  # every cosine is above -2: it objects to everything
+    network.save_pretrained(tmp_path / "base" / "safety_checker")
+    CLIPImageProcessorPil(size={"shortest_edge": 16}, crop_size={"height": 16, "width": 16}).save_pretrained(
+        tmp_path / "base" / "feature_extractor"
+    )
+    assert SafetyChecker(str(tmp_path / "base")).objections(torch.zeros(2, 3, 32, 32, dtype=torch.uint8)) == [True] * 2
+    settings = GenerateSettings(prompt="x", steps=(1,), outdir=tmp_path / "out", safety_checker=True, device="cpu")
+    result = generate(settings, reporter=notes, backbone=replace(base, name=str(tmp_path / "base")))
+    assert result.blackened == result.images and np.asarray(Image.open(result.images[0])).max() == 0
+    assert any("safety checker objected to 1 of 1" in line for line in notes.warned)
+
+
+def test_evaluate_answers_for_another_network(base: Backbone) -> None:
+    """What the oracle needs: the arm's sampler over a denoiser that is handed in, judged by the base's answer key."""
+    seen: list[tuple[int, ...]] = []
+
+    def denoiser(x_t: torch.Tensor, t: torch.Tensor, cond: torch.Tensor, /) -> torch.Tensor:
+        seen.append(tuple(x_t.shape))
+        return x_t
+
+    found = evaluate(base, ["a", "b", "c"], base_arm(2), seed=1, batch_size=2, denoiser=denoiser)
+    assert seen == [(2, 4, 8, 8)] * 2 + [(1, 4, 8, 8)] * 2
+    assert found.answers is not None and found.answers["red"].shape == (3,)
+    assert found.all_right is not None and 0 <= found.all_right <= 1
+    assert found.prompt_numbers == [0, 1, 2] and len(found.seconds) == 3

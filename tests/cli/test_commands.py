@@ -1,0 +1,327 @@
+"""The command line: flags become settings, whatever goes wrong becomes one line and an exit code."""
+
+from __future__ import annotations
+
+import errno
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+from fewstep import __version__, cli
+from fewstep.config import STABLE_DIFFUSION, BenchSettings, Settings, TrainSettings
+from fewstep.errors import CheckpointError, DataError, InputError, Interrupted
+
+ROOT = Path(__file__).parents[2]
+
+
+class Procedures:
+    """Stands in for every procedure: keeps the settings it was called with, or raises."""
+
+    def __init__(self) -> None:
+        self.settings: Any = None
+        self.reporter: Any = None
+        self.error: BaseException | None = None
+
+    def __call__(self, settings: Settings, *, reporter: Any) -> None:
+        self.settings, self.reporter = settings, reporter
+        if self.error is not None:
+            raise self.error
+
+
+@pytest.fixture
+def procedures(monkeypatch: pytest.MonkeyPatch) -> Procedures:
+    fake = Procedures()
+    for command in cli.COMMANDS.values():
+        module, function = command.procedure.split(":")
+        stand_in = ModuleType(module)
+        setattr(stand_in, function, fake)
+        monkeypatch.setitem(sys.modules, module, stand_in)
+    monkeypatch.delenv(cli.TRACEBACK, raising=False)
+    return fake
+
+
+def one_line(capsys: pytest.CaptureFixture[str]) -> str:
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err.startswith("error: ")
+    assert captured.err.count("\n") == 1
+    return captured.err
+
+
+# ----------------------------------------------------------------------------------------------------------------- help
+
+
+def test_every_setting_has_its_place_in_the_help() -> None:
+    placed = " ".join(cli.SECTIONS.values()).split()
+    assert len(placed) == len(set(placed))
+    fields = {name for command in cli.COMMANDS.values() for name in command.settings.model_fields}
+    assert fields | {"config"} == set(placed)
+
+
+@pytest.mark.parametrize("name", cli.COMMANDS)
+def test_help_names_every_flag(name: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "200")
+    assert cli.main([name, "--help"]) == 0
+    shown = capsys.readouterr().out
+    for field in cli.COMMANDS[name].settings.model_fields:
+        assert (f"--{field} " in shown) == (field != "default_base")
+    assert "--config" in shown
+
+
+def test_help_shows_defaults_and_choices(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "200")
+    cli.main(["train", "--help"])
+    shown = capsys.readouterr().out
+    assert "[default: 1 2 4 8]" in shown
+    assert "One of: auto, no, fp16, bf16. [default: auto]" in shown
+
+
+def test_help_needs_no_torch() -> None:
+    code = (
+        "import sys; from fewstep.cli import main; main(['train', '--help']); "
+        "print({'torch', 'numpy', 'diffusers', 'transformers', 'PIL'} & set(sys.modules))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.endswith("set()\n")
+
+
+def test_version(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["--version"]) == 0
+    assert capsys.readouterr().out == f"fewstep {__version__}\n"
+
+
+# ---------------------------------------------------------------------------------------------------------------- flags
+
+TRAIN = (
+    "train --data_dir coco --output_dir out --run_name coco_lora_flash --max_steps 30 --batch_size 2 "
+    "--gradient_accumulation_steps 4 --learning_rate 1e-4 --lora_rank 8 --lora_alpha 16 --guidance_scale 3 "
+    "--num_ddim_steps 6 --num_inference_steps 4 --seed 7 --max_grad_norm 0.5 --resume_from_checkpoint latest "
+    "--log_file run.log"
+)
+BENCH = (
+    "bench --compare_baseline --prompts_file demo_prompts.txt --num_images 10 --steps 2 4 8 --seed 42 --outdir eval "
+    "--lora_path adapter --baseline_steps 30 --baseline_guidance 5 --baseline_outdir base --flash_guidance 1.5 "
+    "--negative_prompt fog --lora_targets"
+)
+
+
+def test_the_descriptions_training_command(procedures: Procedures) -> None:
+    assert cli.main(TRAIN.split()) == 0
+    assert procedures.settings == TrainSettings(
+        data_dir="coco", output_dir="out", run_name="coco_lora_flash", max_steps=30, batch_size=2,
+        gradient_accumulation_steps=4, learning_rate=1e-4, lora_rank=8, lora_alpha=16, guidance_scale=3,
+        num_ddim_steps=6, num_inference_steps=(4,), seed=7, max_grad_norm=0.5, resume_from_checkpoint="latest",
+        log_file="run.log",
+    )  # fmt: skip
+
+
+def test_the_descriptions_benchmark_command(procedures: Procedures) -> None:
+    assert cli.main(BENCH.split()[:-1]) == 0
+    assert procedures.settings == BenchSettings(
+        compare_baseline=True, prompts_file="demo_prompts.txt", num_images=10, steps=(2, 4, 8), seed=42, outdir="eval",
+        lora_path="adapter", baseline_steps=30, baseline_guidance=5, baseline_outdir="base", flash_guidance=1.5,
+        negative_prompt="fog",
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("command", [TRAIN, BENCH.removesuffix(" --lora_targets")])
+def test_underscore_and_hyphen_are_the_same(command: str, procedures: Procedures) -> None:
+    cli.main(command.split())
+    underscored = procedures.settings
+    cli.main([word.replace("_", "-") if word.startswith("--") else word for word in command.split()])
+    assert procedures.settings == underscored
+
+
+@pytest.mark.parametrize(
+    ("flags", "on"),
+    [("", False), ("--compare_baseline", True), ("--compare-baseline", True), ("--no_compare_baseline", False)],
+)
+def test_booleans(flags: str, on: bool, procedures: Procedures) -> None:
+    assert cli.main(["bench", *flags.split()]) == 0
+    assert procedures.settings.compare_baseline is on
+
+
+@pytest.mark.parametrize("text", ["none", "null", "-1 degrees", "[draft] a house", "a = b", "true", "ein Häuschen 🏠"])
+def test_prompts_arrive_as_typed(text: str, procedures: Procedures) -> None:
+    assert cli.main(["generate", f"--prompt={text}"]) == 0
+    assert procedures.settings.prompt == text
+
+
+def test_flags_win_over_the_file(procedures: Procedures, tmp_path: Path) -> None:
+    file = tmp_path / "run.toml"
+    file.write_text("compare_baseline = true\nsteps = [1, 2]\nnum_images = 3\n")
+    assert cli.main(["bench", "--config", str(file), "--steps", "8", "--no_compare_baseline"]) == 0
+    settings = procedures.settings
+    assert (settings.steps, settings.num_images, settings.compare_baseline) == ((8,), 3, False)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ("bench --steps", "steps: nothing came; allowed: one or several"),
+        ("bench --steps --seed 3", "steps: nothing came; allowed: one or several"),
+        ("train --num-inference-steps", "num_inference_steps: nothing came"),
+        ("bench --prompt", "prompt: nothing came"),
+        ("bench --steps 2 99", "steps: 99 came; allowed: one or several, each a whole number, at least 1, at most 50"),
+        ("bench --steps 2 -4", "steps: -4 came"),
+        ("bench --seed x", "seed: x came"),
+        ("bench --stebs 2", "Unknown option: --stebs. Did you mean --steps?; see fewstep bench --help"),
+        ("bench --prompt a house", "'house' belongs to no flag; texts with spaces need quotes"),
+        ("bench --seed 1 --seed 2", "--seed specified multiple times"),
+        ("bench --lora_path a --lora_id b", "lora_path and lora_id came together"),
+        ("bench --negative_prompt fog", "negative_prompt came with flash_guidance 1"),
+        ("bench --compare_baseline=perhaps", "--compare_baseline"),
+        ("train --mixed_precision fp8", "mixed_precision: fp8 came; allowed: auto, no, fp16, bf16"),
+        ("train --config nowhere.toml", "no settings file 'nowhere.toml'"),
+        ("train --config", "--config"),
+        ("generate", "no prompt came"),
+        ("bech", 'Did you mean "bench"?'),
+    ],
+)
+def test_wrong_input_is_one_line_and_2(
+    arguments: str, words: str, procedures: Procedures, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(arguments.split()) == 2
+    assert words in one_line(capsys)
+    assert procedures.settings is None
+
+
+# ----------------------------------------------------------------------------------------------------------- exit codes
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "words"),
+    [
+        (InputError("no such base"), 2, "no such base"),
+        (DataError("pictures\nmissing"), 3, "pictures missing"),
+        (CheckpointError("[damaged] manifest"), 4, "[damaged] manifest"),
+        (Interrupted("saved at 10"), 75, "saved at 10"),
+        (KeyboardInterrupt(), 130, "stopped at once"),
+        (KeyError("unet"), 1, "a bug in fewstep: KeyError: 'unet' (set FEWSTEP_TRACEBACK=1 to see where)"),
+        (MemoryError(), 2, "out of memory; lower --batch_size"),
+        (OSError(errno.ENOSPC, "No space left on device", "run/x"), 2, "No space left on device: run/x"),
+        (FileNotFoundError(errno.ENOENT, "No such file or directory", "x"), 1, "a bug in fewstep: FileNotFoundError"),
+    ],
+)
+def test_exit_codes(
+    error: BaseException, code: int, words: str, procedures: Procedures, capsys: pytest.CaptureFixture[str]
+) -> None:
+    procedures.error = error
+    assert cli.main(["bench"]) == code
+    assert words in one_line(capsys)
+
+
+def test_traceback_on_request(
+    procedures: Procedures, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(cli.TRACEBACK, "1")
+    procedures.error = KeyError("unet")
+    assert cli.main(["bench"]) == 1
+    shown = capsys.readouterr().err
+    assert "Traceback (most recent call last)" in shown
+    assert "in __call__" in shown
+
+
+def test_other_processes_are_quiet(
+    procedures: Procedures, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RANK", "1")
+    cli.main(["train"])
+    procedures.reporter.say("said twice")
+    assert capsys.readouterr().out == ""
+
+
+def test_handlers_are_put_back(procedures: Procedures) -> None:
+    before = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
+    cli.main(["bench"])
+    assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == before
+
+
+INTERRUPTIBLE = """
+import sys, time, types
+from fewstep import cli
+from fewstep.errors import Interrupted
+
+def distil(settings, *, reporter):
+    try:
+        with reporter.progress("distil", 1000) as bar:
+            print("started", flush=True)
+            for _ in range(1000):
+                time.sleep(STEP)
+                bar.advance()
+    except KeyboardInterrupt:
+        if SAVES:
+            with reporter.progress("saving", 1) as bar:
+                bar.advance()
+            raise Interrupted("saved; go on with --resume_from_checkpoint latest") from None
+        raise
+
+module = types.ModuleType("fewstep.train")
+module.distill = distil
+sys.modules["fewstep.train"] = module
+sys.exit(cli.main(["train"]))
+"""
+
+
+@pytest.mark.parametrize(
+    ("number", "step", "signals", "code"),
+    [(signal.SIGINT, 0.05, 1, 75), (signal.SIGTERM, 0.05, 1, 75), (signal.SIGINT, 30, 2, 130)],
+)
+def test_first_signal_waits_for_the_step_the_second_does_not(
+    number: signal.Signals, step: float, signals: int, code: int
+) -> None:
+    source = INTERRUPTIBLE.replace("STEP", str(step)).replace("SAVES", str(signals == 1))
+    with subprocess.Popen(
+        [sys.executable, "-c", source], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stdout is not None and process.stderr is not None
+        assert process.stdout.readline() == "started\n"
+        for _ in range(signals):
+            process.send_signal(number)
+            time.sleep(0.3)
+        assert process.wait(timeout=10) == code
+        shown = process.stderr.read()
+    assert "stopping after this step" in shown
+    assert shown.count("error: ") == 1
+
+
+# --------------------------------------------------------------------------------------------------------- root scripts
+
+
+def run(*command: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, *command], capture_output=True, text=True, cwd=ROOT, env={**os.environ})
+
+
+@pytest.mark.parametrize(("script", "flag"), [("demo.py", "compare_baseline"), ("train_flash_lora.py", "max_steps")])
+def test_scripts_answer_for_themselves(script: str, flag: str) -> None:
+    done = run(script, "--help")
+    assert done.returncode == 0
+    assert f"Usage: {script}" in done.stdout
+    assert f"--{flag}" in done.stdout
+    wrong = run(script, "--sed", "1")
+    assert wrong.returncode == 2
+    assert wrong.stderr == f"error: Unknown option: --sed. Did you mean --seed?; see {script} --help\n"
+
+
+@pytest.mark.parametrize("command", ["bench", "train"])
+def test_scripts_default_to_stable_diffusion(command: str, procedures: Procedures, tmp_path: Path) -> None:
+    def chosen(*argv: str) -> str:
+        assert cli.script("x.py", command, default_base=STABLE_DIFFUSION, argv=argv) == 0
+        name, _ = procedures.settings.chosen_base()
+        return str(name)
+
+    assert chosen() == "stable-diffusion-v1-5/stable-diffusion-v1-5"
+    assert chosen("--base_model", "scenes") == "scenes"
+    (tmp_path / "run.toml").write_text('base_model = "mine"\n')
+    assert chosen("--config", str(tmp_path / "run.toml")) == "mine"
+
+
+def test_python_dash_m() -> None:
+    assert run("-m", "fewstep", "--version").stdout == f"fewstep {__version__}\n"

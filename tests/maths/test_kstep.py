@@ -1,0 +1,205 @@
+"""K-step distillation: what is drawn, what is aimed at, what is lost."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.testing import assert_close
+
+from fewstep.errors import InputError
+from fewstep.methods import METHODS
+from fewstep.methods.kstep import KStep
+from fewstep.sampling import PictureNoise, lcm_sample
+from fewstep.schedule import NoiseSchedule
+from fewstep.solver import ddim_rollout
+from fewstep.timesteps import promised_points, rollout_grid, student_grid
+
+SHAPE = (4, 6, 6)
+
+
+def kstep(schedule: NoiseSchedule, **changes: Any) -> KStep:
+    settings: dict[str, Any] = {"step_counts": (1, 2, 4, 8), "num_ddim_steps": 8, "guidance": 7.5}
+    return KStep(schedule=schedule, **(settings | changes))
+
+
+@pytest.fixture
+def batch() -> dict[str, Tensor]:
+    """Four noised samples, prompts, and the empty prompt."""
+    return {
+        "x_t": torch.randn(4, *SHAPE),
+        "t": torch.tensor([999, 499, 139, 259]),
+        "cond": torch.randn(4, 2, 6),
+        "uncond": torch.randn(1, 2, 6),
+    }
+
+
+def test_it_is_listed() -> None:
+    assert METHODS["kstep"] is KStep
+
+
+def test_timesteps_are_drawn_as_sampling_asks_for_them(schedule: NoiseSchedule) -> None:
+    draws = kstep(schedule).draw(0, 0, range(8_000), (1,))
+    counts = Counter(draws.t.tolist())
+    expected: Counter[int] = Counter()
+    for steps in (1, 2, 4, 8):
+        for t in student_grid(steps):
+            expected[t] += 8_000 / 4 / steps
+    assert expected[999] == pytest.approx(0.46875 * 8_000)  # "999 gets 47 %"
+    assert set(counts) == set(expected) == set(promised_points([1, 2, 4, 8]))
+    chi_squared = sum((counts[t] - expected[t]) ** 2 / expected[t] for t in expected)
+    assert chi_squared < 24.3  # 7 degrees of freedom, p = 0.001; the draw is the same on every run
+
+
+def test_noise_is_standard_normal_and_does_not_follow_t(schedule: NoiseSchedule) -> None:
+    draws = kstep(schedule).draw(0, 0, range(4000), (8,))
+    assert draws.noise.dtype == torch.float32
+    assert draws.noise.mean().abs() < 0.02
+    assert abs(draws.noise.std().item() - 1) < 0.02
+    top = draws.t == 999
+    assert (draws.noise[top].mean() - draws.noise[~top].mean()).abs() < 0.04
+
+
+def test_a_draw_depends_on_seed_update_and_position_alone(schedule: NoiseSchedule) -> None:
+    method = kstep(schedule, pure_noise_share=0.5)
+    whole = method.draw(7, 3, range(16), SHAPE)
+    for positions in ([5], [0, 1], [12, 3, 9], list(range(8, 16))):
+        part = method.draw(7, 3, positions, SHAPE)
+        assert torch.equal(part.t, whole.t[positions])
+        assert torch.equal(part.noise, whole.noise[positions])
+        assert torch.equal(part.pure, whole.pure[positions])
+    for seed, update in ((8, 3), (7, 4)):
+        assert not torch.equal(method.draw(seed, update, range(16), SHAPE).noise, whole.noise)
+
+
+@pytest.mark.parametrize("share", [0.0, 0.3, 1.0])
+def test_the_share_of_pure_noise_is_among_the_noisiest_draws(schedule: NoiseSchedule, share: float) -> None:
+    draws = kstep(schedule, pure_noise_share=share).draw(0, 0, range(4000), (1,))
+    top = draws.t == 999
+    assert not draws.pure[~top].any()
+    assert draws.pure[top].float().mean().item() == pytest.approx(share, abs=0.04 * (0 < share < 1))
+
+
+def test_the_share_changes_neither_t_nor_noise(schedule: NoiseSchedule) -> None:
+    none, every = (kstep(schedule, pure_noise_share=share).draw(0, 0, range(64), SHAPE) for share in (0.0, 1.0))
+    assert torch.equal(none.t, every.t)
+    assert torch.equal(none.noise, every.noise)
+
+
+def test_start_is_pure_noise_or_noised_data(schedule: NoiseSchedule) -> None:
+    method = kstep(schedule, pure_noise_share=0.5)
+    x0 = torch.randn(64, *SHAPE) + 3
+    draws = method.draw(0, 0, range(64), SHAPE)
+    x_t = method.start(x0, draws)
+    assert draws.pure.any()
+    assert (~draws.pure & (draws.t == 999)).any()
+    noised = schedule.add_noise(x0, draws.noise, draws.t)
+    assert torch.equal(x_t[draws.pure], draws.noise[draws.pure])
+    assert torch.equal(x_t[~draws.pure], noised[~draws.pure])
+
+
+def test_target_is_each_samples_own_guided_rollout(schedule: NoiseSchedule, toy: Any, batch: dict[str, Tensor]) -> None:
+    method = kstep(schedule)
+    target = method.target(toy, **batch)
+    assert not target.requires_grad
+    assert toy.batches == [8] * 8  # K forwards of 2B
+    points = promised_points([1, 2, 4, 8])
+    for row, t in enumerate(batch["t"].tolist()):
+        one = slice(row, row + 1)
+        alone = ddim_rollout(
+            toy,
+            schedule,
+            batch["x_t"][one],
+            torch.tensor([rollout_grid(t, 8, points)]),
+            batch["cond"][one],
+            batch["uncond"],
+            guidance=7.5,
+        )
+        assert_close(target[one], alone, rtol=1e-4, atol=2e-4)
+
+
+def test_loss_is_the_distance_to_the_target_as_the_sampler_sees_it(
+    schedule: NoiseSchedule, toy: Any, batch: dict[str, Tensor]
+) -> None:
+    x_t, t, cond = batch["x_t"], batch["t"], batch["cond"]
+    target = torch.randn(4, *SHAPE)
+    losses = kstep(schedule).loss(toy, x_t, t, cond, target)
+    assert toy.batches == [4]  # one forward, no guidance
+    assert losses.shape == (4,)
+    assert losses.dtype == torch.float32
+    denoised = schedule.consistency(toy(x_t, t, cond), x_t, t)
+    assert_close(losses, (denoised - target).square().mean((1, 2, 3)))
+    weighted = kstep(schedule, weighting="eps").loss(toy, x_t, t, cond, target)
+    alpha_bar = schedule.alpha_bar(t)
+    assert_close(weighted, losses * alpha_bar / (1 - alpha_bar))
+    assert (kstep(schedule, criterion="huber").loss(toy, x_t, t, cond, target) != losses).all()
+
+
+def test_the_student_too_keeps_the_boundary_condition(
+    schedule: NoiseSchedule, toy: Any, batch: dict[str, Tensor]
+) -> None:
+    at_zero = torch.zeros(4, dtype=torch.int64)
+    assert kstep(schedule).loss(toy, batch["x_t"], at_zero, batch["cond"], batch["x_t"]).max() == 0
+
+
+def test_batched_loss_is_sample_by_sample_students_gradients_too(
+    schedule: NoiseSchedule, toy: Any, batch: dict[str, Tensor]
+) -> None:
+    method = kstep(schedule, guidance=2.0)
+    x_t, t, cond, uncond = (batch[name] for name in ("x_t", "t", "cond", "uncond"))
+
+    def losses(rows: slice) -> Tensor:
+        target = method.target(toy, x_t[rows], t[rows], cond[rows], uncond)
+        return method.loss(toy, x_t[rows], t[rows], cond[rows], target)
+
+    together = losses(slice(None))
+    together.mean().backward()
+    gradients = [p.grad.clone() for p in toy.parameters()]
+    assert all(gradient.abs().sum() > 0 for gradient in gradients)
+    toy.zero_grad()
+    for row in range(4):
+        alone = losses(slice(row, row + 1))
+        assert_close(alone[0], together[row], rtol=1e-4, atol=1e-6)
+        (alone.mean() / 4).backward()
+    for parameter, gradient in zip(toy.parameters(), gradients, strict=True):
+        assert_close(parameter.grad, gradient, rtol=1e-3, atol=1e-4)
+
+
+def test_no_gradient_reaches_the_student_through_the_target(
+    schedule: NoiseSchedule, toy: Any, batch: dict[str, Tensor]
+) -> None:
+    x_t = batch["x_t"].requires_grad_()
+    assert kstep(schedule).target(toy, x_t, batch["t"], batch["cond"], batch["uncond"]).grad_fn is None
+
+
+def test_the_oracle_is_the_student_without_loss(schedule: NoiseSchedule, toy: Any, batch: dict[str, Tensor]) -> None:
+    method = kstep(schedule)
+    x_t, t, cond, uncond = (batch[name] for name in ("x_t", "t", "cond", "uncond"))
+    oracle, target = method.oracle(toy, uncond), method.target(toy, x_t, t, cond, uncond)
+    loss = method.loss(oracle, x_t, t, cond, target)
+    assert (loss < 1e-8 * target.square().mean((1, 2, 3))).all()
+    # One step of the few-step sampler with it is the teacher's rollout from the same noise.
+    noise = PictureNoise([(0, i) for i in range(4)], 1)
+    picture = lcm_sample(oracle, schedule, noise, SHAPE, student_grid(1), cond)
+    start = PictureNoise([(0, i) for i in range(4)], 1).draw(SHAPE)
+    assert_close(picture, method.target(toy, start, torch.full((4,), 999), cond, uncond), rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"step_counts": ()}, "no step counts"),
+        ({"step_counts": (1, 51)}, "51 steps; it runs 1 to 50"),
+        ({"pure_noise_share": 1.5}, "from 0 to 1"),
+        ({"num_ddim_steps": 0}, "cannot take 0 DDIM steps"),
+        ({"num_ddim_steps": 21, "step_counts": (50,)}, "cannot take 21 DDIM steps from t = 19"),
+    ],
+)
+def test_impossible_settings_are_refused_before_training(
+    schedule: NoiseSchedule, changes: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(InputError, match=message):
+        kstep(schedule, **changes)

@@ -1,0 +1,94 @@
+"""Fréchet distance, saturation and retention against values known by hand."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from scipy import linalg
+
+from fewstep.metrics.frechet import frechet_distance, half_sample_distances, half_samples, with_spread
+from fewstep.metrics.retention import corrected_retention, retention
+from fewstep.metrics.saturation import channel_std, latent_moments, saturation
+
+
+def normal(count: int, dimensions: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(count, dimensions, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def test_the_formula_with_scipys_square_root() -> None:
+    a, b = normal(300, 6) * 2 + 1, normal(500, 6, 1) @ normal(6, 6, 2)
+    cov_a, cov_b = np.cov(a.T.numpy()), np.cov(b.T.numpy())
+    root = linalg.sqrtm(cov_a @ cov_b).real
+    expected = float((a.mean(0) - b.mean(0)).square().sum()) + float(np.trace(cov_a + cov_b - 2 * root))
+    assert frechet_distance(a, b) == pytest.approx(expected, rel=1e-6)
+
+
+def test_nothing_between_a_set_and_itself_and_a_shift_counts_squared() -> None:
+    a = normal(200, 4)
+    assert frechet_distance(a, a) == pytest.approx(0, abs=1e-8)
+    assert frechet_distance(a + torch.tensor([3.0, 0, 0, 4.0]), a) == pytest.approx(25, abs=1e-6)
+
+
+def test_half_samples_tell_the_standard_error() -> None:
+    """Against the spread of the distance itself over many independent sets."""
+    shift, reference = torch.tensor([0.6, 0.0]), normal(4000, 2, 99)
+    truth = [frechet_distance(normal(200, 2, seed) + shift, reference) for seed in range(60)]
+    numbers = list(range(200))
+    picked = reference[:200]
+    distances = half_sample_distances(normal(200, 2, 7) + shift, numbers, picked, numbers, half_samples(numbers))
+    found = with_spread(0.36, distances)
+    assert found.standard_error is not None
+    # The reference of 200 varies as well, where that of 4,000 hardly does: up to sqrt(2) more.
+    assert 0.7 * np.std(truth) < found.standard_error < 2.2 * np.std(truth)
+
+
+def test_too_few_prompts_for_halves() -> None:
+    assert half_samples([0, 0, 1, 1, 2]) == []
+    assert with_spread(1.0, []).low is None
+
+
+def test_halves_are_of_prompts_and_the_same_each_time() -> None:
+    halves = half_samples([0, 0, 1, 1, 2, 2, 3, 3])
+    assert halves == half_samples([0, 0, 1, 1, 2, 2, 3, 3]) and {len(half) for half in halves} == {2}
+
+
+@pytest.mark.parametrize(
+    ("a", "b"),
+    [(normal(1, 4), normal(9, 4)), (normal(9, 4), normal(9, 3)), (normal(9, 4)[0], normal(9, 4))],
+    ids=["one picture", "other features", "no rows"],
+)
+def test_what_has_no_distance(a: torch.Tensor, b: torch.Tensor) -> None:
+    with pytest.raises(ValueError, match="allowed"):
+        frechet_distance(a, b)
+
+
+def test_saturation_is_a_ratio_a_channel() -> None:
+    latents = normal(32, 4 * 8 * 8).reshape(32, 4, 8, 8).float()
+    burnt = latents * torch.tensor([1.0, 1.1, 0.9, 2.0]).reshape(1, 4, 1, 1) + 5
+    found = saturation(latent_moments(burnt), latent_moments(latents))
+    assert found == pytest.approx((1.0, 1.1, 0.9, 2.0), rel=1e-5)
+
+
+def test_channel_std_is_that_of_all_pictures_together() -> None:
+    latents = normal(5, 2 * 3 * 3).reshape(5, 2, 3, 3)
+    expected = latents.permute(1, 0, 2, 3).reshape(2, -1).std(dim=1, correction=0)
+    assert channel_std(latent_moments(latents)).tolist() == pytest.approx(expected.tolist())
+
+
+def test_constant_latents_have_no_saturation() -> None:
+    constant = latent_moments(torch.zeros(2, 4, 2, 2))
+    assert saturation(constant, constant) is None
+
+
+def test_raw_retention_flatters_and_corrected_retention_does_not() -> None:
+    """A student at the floor keeps 70 % of the raw score and nothing of what counts."""
+    teacher, floor = np.full(20, 30.0), np.full(20, 21.0)
+    raw, honest = retention(floor, teacher, range(20)), corrected_retention(floor, floor, teacher, floor, range(20))
+    assert raw is not None and raw.value == pytest.approx(0.7)
+    assert honest is not None and honest.value == pytest.approx(0)
+
+
+def test_a_teacher_at_its_floor_has_no_retention() -> None:
+    assert corrected_retention([1.0, 2.0], [1.0, 1.0], [1.0, 1.0], [1.0, 1.5], [0, 1]) is None
+    assert retention([1.0], [0.0], [0]) is None

@@ -1,0 +1,110 @@
+"""Intervals: against closed forms, on clusters, and where there is no honest interval."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from fewstep.metrics.intervals import bootstrap, gap_closed, paired_difference, share, wilson
+
+RANDOM = np.random.default_rng(5)
+
+
+def test_independent_values_give_the_textbook_standard_error() -> None:
+    values = RANDOM.normal(3, 2, 400)
+    found = bootstrap(values, range(400))
+    expected = values.std(ddof=1) / np.sqrt(400)
+    assert found.value == pytest.approx(values.mean())
+    assert found.standard_error == pytest.approx(expected, rel=0.06)
+    assert found.low == pytest.approx(values.mean() - 1.96 * expected, abs=0.03)
+    assert found.high == pytest.approx(values.mean() + 1.96 * expected, abs=0.03)
+
+
+def test_prompts_are_the_clusters() -> None:
+    """Ten equal pictures a prompt are worth one: the interval is that of 40 values, not of 400."""
+    prompts = RANDOM.normal(0, 1, 40)
+    repeated, clusters = np.repeat(prompts, 10), np.repeat(np.arange(40), 10)
+    wide, naive = bootstrap(repeated, clusters.tolist()), bootstrap(repeated, range(400))
+    assert wide.standard_error == pytest.approx(prompts.std(ddof=1) / np.sqrt(40), rel=0.06)
+    assert wide.standard_error is not None and naive.standard_error is not None
+    assert wide.standard_error > 2.5 * naive.standard_error
+
+
+def test_95_percent_intervals_cover_95_percent_of_the_time() -> None:
+    covered = 0
+    for seed in range(300):
+        values = np.random.default_rng(seed).normal(1, 1, 60)
+        found = bootstrap(values, range(60), resamples=500, seed=seed)
+        covered += found.low is not None and found.high is not None and found.low <= 1 <= found.high
+    assert 0.90 <= covered / 300 <= 0.985
+
+
+def test_the_same_model_under_other_noise_differs_by_nothing() -> None:
+    """Two arms of one model: the interval of the difference covers 0."""
+    level = RANDOM.normal(30, 3, 200)
+    found = paired_difference(level + RANDOM.normal(0, 1, 200), level + RANDOM.normal(0, 1, 200), range(200))
+    assert found.low is not None and found.high is not None and found.low < 0 < found.high
+    assert not found.excludes_zero
+
+
+def test_pairing_takes_out_what_the_arms_share() -> None:
+    level = RANDOM.normal(30, 3, 200)
+    found = paired_difference(level + 0.3 + RANDOM.normal(0, 0.1, 200), level, range(200))
+    assert found.excludes_zero and found.value == pytest.approx(0.3, abs=0.03)
+
+
+def test_one_prompt_has_no_interval() -> None:
+    found = bootstrap([1.0, 2.0, 3.0], [0, 0, 0])
+    assert (found.value, found.low, found.high, found.standard_error) == (2.0, None, None, None)
+
+
+def test_a_ratio_whose_denominator_may_vanish_has_no_interval() -> None:
+    zeros = np.zeros(8)
+    found = gap_closed(zeros, zeros, np.array([0, 0, 0, 0, 0, 0, 0, 1.0]), range(8))
+    assert found.low is None
+
+
+def test_gap_closed() -> None:
+    untrained, teacher = RANDOM.normal(1, 0.05, 300), RANDOM.normal(0, 0.05, 300)
+    found = gap_closed(untrained, 0.2 * untrained + 0.8 * teacher, teacher, range(300))
+    assert found.value == pytest.approx(0.8, abs=0.02)
+    assert found.low is not None and found.low > 0.75
+
+
+def test_one_sided_bounds_come_from_the_90_percent_interval() -> None:
+    values = RANDOM.normal(0, 1, 500)
+    one, two = bootstrap(values, range(500), level=0.9), bootstrap(values, range(500))
+    assert one.low is not None and two.low is not None and one.low > two.low
+
+
+@pytest.mark.parametrize(
+    ("successes", "trials", "low", "high"),
+    [(8, 10, 0.4902, 0.9433), (0, 10, 0.0, 0.2775), (10, 10, 0.7225, 1.0), (81, 263, 0.2553, 0.3662)],
+)
+def test_wilson(successes: int, trials: int, low: float, high: float) -> None:
+    """Values of Wilson's interval from Newcombe 1998, table I (81 of 263), and from its formula."""
+    found = wilson(successes, trials)
+    assert found.low == pytest.approx(low, abs=5e-5) and found.high == pytest.approx(high, abs=5e-5)
+
+
+def test_all_right_is_not_certainty() -> None:
+    found = share(np.ones(200, dtype=bool), np.repeat(np.arange(20), 10).tolist())
+    assert found.method == "Wilson" and found.high == 1.0
+    assert found.low == pytest.approx(wilson(20, 20).low)
+
+
+def test_a_share_between() -> None:
+    found = share([True, False, True, True], range(4))
+    assert found.value == 0.75 and found.method == "bootstrap over prompts"
+
+
+def test_the_same_numbers_give_the_same_interval() -> None:
+    values = RANDOM.normal(0, 1, 50)
+    assert bootstrap(values, range(50)) == bootstrap(values, range(50))
+
+
+def test_values_without_clusters_are_refused() -> None:
+    with pytest.raises(ValueError, match="one cluster a value"):
+        bootstrap([1.0, 2.0], [0])
+    with pytest.raises(ValueError, match="allowed"):
+        wilson(3, 2)

@@ -1,0 +1,242 @@
+"""The page, the tables, the grids and the sentences, from a record made by hand."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import replace
+from html.parser import HTMLParser
+from pathlib import Path
+from xml.etree import ElementTree
+
+import pytest
+from PIL import Image
+
+from fewstep.errors import InputError
+from fewstep.records import BenchmarkRecord, Interval, Row
+from fewstep.report import markdown, page, results_csv, save_grids, timing_csv, verdict
+from fewstep.report.columns import columns
+from fewstep.report.figures import frontier
+from fewstep.report.verdict import headline
+from tests.report.fakes import PROMPTS, interval, pictures, record, without_answers
+
+VOID = {"meta", "img", "input", "br", "link", "hr"}
+
+
+class Nesting(HTMLParser):
+    """Every element that is opened is closed, in order; addresses are kept."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.addresses: list[str] = []
+        self.text: list[str] = []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        if tag not in VOID:
+            self.open.append(tag)
+        self.addresses += [value or "" for name, value in attrs if name in {"src", "href"}]
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        return
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        self.text.append(data)
+
+
+@pytest.fixture(scope="module")
+def found() -> BenchmarkRecord:
+    return record()
+
+
+@pytest.fixture(scope="module")
+def text(found: BenchmarkRecord, tmp_path_factory: pytest.TempPathFactory) -> str:
+    return page(found, pictures(tmp_path_factory.mktemp("page"), found))
+
+
+def test_the_page_is_one_whole_file(text: str) -> None:
+    parser = Nesting()
+    parser.feed(text)
+    assert parser.open == []
+    assert len(parser.addresses) == 6
+    assert all(address.startswith("data:image/jpeg;base64,") for address in parser.addresses)
+    assert not re.search(r"https?://|@import|url\(", text)
+
+
+def test_captions_settings_and_warnings_are_escaped(text: str) -> None:
+    assert "<script>alert" not in text and "<b>bold" not in text and "<i>warning" not in text
+    assert "&lt;script&gt;alert(1)&lt;/script&gt; &amp; two birds" in text
+    assert text.count("<script>") == 1
+
+
+def test_light_dark_and_phones(text: str) -> None:
+    assert "prefers-color-scheme: dark" in text and 'name="viewport"' in text and "@media print" in text
+
+
+def test_the_page_says_what_a_sceptic_asks_for(text: str) -> None:
+    for part in (
+        "student-4", "55.0 % (50.0 to 60.0)", "−1.0 (−6.0 to +4.0)", "20.0×", "N = 4 pictures against 10",
+        "Real pictures against real ones at this N: 2.50", "999 759 499 259", "torch 2.13.0",
+    ):  # fmt: skip
+        assert part in text
+
+
+def test_a_gallery_of_many_prompts_is_cut_and_says_so(found: BenchmarkRecord, tmp_path: Path) -> None:
+    many = replace(found, prompts=PROMPTS * 22)
+    folders = pictures(tmp_path, many, side=8, count=1)
+    text = page(many, {"student-4": folders["student-4"]})
+    assert text.count("data:image/jpeg") == 40 and "4 more prompts are in the images folder" in text
+
+
+def test_big_pictures_are_made_small(found: BenchmarkRecord, tmp_path: Path) -> None:
+    folders = pictures(tmp_path, found, side=512, count=1)
+    assert len(page(found, folders)) < 500_000
+
+
+def test_without_answer_key_nothing_is_said_about_one(found: BenchmarkRecord, tmp_path: Path) -> None:
+    bare = without_answers(found)
+    text = page(bare, pictures(tmp_path, bare))
+    assert "All right" not in text and "Fréchet" not in text and "Attribute by attribute" not in text
+    assert "alignment (100 × cosine)" in text
+
+
+# ----------------------------------------------------------------------------------------------------------- verdict
+
+
+def test_the_verdict(found: BenchmarkRecord) -> None:
+    quality, cost, control, distribution = verdict(found)
+    assert quality.startswith("student-4 gets everything in the caption right in 55.0 % (50.0 to 60.0)")
+    assert "−1.0 (−6.0 to +4.0) points, no difference that 2 prompts can show" in quality
+    assert "100 ms a picture" in cost and "20.0 times as fast as teacher-50" in cost
+    assert "4 network evaluations instead of 100" in cost
+    assert "(base-4) reach 32.0 %" in control and "worth +23.0 (+18.0 to +28.0) points." in control
+    assert "+0.30 (+0.20 to +0.40) against the teacher's (worse; N = 4)" in distribution
+
+
+def test_a_loss_is_called_a_loss(found: BenchmarkRecord) -> None:
+    worse = replace(found.summary["student-4"], delta_all_right=interval(-0.2, 0.05), saturation=(0.8, 1.0, 1.0, 1.0))
+    sentences = verdict(replace(found, summary=found.summary | {"student-4": worse}))
+    assert "a loss beyond the interval" in sentences[0]
+    assert "−20 %" in sentences[-1] and "washed out" in sentences[-1]
+
+
+def test_an_adapter_that_does_not_help_is_told(found: BenchmarkRecord) -> None:
+    useless = replace(found.summary["student-4"], gain_all_right=interval(0.01, 0.05))
+    assert (
+        "nothing here shows that it helps"
+        in verdict(replace(found, summary={**found.summary, "student-4": useless}))[2]
+    )
+
+
+def test_the_verdict_by_alignment(found: BenchmarkRecord) -> None:
+    quality, _, control = verdict(without_answers(found))
+    assert "scores 32.50 in alignment, where shuffled captions score 20.00" in quality
+    assert "−0.50 (−0.90 to −0.10), a loss beyond the interval" in quality and "it keeps 96.2 %" in quality
+    assert "reach 27.00: the adapter is worth +5.50" in control
+
+
+def test_one_prompt_cannot_judge(found: BenchmarkRecord) -> None:
+    lone = replace(found.summary["student-4"], delta_all_right=Interval(value=-0.5))
+    sentences = verdict(replace(found, prompts=("one",), summary={**found.summary, "student-4": lone}))
+    assert "which 1 prompt cannot judge" in sentences[0]
+
+
+def test_the_headline_is_the_fewest_steps_that_are_not_worse(found: BenchmarkRecord) -> None:
+    good = found.summary["student-4"]
+    slower = replace(good, arm=replace(good.arm, id="student-8", steps=8, timesteps=tuple(range(999, 0, -124))[:8]))
+    bad = replace(
+        good,
+        arm=replace(good.arm, id="student-1", steps=1, timesteps=(999,)),
+        all_right=interval(0.2, 0.05),
+        delta_all_right=interval(-0.3, 0.05),
+    )
+    assert headline([slower, good, bad]) is good
+    assert headline([bad]) is bad
+    assert headline([found.summary["base-4"]]) is None
+
+
+# ------------------------------------------------------------------------------------------------- figures and tables
+
+
+def test_the_frontier_is_well_formed_and_inside_its_frame(found: BenchmarkRecord) -> None:
+    svg = ElementTree.fromstring(frontier(list(found.summary.values())))
+    circles = svg.findall("circle")
+    assert [circle.get("class") for circle in circles] == ["teacher", "student", "base"]
+    for circle in circles:
+        assert 64 <= float(circle.get("cx", "")) <= 696 and 24 <= float(circle.get("cy", "")) <= 344
+    # The slow teacher stands right of the student, the base below it.
+    teacher, student, base = circles
+    assert float(teacher.get("cx", "")) > float(student.get("cx", ""))
+    assert float(base.get("cy", "")) > float(student.get("cy", ""))
+
+
+def test_one_arm_and_no_quality_make_no_trouble(found: BenchmarkRecord) -> None:
+    alone = found.summary["student-4"]
+    same = Interval(value=0.5)
+    ElementTree.fromstring(frontier([replace(alone, all_right=same)]))
+    assert frontier([replace(alone, all_right=None, alignment=None)]) == ""
+
+
+def test_columns_without_figures_are_left_out(found: BenchmarkRecord) -> None:
+    titles = [column.title for column in columns(list(without_answers(found).summary.values()))]
+    assert "All right" not in titles and "Alignment" in titles
+
+
+def test_the_printed_table_is_aligned_markdown(found: BenchmarkRecord) -> None:
+    lines = markdown(list(found.summary.values())).splitlines()
+    assert len(lines) == 5 and len({len(line) for line in lines}) == 1
+    assert lines[0].startswith("| Arm ") and set(lines[1]) <= set("|- ")
+
+
+def test_empty_cells_and_attributes_in_results_csv() -> None:
+    row = Row(
+        arm="student-4", steps=4, is_baseline=False, prompt_idx=0, avg_clip_align_x100=31.25, std_clip_align_x100=None,
+        time_total_s=1.5, time_per_image_s=0.1, speedup_vs_baseline=None, delta_clip_vs_baseline=None, num_images=1,
+        guidance=1.0, sampler="lcm", adapter=True, clip_floor_x100=None, all_right_share=None,
+        delta_all_right_vs_baseline=None, prompt='a "red", house', attributes={"sky": 0.5},
+    )  # fmt: skip
+    head, line = results_csv([row]).splitlines()
+    assert head.startswith(
+        "arm,steps,is_baseline,prompt_idx,avg_clip_align_x100,std_clip_align_x100,time_total_s,time_per_image_s,"
+        "speedup_vs_baseline,delta_clip_vs_baseline,"
+    )
+    assert head.endswith("prompt,right_sky")
+    assert line == 'student-4,4,False,0,31.25,,1.5,0.1,,,1,1,lcm,True,,,,"a ""red"", house",0.5'
+
+
+def test_timing_csv(found: BenchmarkRecord) -> None:
+    lines = timing_csv(found.summary.values(), found.machine).splitlines()
+    assert len(lines) == 4 and lines[2].startswith("student-4,4,1,5,0.1,0.01,0.1,")
+
+
+# -------------------------------------------------------------------------------------------------- record and grids
+
+
+def test_the_record_reads_back_as_it_was(found: BenchmarkRecord) -> None:
+    assert BenchmarkRecord.from_json(found.to_json()) == found
+
+
+@pytest.mark.parametrize("content", ["", "[]", "{}", '{"schema_version": 1}'])
+def test_what_is_no_record_is_refused_in_one_line(content: str) -> None:
+    with pytest.raises(InputError, match="no benchmark record") as caught:
+        BenchmarkRecord.from_json(content)
+    assert "\n" not in str(caught.value)
+
+
+def test_another_schema_is_refused(found: BenchmarkRecord) -> None:
+    with pytest.raises(InputError, match="schema_version 9"):
+        BenchmarkRecord.from_json(replace(found, schema_version=9).to_json())
+
+
+def test_grids_hold_every_picture(found: BenchmarkRecord, tmp_path: Path) -> None:
+    folders = pictures(tmp_path, found, side=32, count=3)
+    paths = save_grids(tmp_path / "grids", folders, found.prompts, 3)
+    assert len(paths) == 2 * (3 + 1)
+    with Image.open(tmp_path / "grids" / "001_student-4.png") as one:
+        assert one.size == (4 + 2 * 36, 4 + 2 * 36)  # two columns, two rows
+    with Image.open(tmp_path / "grids" / "000_compare.png") as compare:
+        assert compare.width > 4 + 3 * 36 and compare.height >= 4 + 3 * 36
+        left = compare.convert("L").crop((0, 20, 40, compare.height))
+        assert left.getextrema()[0] < 128, "the arms are named at the left"

@@ -1,0 +1,61 @@
+"""Files and folders appear whole or not at all; and the reporter that says nothing."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from fewstep.errors import CheckpointError, DataError, FewstepError, InputError, Interrupted
+from fewstep.files import replace_folder_atomic, sha256, write_bytes_atomic, write_text_atomic
+from fewstep.reporting import SILENT
+
+
+def test_a_file_is_written_with_its_folders_and_nothing_else(tmp_path: Path) -> None:
+    path = write_text_atomic(tmp_path / "a" / "b.txt", "ᾱ\n")
+    assert path.read_bytes() == "ᾱ\n".encode()
+    assert write_bytes_atomic(str(path), b"new") == path
+    assert path.read_bytes() == b"new"
+    assert [p.name for p in path.parent.iterdir()] == ["b.txt"]
+
+
+def test_a_failed_write_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = write_text_atomic(tmp_path / "a.txt", "old")
+
+    def full(_: int) -> None:
+        raise OSError("no space left")
+
+    monkeypatch.setattr("os.fsync", full)
+    with pytest.raises(OSError, match="no space"):
+        write_text_atomic(path, "new")
+    assert path.read_text() == "old"
+    assert [p.name for p in tmp_path.iterdir()] == ["a.txt"]
+
+
+def test_a_folder_takes_the_place_of_another(tmp_path: Path) -> None:
+    for content in ("one", "two"):
+        write_text_atomic(tmp_path / "partial" / "file", content)
+        replace_folder_atomic(tmp_path / "partial", tmp_path / "runs" / "final")
+        assert (tmp_path / "runs" / "final" / "file").read_text() == content
+    assert not (tmp_path / "partial").exists()
+    assert [p.name for p in (tmp_path / "runs").iterdir()] == ["final"]
+
+
+def test_sha256(tmp_path: Path) -> None:
+    path = write_bytes_atomic(tmp_path / "x", b"abc")
+    assert sha256(path) == "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
+
+
+def test_exit_codes() -> None:
+    codes = {kind: kind.exit_code for kind in (FewstepError, InputError, DataError, CheckpointError, Interrupted)}
+    assert list(codes.values()) == [1, 2, 3, 4, 75]
+    assert all(issubclass(kind, FewstepError) for kind in codes)
+
+
+def test_silence_is_a_reporter(capsys: pytest.CaptureFixture[str]) -> None:
+    SILENT.say("a")
+    SILENT.warn("b")
+    with SILENT.progress("c", 3) as bar:
+        bar.advance()
+        bar.advance(2, loss=0.5)
+    assert capsys.readouterr() == ("", "")

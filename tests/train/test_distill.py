@@ -1,0 +1,407 @@
+"""A whole run: what it says, what it leaves, what a stock pipeline makes of it, and that it can be stopped anywhere."""
+
+from __future__ import annotations
+
+import json
+import tomllib
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from accelerate.optimizer import AcceleratedOptimizer
+from PIL import Image
+from safetensors.torch import load_file
+
+from fewstep import lora
+from fewstep.arms import base_arm, student_arm
+from fewstep.backbone import load_backbone
+from fewstep.checkpoint import load, verify
+from fewstep.config import TrainSettings
+from fewstep.errors import CheckpointError, InputError, Interrupted
+from fewstep.pictures import encode_prompts, make_pictures
+from fewstep.randomness import generator
+from fewstep.train import DistillResult, distill, learning_rate
+from tests.train.conftest import Heard
+
+WEIGHTS = "pytorch_lora_weights.safetensors"
+PROMPT = "pattern number 3"
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(folder / WEIGHTS)
+
+
+def assert_same(mine: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor], **tolerance: float) -> None:
+    assert mine.keys() == theirs.keys()
+    for name, value in mine.items():
+        torch.testing.assert_close(value, theirs[name], **({"rtol": 0, "atol": 0} | tolerance), msg=name)
+
+
+def saved_state(folder: Path, *names: str) -> dict[str, Any]:
+    """What a checkpoint holds to resume from, as its objects would take it up."""
+
+    class Catches:
+        def load_state_dict(self, state: Any) -> None:
+            self.state = state
+
+    caught = {name: Catches() for name in names}
+    load(folder, caught)  # type: ignore[arg-type]
+    return {name: one.state for name, one in caught.items()}
+
+
+# ------------------------------------------------------------------------------------------------------ what is left
+
+
+def test_the_first_line_names_the_base_and_why(whole: DistillResult, heard: Heard, base: Path) -> None:
+    assert heard.said[0] == f"base: {base} (asked for with base_model)"
+
+
+def test_what_matters_is_said_before_work(whole: DistillResult, heard: Heard) -> None:
+    trainable = sum(value.numel() for value in weights(whole.adapter).values())
+    said = "\n".join(heard.said)
+    assert f"alpha 32 (alpha / rank = 8) on to_q to_k to_v to_out.0: {trainable:,} trainable parameters" in said
+    assert "loss_weighting x0" in said
+    assert "2 DDIM steps from t to x0 with guidance 3; t is one of 999 759 499 259" in said
+    assert "10 steps of 4 pictures (2 x 2 micro-batches x 1 processes)" in said
+    assert '  mixed_precision = "no"' in heard.said
+    assert heard.bars["training"] == (10, 10)
+    assert heard.warned == []
+
+
+def test_settings_are_saved_resolved_and_can_be_passed_back(whole: DistillResult) -> None:
+    text = (whole.folder / "settings.toml").read_text()
+    saved = tomllib.loads(text)
+    assert (saved["guidance_scale"], saved["resolution"], saved["lora_alpha"]) == (3.0, 64, 32)
+    assert TrainSettings(**saved) == whole.settings
+    assert (whole.adapter / "settings.toml").read_text() == text
+
+
+def test_checkpoints_are_whole_and_the_final_one_is_the_last(whole: DistillResult) -> None:
+    names = sorted(folder.name for folder in (whole.folder / "lora").iterdir())
+    assert names == ["checkpoint-10", "checkpoint-4", "checkpoint-8", "final"]
+    for name in names:
+        verify(whole.folder / "lora" / name)
+    assert_same(weights(whole.adapter), weights(whole.folder / "lora" / "checkpoint-10"))
+    assert not (whole.adapter / "resume").exists()
+    record = verify(whole.adapter)
+    assert (record.step, record.step_counts) == (10, (1, 4))
+    assert (
+        json.loads((whole.adapter / "scheduler" / "scheduler_config.json").read_text())["_class_name"] == "LCMScheduler"
+    )
+
+
+def test_what_is_sampled_with_is_the_average_and_raw_weights_stay_in_resume(whole: DistillResult) -> None:
+    folder = whole.folder / "lora" / "checkpoint-10"
+    raw, published = saved_state(folder, "adapter", "optimizer", "ema")["adapter"], weights(folder)
+    assert raw.keys() == published.keys()
+    assert any(not torch.equal(raw[name], published[name]) for name in raw)
+
+
+def test_metrics_have_the_loss_of_every_timestep(whole: DistillResult) -> None:
+    rows = [json.loads(line) for line in (whole.folder / "metrics.jsonl").read_text().splitlines()]
+    assert rows == whole.history
+    assert [row["step"] for row in rows] == [2, 4, 6, 8, 10]
+    seen = {name for row in rows for name in row if name.startswith("loss/")}
+    assert seen == {"loss/t999", "loss/t759", "loss/t499", "loss/t259"}
+    assert {"loss", "gradient_norm", "learning_rate", "pictures_per_second"} <= rows[0].keys()
+    assert all(row["pictures_per_second"] > 0 for row in rows)
+    assert list((whole.folder / "tensorboard").iterdir())
+
+
+def test_previews_show_each_step_count_beside_the_teacher(whole: DistillResult) -> None:
+    assert [file.name for file in (whole.folder / "previews").iterdir()] == ["step-000010.png"]
+    with Image.open(whole.folder / "previews" / "step-000010.png") as page:
+        assert page.width == 3 * 64
+        pixels = np.asarray(page.convert("RGB")).astype(int)
+    row = pixels[16:80]
+    one, four, teacher = row[:, :64], row[:, 64:128], row[:, 128:]
+    assert np.abs(one - four).max() > 0 and np.abs(four - teacher).max() > 0
+
+
+# ---------------------------------------------------------------------------------------------------- the round trip
+
+
+def stock_picture(base: Path, adapter: Path | None, steps: int) -> np.ndarray:
+    """What a user of diffusers alone gets."""
+    from diffusers import LCMScheduler, StableDiffusionPipeline
+
+    pipeline = StableDiffusionPipeline.from_pretrained(base)
+    pipeline.set_progress_bar_config(disable=True)
+    if adapter is None:
+        pipeline.scheduler = LCMScheduler.from_config(pipeline.scheduler.config)
+    else:
+        pipeline.load_lora_weights(adapter)
+        pipeline.scheduler = LCMScheduler.from_pretrained(adapter / "scheduler")
+    noise = generator(5, "picture", 0, 0)
+    drawn = pipeline(
+        PROMPT, num_inference_steps=steps, guidance_scale=1.0, generator=[noise], height=64, width=64, output_type="np"
+    )
+    return np.round(drawn.images[0] * 255).astype(int)
+
+
+def own_picture(base: Path, adapter: Path | None, steps: int) -> np.ndarray:
+    backbone = load_backbone(base, device="cpu")
+    if adapter is not None:
+        lora.load_adapter(backbone, adapter)
+    arm = base_arm(steps) if adapter is None else student_arm(steps)
+    drawn = make_pictures(backbone, arm, encode_prompts(backbone, [PROMPT]), [(0, 0)], seed=5)
+    return drawn.pixels[0].permute(1, 2, 0).numpy().astype(int)
+
+
+@pytest.mark.parametrize("steps", [1, 4])
+def test_a_stock_pipeline_draws_the_students_picture_and_not_the_bases(
+    whole: DistillResult, base: Path, steps: int
+) -> None:
+    student = own_picture(base, whole.adapter, steps)
+    stock = stock_picture(base, whole.adapter, steps)
+    untrained = stock_picture(base, None, steps)
+    assert np.abs(stock - student).max() <= 1
+    assert np.abs(stock - untrained).mean() > 1
+    assert np.abs(untrained - own_picture(base, None, steps)).max() <= 1
+
+
+def test_v_prediction_trains_and_is_passed_on_to_the_sampler(
+    v_base: Path, settings: TrainSettings, tmp_path: Path
+) -> None:
+    result = distill(
+        settings.replace(
+            base_model=str(v_base),
+            output_dir=tmp_path,
+            max_steps=3,
+            ema_decay=0.0,
+            validate_every=0,
+            checkpoint_every=0,
+        )
+    )
+    assert result.settings.prediction_type == "v_prediction"
+    scheduler = json.loads((result.adapter / "scheduler" / "scheduler_config.json").read_text())
+    assert scheduler["prediction_type"] == "v_prediction"
+    student, stock = own_picture(v_base, result.adapter, 4), stock_picture(v_base, result.adapter, 4)
+    assert np.abs(stock - student).max() <= 1
+    # Without an average, what is sampled with is what was trained.
+    raw = saved_state(result.folder / "lora" / "checkpoint-3", "adapter", "optimizer")["adapter"]
+    assert_same(raw, weights(result.adapter))
+    assert not (result.folder / "previews").exists()
+
+
+def test_an_adapter_that_does_not_read_back_ends_the_run(
+    settings: TrainSettings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    honest = lora.save_adapter
+
+    def saves_something_else(unet: Any, folder: Path, scheduler_config: Any) -> Path:
+        path = honest(unet, folder, scheduler_config)
+        from safetensors import safe_open
+        from safetensors.torch import save_file
+
+        with safe_open(path, "pt") as file:
+            metadata = file.metadata()
+        save_file({name: value * 1.001 for name, value in load_file(path).items()}, path, metadata)
+        return path
+
+    monkeypatch.setattr(lora, "save_adapter", saves_something_else)
+    with pytest.raises(CheckpointError, match="is not the student"):
+        distill(settings.replace(output_dir=tmp_path, max_steps=3, validate_every=0, checkpoint_every=0))
+    assert list((tmp_path / "whole" / "lora").iterdir()) == []
+
+
+# ----------------------------------------------------------------------------------------------- stopping, going on
+
+
+def test_a_run_that_was_stopped_and_resumed_is_the_same_run_bit_for_bit(
+    whole: DistillResult, settings: TrainSettings, tmp_path: Path
+) -> None:
+    stopped = settings.replace(output_dir=tmp_path)
+    asked = iter([False, False, False, False, True])
+    with pytest.raises(Interrupted, match=r"step 5 of 10.*--resume_from_checkpoint latest"):
+        distill(stopped, should_stop=lambda: next(asked))
+    heard = Heard()
+    resumed = distill(stopped.replace(resume_from_checkpoint="latest"), reporter=heard)
+    assert any("checkpoint-5 at step 5" in line for line in heard.said)
+    assert_same(weights(resumed.adapter), weights(whole.adapter))
+    assert resumed.steps == 10
+    for name in ("adapter", "optimizer", "ema"):
+        path = f"lora/checkpoint-10/resume/{name}.safetensors"
+        assert (resumed.folder / path).read_bytes() == (whole.folder / path).read_bytes()
+    assert [row["step"] for row in resumed.history] == [2, 4, 6, 8, 10]
+    for mine, theirs in zip(resumed.history, whole.history, strict=True):
+        if mine["step"] != 6:  # its first update was made, and its loss forgotten, before the stop
+            assert mine | {"pictures_per_second": 0} == theirs | {"pictures_per_second": 0}
+
+
+def test_a_bar_that_is_interrupted_stops_the_run_after_the_update(settings: TrainSettings, tmp_path: Path) -> None:
+    class Signalled(Heard):
+        def progress(self, name: str, total: int) -> Any:
+            opened = super().progress(name, total)
+            if name != "training":
+                return opened
+
+            class Interrupting:
+                def __enter__(self) -> Any:
+                    bar = opened.__enter__()
+                    advance = bar.advance
+
+                    def interrupted(n: int = 1, **values: float) -> None:
+                        advance(n, **values)
+                        if n:
+                            raise KeyboardInterrupt
+
+                    bar.advance = interrupted
+                    return bar
+
+                def __exit__(self, *exception: Any) -> Any:
+                    return opened.__exit__(*exception)
+
+            return Interrupting()
+
+    with pytest.raises(Interrupted) as stopped:
+        distill(settings.replace(output_dir=tmp_path), reporter=Signalled())
+    assert stopped.value.exit_code == 75
+    assert verify(tmp_path / "whole" / "lora" / "checkpoint-1").step == 1
+
+
+def test_a_folder_with_a_run_is_refused_and_the_way_on_is_named(whole: DistillResult, settings: TrainSettings) -> None:
+    with pytest.raises(InputError, match="--resume_from_checkpoint latest"):
+        distill(settings)
+
+
+def test_resuming_a_finished_run_changes_nothing(
+    whole: DistillResult, settings: TrainSettings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = (whole.adapter / WEIGHTS).read_bytes()
+    again = distill(settings.replace(resume_from_checkpoint="auto", validate_every=0))
+    assert (again.adapter / WEIGHTS).read_bytes() == before
+    assert again.history == whole.history
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "words"),
+    [
+        ({"learning_rate": 1e-5}, InputError, "learning_rate 1e-05 came.*trained with 0.003"),
+        ({"max_steps": 9}, InputError, "at step 10, max_steps is 9"),
+        ({"batch_size": 3}, CheckpointError, "global_batch 4, now it is 6"),
+        ({"resume_from_checkpoint": "OLD"}, InputError, "has gone on from checkpoint-4 to checkpoint-10"),
+    ],
+)
+def test_another_run_cannot_pass_for_a_resumed_one(
+    whole: DistillResult, settings: TrainSettings, change: dict[str, Any], error: type[Exception], words: str
+) -> None:
+    if change.get("resume_from_checkpoint") == "OLD":
+        change = {"resume_from_checkpoint": str(whole.folder / "lora" / "checkpoint-4")}
+    with pytest.raises(error, match=words):
+        distill(settings.replace(**{"resume_from_checkpoint": "latest"} | change))
+
+
+def test_nothing_is_written_for_a_base_without_data(base: Path, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="--data_dir"):
+        distill(TrainSettings(base_model=str(base), output_dir=tmp_path / "runs", device="cpu"))
+    assert not (tmp_path / "runs").exists()
+
+
+# ------------------------------------------------------------------------------------------------------- the updates
+
+
+@pytest.fixture(scope="module")
+def at_once(settings: TrainSettings, tmp_path_factory: pytest.TempPathFactory) -> DistillResult:
+    """Three updates of four pictures at once."""
+    return distill(few_updates(settings, tmp_path_factory.mktemp("at-once")))
+
+
+def few_updates(settings: TrainSettings, folder: Path) -> TrainSettings:
+    return settings.replace(
+        output_dir=folder,
+        max_steps=3,
+        batch_size=4,
+        gradient_accumulation_steps=1,
+        ema_decay=0.0,
+        lr_warmup_steps=0,
+        checkpoint_every=0,
+        validate_every=0,
+        log_every=1,
+    )
+
+
+def test_micro_batches_change_the_order_of_summation_alone(
+    at_once: DistillResult, settings: TrainSettings, tmp_path: Path
+) -> None:
+    split = distill(few_updates(settings, tmp_path).replace(batch_size=1, gradient_accumulation_steps=4))
+    assert_same(weights(split.adapter), weights(at_once.adapter), rtol=1e-3, atol=2e-6)
+    for mine, theirs in zip(split.history, at_once.history, strict=True):
+        assert mine.keys() == theirs.keys()
+        for name in mine.keys() - {"pictures_per_second"}:
+            assert mine[name] == pytest.approx(theirs[name], rel=1e-4), name
+
+
+def test_an_update_that_overflows_is_made_again_and_counted_once(
+    at_once: DistillResult, settings: TrainSettings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As under fp16: the optimizer skips, the loss scale falls, and the same pictures come again."""
+    honest, calls = AcceleratedOptimizer.step, []
+
+    def overflows_at_first(self: AcceleratedOptimizer, closure: Any = None) -> None:
+        calls.append(1)
+        self._is_overflow = len(calls) in (1, 3)
+        if not self._is_overflow:
+            honest(self, closure)
+
+    monkeypatch.setattr(AcceleratedOptimizer, "step", overflows_at_first)
+    result = distill(few_updates(settings, tmp_path))
+    assert len(calls) == 5 and result.steps == 3
+    assert_same(weights(result.adapter), weights(at_once.adapter))
+    assert [row["loss"] for row in result.history] == [row["loss"] for row in at_once.history]
+
+
+def test_gradients_are_clipped(settings: TrainSettings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    norms = []
+    honest = AcceleratedOptimizer.step
+
+    def listens(self: AcceleratedOptimizer, closure: Any = None) -> None:
+        gradients = [parameter.grad for group in self.param_groups for parameter in group["params"]]
+        norms.append(torch.stack([gradient.norm() for gradient in gradients]).norm().item())
+        honest(self, closure)
+
+    monkeypatch.setattr(AcceleratedOptimizer, "step", listens)
+    result = distill(few_updates(settings, tmp_path).replace(max_grad_norm=0.01, max_steps=2))
+    assert norms == pytest.approx([0.01, 0.01], rel=1e-3)
+    assert all(row["gradient_norm"] > 0.01 for row in result.history)
+
+
+def test_a_loss_that_is_not_finite_ends_the_run_before_anything_is_saved(
+    settings: TrainSettings, tmp_path: Path
+) -> None:
+    diverging = few_updates(settings, tmp_path).replace(learning_rate=1.0, lora_alpha=10**30, max_steps=50)
+    with pytest.raises(InputError, match="not finite at step"):
+        distill(diverging)
+    assert not (tmp_path / "whole" / "lora").exists()
+
+
+def test_half_precision_trains_fp32_weights_on_a_half_base(settings: TrainSettings, tmp_path: Path) -> None:
+    result = distill(few_updates(settings, tmp_path).replace(mixed_precision="bf16"))
+    assert result.settings.mixed_precision == "bf16"
+    trained = saved_state(result.folder / "lora" / "checkpoint-3", "adapter", "optimizer")["adapter"]
+    assert all(value.dtype == torch.float32 for value in trained.values())
+    assert any(not torch.equal(value, value.bfloat16().float()) for value in trained.values())
+    assert_same(trained, weights(result.adapter))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("precision", ["fp16", "bf16", "no"])
+def test_a_gpu_trains_in_every_precision(settings: TrainSettings, tmp_path: Path, precision: str) -> None:
+    asked = few_updates(settings, tmp_path).replace(device="cuda", mixed_precision=precision, max_steps=6)
+    result = distill(asked)
+    assert result.steps == 6 and [row["step"] for row in result.history] == [1, 2, 3, 4, 5, 6]
+    names = ("adapter", "optimizer", *(["scaler"] if precision == "fp16" else []))
+    assert all(
+        value.isfinite().all()
+        for value in saved_state(result.folder / "lora" / "checkpoint-6", *names)["adapter"].values()
+    )
+
+
+def test_learning_rate_rises_and_falls_as_it_should() -> None:
+    constant = TrainSettings(max_steps=10, learning_rate=1.0, lr_warmup_steps=3)
+    assert [learning_rate(constant, update) for update in range(5)] == [0.25, 0.5, 0.75, 1.0, 1.0]
+    cosine = constant.replace(lr_schedule="cosine", lr_warmup_steps=0)
+    rates = [learning_rate(cosine, update) for update in range(10)]
+    assert rates[0] == 1.0 and rates[5] == pytest.approx(0.5) and rates == sorted(rates, reverse=True) and rates[-1] > 0

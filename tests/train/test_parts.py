@@ -1,0 +1,205 @@
+"""The parts of training that can be looked at by themselves: average, telemetry, previews, oracle."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from fewstep.backbone import Backbone, load_backbone
+from fewstep.ema import EMA
+from fewstep.errors import CheckpointError, InputError
+from fewstep.methods.kstep import KStep
+from fewstep.oracle import describe, measure_oracle
+from fewstep.previews import LABEL_HEIGHT, labelled_grid
+from fewstep.sampling import PictureNoise, lcm_sample
+from fewstep.telemetry import LoggedReporter, LossByTimestep, Telemetry, Throughput, read_metrics
+from tests.train.conftest import Heard
+
+# ---------------------------------------------------------------------------------------------------------- the average
+
+
+def test_ema_is_the_running_average_it_says() -> None:
+    parameter = nn.Parameter(torch.zeros(3))
+    ema = EMA([parameter], decay=0.5)
+    expected = torch.zeros(3)
+    for step in range(1, 8):
+        parameter.data.fill_(float(step))
+        ema.update(step)
+        decay = min(0.5, (1 + step) / (10 + step))
+        expected = decay * expected + (1 - decay) * parameter.detach()
+    torch.testing.assert_close(ema.averages[0], expected)
+
+
+def test_ema_puts_the_weights_back_bit_for_bit_even_after_an_error() -> None:
+    parameter = nn.Parameter(torch.randn(5))
+    before, same = parameter.detach().clone(), parameter
+    ema = EMA([parameter], decay=0.9)
+    parameter.data += 1
+    trained = parameter.detach().clone()
+    with pytest.raises(KeyError), ema.applied():  # noqa: PT012
+        assert torch.equal(parameter, before)
+        raise KeyError
+    assert torch.equal(parameter, trained) and parameter is same and parameter.requires_grad
+
+
+def test_ema_that_is_off_is_the_weights_themselves() -> None:
+    parameter = nn.Parameter(torch.randn(5))
+    ema = EMA([parameter], decay=0.0)
+    parameter.data += 1
+    ema.update(1)
+    with ema.applied():
+        assert torch.equal(parameter, parameter.detach())
+    assert ema.averages == [] and ema.state_dict() == {"averages": []}
+
+
+def test_ema_resumes() -> None:
+    parameter = nn.Parameter(torch.randn(5))
+    one = EMA([parameter], decay=0.9)
+    parameter.data += 1
+    one.update(1)
+    other = EMA([parameter], decay=0.9)
+    other.load_state_dict(one.state_dict())
+    assert torch.equal(one.averages[0], other.averages[0])
+
+
+# ------------------------------------------------------------------------------------------------------------ telemetry
+
+
+def test_a_resumed_history_forgets_what_is_made_again(tmp_path: Path) -> None:
+    with Telemetry(tmp_path) as telemetry:
+        for step in (1, 2, 3):
+            telemetry.record(step, {"loss": step / 10})
+    with Telemetry(tmp_path, resumed_at=2) as telemetry:
+        telemetry.record(3, {"loss": 0.5})
+    rows = read_metrics(tmp_path / "metrics.jsonl")
+    assert (
+        rows
+        == telemetry.history
+        == [
+            {"step": 1, "loss": 0.1},
+            {"step": 2, "loss": 0.2},
+            {"step": 3, "loss": 0.5},
+        ]
+    )
+    with Telemetry(tmp_path) as telemetry:
+        assert telemetry.history == [], "a new run does not take over an old one's figures"
+
+
+def test_only_the_first_process_writes(tmp_path: Path) -> None:
+    with Telemetry(tmp_path / "run", active=False) as telemetry:
+        telemetry.record(1, {"loss": 0.1})
+    assert telemetry.history == [{"step": 1, "loss": 0.1}]
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_line_cut_short_is_left_out_and_a_broken_one_is_not(tmp_path: Path) -> None:
+    file = tmp_path / "metrics.jsonl"
+    file.write_text('{"step": 1}\n{"step": 2, "lo')
+    assert read_metrics(file) == [{"step": 1}]
+    file.write_text('{"step": 1, "lo\n{"step": 2}\n')
+    with pytest.raises(CheckpointError, match="line 1"):
+        read_metrics(file)
+
+
+def test_loss_by_timestep_is_the_mean_over_all_samples_of_it() -> None:
+    losses = LossByTimestep([999, 499, 259], torch.device("cpu"))
+    losses.add(torch.tensor([999, 499, 999]), torch.tensor([1.0, 5.0, 2.0], requires_grad=True))
+    losses.add(torch.tensor([999]), torch.tensor([6.0]))
+    assert losses.means(lambda sums: sums) == {"loss": 3.5, "loss/t999": 3.0, "loss/t499": 5.0}
+    losses.add(torch.tensor([259]), torch.tensor([1.0]))
+    assert losses.means(lambda sums: 2 * sums) == {"loss": 1.0, "loss/t259": 1.0}
+
+
+def test_throughput_leaves_out_what_is_no_training(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = {"now": 100.0}
+    monkeypatch.setattr("time.perf_counter", lambda: clock["now"])
+    speed = Throughput()
+    speed.add(8)
+    clock["now"] += 2
+    with speed.paused():
+        clock["now"] += 50
+    assert speed.read() == 4.0
+    speed.add(3)
+    clock["now"] += 1
+    assert speed.read() == 3.0
+
+
+def test_what_is_said_goes_to_the_log_file_too(tmp_path: Path) -> None:
+    heard, file = Heard(), tmp_path / "logs" / "run.log"
+    with pytest.raises(InputError), LoggedReporter(heard, file) as reporter:  # noqa: PT012
+        reporter.say("hello")
+        reporter.warn("careful")
+        raise InputError("no more")
+    lines = [line.partition(" ")[2] for line in file.read_text().splitlines()]
+    assert lines == ["hello", "warning: careful", "ended: no more"]
+    assert (heard.said, heard.warned) == (["hello"], ["careful"])
+    with pytest.raises(InputError, match="log_file"):
+        LoggedReporter(heard, tmp_path)
+
+
+# ------------------------------------------------------------------------------------------------------------- previews
+
+
+def test_a_grid_of_previews_has_a_row_a_prompt_and_a_column_an_arm() -> None:
+    columns = {"a": torch.full((3, 3, 32, 32), 10, dtype=torch.uint8), "b": torch.full((3, 3, 32, 32), 200).byte()}
+    page = labelled_grid(columns, ["one", "two", "three"])
+    assert page.size == (64, LABEL_HEIGHT + 3 * (32 + LABEL_HEIGHT))
+    assert page.getpixel((5, LABEL_HEIGHT + 5)) == (10, 10, 10)
+    assert page.getpixel((40, page.height - LABEL_HEIGHT - 5)) == (200, 200, 200)
+
+
+# --------------------------------------------------------------------------------------------------------------- oracle
+
+
+@pytest.fixture(scope="module")
+def backbone(base: Path) -> Backbone:
+    return load_backbone(base, device="cpu")
+
+
+@pytest.fixture(scope="module")
+def method(backbone: Backbone) -> KStep:
+    return KStep(schedule=backbone.schedule, step_counts=(1, 4), num_ddim_steps=2, guidance=3.0)
+
+
+def test_the_perfect_student_draws_the_teachers_rollout_in_one_step(backbone: Backbone, method: KStep) -> None:
+    teacher, cond, uncond = backbone.denoiser(adapter=False), backbone.embed(["a", "b"]), backbone.embed([""])
+    shape = backbone.latent_shape(64)
+    ids = [(0, 0), (1, 0)]
+    drawn = lcm_sample(method.oracle(teacher, uncond), backbone.schedule, PictureNoise(ids, 1), shape, [999], cond)
+    expected = method.target(teacher, PictureNoise(ids, 1).draw(shape), torch.tensor([999, 999]), cond, uncond)
+    torch.testing.assert_close(drawn, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_the_oracle_without_an_answer_key_measures_the_spread_of_latents(backbone: Backbone, method: KStep) -> None:
+    oracle = measure_oracle(backbone, method, ["a", "b", "c"], resolution=64, seed=1, batch_size=2)
+    assert list(oracle) == ["teacher", "1", "4"]
+    assert oracle["teacher"] == {"saturation": 1.0}
+    assert all(0 < oracle[arm]["saturation"] < 5 for arm in ("1", "4"))
+    assert "spread of the latents" in describe(oracle, 3) and "3 pictures" in describe(oracle, 3)
+
+
+class KnowsTheAnswers:
+    """Abilities of a base that finds every second prompt's picture right."""
+
+    def answers(self, pixels: Tensor, prompts: list[str]) -> dict[str, Tensor]:
+        assert pixels.shape == (len(prompts), 3, 64, 64)
+        return {"all_right": torch.tensor([prompt in ("a", "c") for prompt in prompts])}
+
+
+def test_the_oracle_asks_the_answer_key(backbone: Backbone, method: KStep) -> None:
+    knowing: Any = KnowsTheAnswers()
+    heard = Heard()
+    oracle = measure_oracle(
+        replace(backbone, abilities=knowing), method, ["a", "b", "c", "d"],
+        resolution=64, seed=1, batch_size=3, reporter=heard,
+    )  # fmt: skip
+    assert {arm: figures["all_right"] for arm, figures in oracle.items()} == {"teacher": 0.5, "1": 0.5, "4": 0.5}
+    assert "every attribute right, 4 pictures): 50.0% at 1, 50.0% at 4 steps; teacher 50.0%" in describe(oracle, 4)
+    assert all(done == total for done, total in heard.bars.values())
+    assert json.loads(json.dumps(oracle)) == oracle
