@@ -2,7 +2,7 @@
 
 1. vae: drawings to latents and back;
 2. judges: the reader with its features, and the alignment model;
-3. denoiser: text encoder and UNet on cached latents, then the figures that say what the base can do.
+3. denoiser: the text encoder, then the UNet on cached latents, then the figures that say what the base can do.
 
 Every batch is a function of (seed, step): a stage that was stopped goes on as if it had not been.
 """
@@ -31,14 +31,16 @@ from fewstep.reporting import SILENT, Reporter
 from fewstep.scenes import measure
 from fewstep.scenes.abilities import SceneAbilities
 from fewstep.scenes.alignment import alignment_losses, build_alignment_model, save_alignment_model
+from fewstep.scenes.attributes import sample_attributes
 from fewstep.scenes.captions import random_caption
-from fewstep.scenes.denoiser import CAPTION_DROPOUT, SCHEDULER, Denoiser, denoiser_losses, latents_of, tokenize
-from fewstep.scenes.drawings import drawn_pixels, numbered_attributes, numbered_drawing
+from fewstep.scenes.denoiser import CAPTION_DROPOUT, SCHEDULER, Denoiser, denoiser_losses, latents_of
+from fewstep.scenes.drawings import drawn_in_chunks, drawn_pixels, numbered_attributes, numbered_drawing
 from fewstep.scenes.export import save_base, save_defaults
 from fewstep.scenes.judge import CLASSES, Judge, judge_losses, labels, save_judge, soften
+from fewstep.scenes.landmarks import numbered_landmarks, standardised_levels
 from fewstep.scenes.layout import FLAWS, parameters
 from fewstep.scenes.loop import Plan, batch_indices, run
-from fewstep.scenes.text import build_tokenizer
+from fewstep.scenes.text import CaptionReader, build_tokenizer, caption_losses, tokenize
 from fewstep.scenes.vae import build_vae, fold_latent_statistics, to_pixels, vae_losses
 from fewstep.schedule import NoiseSchedule
 
@@ -53,6 +55,7 @@ class Sizes:
     """How much each stage draws and trains."""
 
     drawings: int
+    latents: int
     flawed: int
     reconstructed: int
     tested: int
@@ -62,25 +65,29 @@ class Sizes:
     vae: Plan
     judge: Plan
     alignment: Plan
+    text: Plan
     denoiser: Plan
 
 
 SIZES = {
     "full": Sizes(
         drawings=20_000,
+        latents=40_000,
         flawed=6_000,
         reconstructed=10_000,
         tested=2_000,
         swept=100,
         proved=256,
-        minutes={"vae": 35, "judges": 20, "denoiser": 70},
+        minutes={"vae": 35, "judges": 20, "denoiser": 90},
         vae=Plan(steps=4_200, batch_size=8, learning_rate=2e-3, ema_decay=0.998),
         judge=Plan(steps=2_200, batch_size=64, learning_rate=2e-3),
         alignment=Plan(steps=500, batch_size=96, learning_rate=1e-3),
-        denoiser=Plan(steps=4_000, batch_size=48, learning_rate=1.5e-3, warmup=300, ema_decay=0.9993),
+        text=Plan(steps=400, batch_size=64, learning_rate=1e-3, ema_decay=0.98),
+        denoiser=Plan(steps=4_900, batch_size=64, parts=2, learning_rate=2e-3, ema_decay=0.999),
     ),
     "tiny": Sizes(
         drawings=64,
+        latents=96,
         flawed=24,
         reconstructed=32,
         tested=16,
@@ -90,7 +97,8 @@ SIZES = {
         vae=Plan(steps=20, batch_size=4, learning_rate=2e-3, ema_decay=0.9),
         judge=Plan(steps=10, batch_size=8, learning_rate=2e-3, ema_decay=0.9),
         alignment=Plan(steps=6, batch_size=8, learning_rate=1e-3, ema_decay=0.9),
-        denoiser=Plan(steps=20, batch_size=8, learning_rate=1e-3, ema_decay=0.9),
+        text=Plan(steps=6, batch_size=8, learning_rate=1e-3, ema_decay=0.9),
+        denoiser=Plan(steps=20, batch_size=8, parts=2, learning_rate=1e-3, ema_decay=0.9),
     ),
 }
 
@@ -161,7 +169,7 @@ class _Workshop:
         torch.manual_seed(self.seed)
         vae = build_vae(self.size)
 
-        def loss(step: int) -> dict[str, Tensor]:
+        def loss(step: int, _part: int) -> dict[str, Tensor]:
             batch = to_pixels(pixels[np.sort(batch_indices(self.seed, step, plan.batch_size, len(pixels)).numpy())])
             if step % 2:  # a mirrored landscape is as good
                 batch = batch.flip(-1)
@@ -216,7 +224,7 @@ class _Workshop:
         torch.manual_seed(self.seed)
         judge = Judge(self.size, numbers.shape[1] + 2)
 
-        def loss(step: int) -> dict[str, Tensor]:
+        def loss(step: int, _part: int) -> dict[str, Tensor]:
             picked = batch_indices(self.seed, step, plan.batch_size, len(everything)).sort().values
             random = generator(self.seed, "soften", step)
             soft = torch.rand(plan.batch_size, generator=random) < 0.4
@@ -243,7 +251,7 @@ class _Workshop:
         torch.manual_seed(self.seed)
         model = build_alignment_model(tokenizer, self.size)
 
-        def loss(step: int) -> dict[str, Tensor]:
+        def loss(step: int, _part: int) -> dict[str, Tensor]:
             picked = batch_indices(self.seed + 1, step, plan.batch_size, len(pixels)).sort().values.tolist()
             tokens = tokenizer(self._captions(step, picked), padding=True, return_tensors="pt")
             with self.autocast():
@@ -264,27 +272,48 @@ class _Workshop:
     def train_denoiser(self) -> dict[str, Any]:
         plan, vae = self.sizes.denoiser, self.load_vae()
         latents = self._cached_latents(vae)
+        landmarks = standardised_levels(numbered_landmarks(self.train_seed, len(latents)))
         tokenizer: CLIPTokenizer = build_tokenizer(self.work / "tokenizer")
         schedule = NoiseSchedule.from_config(SCHEDULER)
+        reader = self._train_text(tokenizer)
         torch.manual_seed(self.seed)
-        denoiser = Denoiser(tokenizer, self.size)
+        denoiser = Denoiser(reader.text_encoder, self.size)
         denoiser.use_plain_attention(self.fast)
 
-        def loss(step: int) -> dict[str, Tensor]:
-            picked = batch_indices(self.seed, step, plan.batch_size, len(latents))
-            random = generator(self.seed, "denoiser", step)
-            noise = torch.randn(plan.batch_size, *latents.shape[1:], generator=random)
-            t = torch.randint(schedule.num_train_timesteps, (plan.batch_size,), generator=random)
-            dropped = torch.rand(plan.batch_size, generator=random) < CAPTION_DROPOUT
+        def loss(step: int, part: int) -> dict[str, Tensor]:
+            picked = batch_indices(self.seed, step, plan.batch_size, len(latents)).chunk(plan.parts)[part]
+            random = generator(self.seed, "denoiser", step, part)
+            noise = torch.randn(len(picked), *latents.shape[1:], generator=random)
+            t = torch.randint(schedule.num_train_timesteps, (len(picked),), generator=random)
+            dropped = torch.rand(len(picked), generator=random) < CAPTION_DROPOUT
             captions = self._captions(step, picked.tolist())
             captions = ["" if drop else caption for drop, caption in zip(dropped.tolist(), captions, strict=True)]
+            clean, ids = latents[picked].float(), tokenize(tokenizer, captions)
+            maps = [level[picked] for level in landmarks]
             with self.autocast():
-                return denoiser_losses(denoiser, schedule, latents[picked], noise, t, tokenize(tokenizer, captions))
+                return denoiser_losses(denoiser, schedule, clean, noise, t, ids, maps, ~dropped)
 
         run(denoiser, loss, plan, self.work / "denoiser", self.reporter)
+        denoiser.landmarks.detach()
         denoiser.use_plain_attention(False)
         save_base(vae, denoiser, tokenizer, SCHEDULER, self.out / "base")
         return self._fresh_loss(denoiser, vae, tokenizer, latents) | self._prove()
+
+    def _train_text(self, tokenizer: CLIPTokenizer) -> CaptionReader:
+        """A text encoder whose end-of-text state says every attribute of its caption."""
+        plan = self.sizes.text
+        torch.manual_seed(self.seed)
+        reader = CaptionReader(tokenizer, self.size)
+
+        def loss(step: int, _part: int) -> dict[str, Tensor]:
+            rng = np.random.default_rng((self.seed, step, 6))
+            drawn = [sample_attributes(rng) for _ in range(plan.batch_size)]
+            ids = tokenize(tokenizer, [random_caption(rng, attributes) for attributes in drawn])
+            with self.autocast():
+                return caption_losses(reader, ids, torch.tensor([attributes.indices() for attributes in drawn]))
+
+        run(reader, loss, plan, self.work / "text", self.reporter)
+        return reader
 
     def _fresh_loss(
         self, denoiser: Denoiser, vae: AutoencoderKL, tokenizer: CLIPTokenizer, latents: Tensor
@@ -302,7 +331,7 @@ class _Workshop:
         seen = [numbered_attributes(self.train_seed, index) for index in range(count)]
         sums = {"trained": 0.0, "fresh": 0.0}
         for name, rows, attributes in (
-            ("trained", latents[:count], seen),
+            ("trained", latents[:count].float(), seen),
             ("fresh", unseen, [drawing.attributes for drawing in fresh]),
         ):
             rng = np.random.default_rng((self.seed, 5))
@@ -311,7 +340,7 @@ class _Workshop:
                 some = slice(i, i + 64)
                 with torch.no_grad():
                     losses = denoiser_losses(denoiser, schedule, rows[some], noise[some], t[some], ids[some])
-                sums[name] += float(losses["loss"]) * len(t[some]) / count
+                sums[name] += float(losses["denoising"]) * len(t[some]) / count
         return {"loss": sums, "fresh_over_trained": round(sums["fresh"] / sums["trained"], 4)}
 
     def _prove(self) -> dict[str, Any]:
@@ -336,15 +365,14 @@ class _Workshop:
         return {"read_by_guidance": {str(guidance): share for guidance, share in sweep.items()}} | proved
 
     def _cached_latents(self, vae: AutoencoderKL) -> Tensor:
-        """Latents of all drawings, computed once: fp32 [N, 4, 16, 16]."""
-        file = self.work / "latents.safetensors"
+        """Latents of the drawings that the UNet is trained on, computed once: fp16 [N, 4, 16, 16]."""
+        file, count = self.work / "latents.safetensors", self.sizes.latents
         if not file.exists():
-            pixels = self.drawings()
             chunks = []
-            with self.reporter.progress("latents", len(pixels)) as bar, self.autocast():
-                for chunk in np.array_split(pixels, max(1, len(pixels) // 64)):
-                    chunks.append(latents_of(vae, to_pixels(chunk)))
-                    bar.advance(len(chunk))
+            with self.reporter.progress("latents", count) as bar, self.autocast():
+                for pixels in drawn_in_chunks(self.train_seed, count):
+                    chunks.append(latents_of(vae, to_pixels(pixels)).half())
+                    bar.advance(len(pixels))
             save_file({"latents": torch.cat(chunks).contiguous()}, file)
         return load_file(file)["latents"]
 

@@ -58,7 +58,7 @@ def test_a_stopped_stage_goes_on_as_if_it_had_not_been(tmp_path: Path) -> None:
         torch.manual_seed(0)
         module = nn.Linear(3, 1)
 
-        def loss(step: int) -> dict[str, torch.Tensor]:
+        def loss(step: int, _part: int) -> dict[str, torch.Tensor]:
             if step == stop_at:
                 raise Stop
             x = torch.randn(4, 3, generator=torch.Generator().manual_seed(step))
@@ -71,6 +71,29 @@ def test_a_stopped_stage_goes_on_as_if_it_had_not_been(tmp_path: Path) -> None:
         train(tmp_path / "cut", stop_at=7)
     resumed = train(tmp_path / "cut")
     assert all(torch.equal(a, b) for a, b in zip(straight.parameters(), resumed.parameters(), strict=True))
+
+
+def test_a_batch_in_parts_trains_as_the_whole_batch_does(tmp_path: Path) -> None:
+    def train(parts: int) -> nn.Module:
+        torch.manual_seed(0)
+        module = nn.Sequential(nn.Linear(3, 8), nn.SiLU(), nn.Linear(8, 1))
+
+        def loss(step: int, part: int) -> dict[str, torch.Tensor]:
+            whole = torch.randn(4, 3, generator=torch.Generator().manual_seed(step))
+            x = whole.chunk(parts)[part]
+            return {"loss": (module(x) - x.prod(1, keepdim=True)).square().mean()}
+
+        plan = Plan(steps=20, batch_size=4, parts=parts, learning_rate=0.05, warmup=1, ema_decay=0.5)
+        return run(module, loss, plan, tmp_path / str(parts), SILENT)
+
+    threads = torch.get_num_threads()
+    whole, halves = train(1), train(2)
+    assert torch.get_num_threads() == threads
+    torch.manual_seed(0)
+    untrained = nn.Linear(3, 8)
+    assert not torch.allclose(untrained.weight, whole[0].weight, atol=1e-2)  # type: ignore[index]
+    for a, b in zip(whole.parameters(), halves.parameters(), strict=True):
+        torch.testing.assert_close(a, b, atol=1e-6, rtol=1e-5)
 
 
 def test_softening_blurs_and_flattens() -> None:

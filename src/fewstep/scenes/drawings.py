@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import multiprocessing
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -39,6 +41,14 @@ def numbered_drawing(
 
 def _pixels(seed: int, index: int) -> np.ndarray:
     return numbered_drawing(seed, index).pixels
+
+
+def drawn_in_chunks(seed: int, count: int, chunk: int = 64) -> Iterator[np.ndarray]:
+    """The first `count` drawings of `seed` in order, as uint8 arrays [up to chunk, 128, 128, 3], drawn on all cores."""
+    with multiprocessing.get_context("spawn").Pool() as pool:
+        drawn = pool.imap(partial(_pixels, seed), range(count), chunksize=chunk)
+        while rows := list(islice(drawn, chunk)):
+            yield np.stack(rows)
 
 
 def drawn_pixels(seed: int, count: int, cache: Path | None = None) -> np.ndarray:

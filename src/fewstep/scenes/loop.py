@@ -9,12 +9,15 @@ import json
 import math
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from fewstep.reporting import Reporter
 
@@ -23,10 +26,15 @@ BETAS = (0.9, 0.99)
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """How long and how fast a stage trains."""
+    """How long and how fast a stage trains.
+
+    With several `parts` the batch is cut into that many, each computed on one thread of its own: for a small network
+    that keeps two cores busier than two threads inside every operation do.
+    """
 
     steps: int
     batch_size: int
+    parts: int = 1
     learning_rate: float
     warmup: int = 100
     ema_decay: float = 0.999
@@ -95,16 +103,46 @@ class _State:
 
     @torch.no_grad()
     def update_ema(self, weight: float) -> None:
-        for name, value in self.module.state_dict().items():
-            if value.is_floating_point():
-                self.ema[name].lerp_(value, 1 - weight)
-            else:
-                self.ema[name].copy_(value)
+        """Move the average of what is trained towards it; all else never changes."""
+        averages, current = [self.ema[name] for name, _ in self.named], [p.detach() for _, p in self.named]
+        get_ema_multi_avg_fn(weight)(averages, current, None)
+
+
+Loss = Callable[[int, int], dict[str, Tensor]]
+"""From a step and a part of its batch (0 where it is whole) to named scalar losses; the one named "loss" is trained."""
+
+
+class _Parts:
+    """Computes the parts of a batch side by side; gradients and losses are their means, summed in a fixed order."""
+
+    def __init__(self, module: nn.Module, loss: Loss, parts: int, cleanup: ExitStack) -> None:
+        self.parameters = [parameter for parameter in module.parameters() if parameter.requires_grad]
+        self.loss, self.parts = loss, parts
+        if parts > 1:
+            cleanup.callback(torch.set_num_threads, torch.get_num_threads())
+            torch.set_num_threads(1)
+            self.threads = cleanup.enter_context(ThreadPoolExecutor(parts))
+
+    def backward(self, step: int) -> dict[str, Tensor]:
+        """Leave the gradient of a step in the parameters and return its losses."""
+        if self.parts == 1:
+            losses = self.loss(step, 0)
+            losses["loss"].backward()
+            return {name: value.detach() for name, value in losses.items()}
+        computed = list(self.threads.map(lambda part: self._one(step, part), range(self.parts)))
+        for parameter, gradients in zip(self.parameters, zip(*(one for one, _ in computed), strict=True), strict=True):
+            parameter.grad = sum(gradients[1:], start=gradients[0]).div_(self.parts)
+        return {name: torch.stack([losses[name] for _, losses in computed]).mean() for name in computed[0][1]}
+
+    def _one(self, step: int, part: int) -> tuple[tuple[Tensor, ...], dict[str, Tensor]]:
+        losses = self.loss(step, part)
+        gradients = torch.autograd.grad(losses["loss"], self.parameters)  # .backward() would race for .grad
+        return gradients, {name: value.detach() for name, value in losses.items()}
 
 
 def run(
     module: nn.Module,
-    loss: Callable[[int], dict[str, Tensor]],
+    loss: Loss,
     plan: Plan,
     folder: Path,
     reporter: Reporter,
@@ -112,11 +150,11 @@ def run(
     """Train `module` until `plan.steps`, going on from what `folder` holds; returns it with the EMA weights, frozen.
 
     Args:
-        loss: from a step to named scalar losses; the one named "loss" is minimised.
+        loss: see `Loss`; a batch is a function of its step, a part the same share of it every time.
         folder: keeps `state.safetensors` and `curve.jsonl` (step and mean losses at each save).
     """
     optimizer = torch.optim.AdamW(
-        module.parameters(), lr=plan.learning_rate, weight_decay=plan.weight_decay, betas=BETAS
+        module.parameters(), lr=plan.learning_rate, weight_decay=plan.weight_decay, betas=BETAS, fused=True
     )
     state = _State(module, optimizer, folder)
     first = state.load()
@@ -124,13 +162,14 @@ def run(
     saved_at = time.monotonic()
     sums: dict[str, float] = {}
     since = first
-    with reporter.progress(folder.name, plan.steps) as bar:
+    with ExitStack() as cleanup:
+        parts = _Parts(module, loss, plan.parts, cleanup)
+        bar = cleanup.enter_context(reporter.progress(folder.name, plan.steps))
         bar.advance(first)
         for step in range(first, plan.steps):
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(plan, step)
-            losses = loss(step)
-            losses["loss"].backward()
+            losses = parts.backward(step)
             norm = nn.utils.clip_grad_norm_(module.parameters(), plan.max_grad_norm)
             if not math.isfinite(norm):
                 raise ArithmeticError(f"the gradient is not finite at step {step} of {folder.name}")
@@ -138,9 +177,9 @@ def run(
             optimizer.zero_grad(set_to_none=True)
             state.update_ema(ema_weight(plan, step))
             for name, value in losses.items():
-                sums[name] = sums.get(name, 0.0) + float(value.detach())
+                sums[name] = sums.get(name, 0.0) + float(value)
             done = step + 1
-            bar.advance(1, loss=float(losses["loss"].detach()))
+            bar.advance(1, loss=float(losses["loss"]))
             if time.monotonic() - saved_at > plan.save_seconds or done == plan.steps:
                 state.save(done)
                 with (folder / "curve.jsonl").open("a") as file:

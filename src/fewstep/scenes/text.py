@@ -1,15 +1,22 @@
-"""The words of the embedded base: a CLIP tokenizer with a small vocabulary, and its text encoder."""
+"""The words of the embedded base: a CLIP tokenizer with a small vocabulary, and its text encoder.
+
+The text encoder is trained before the UNet, to say every attribute that a caption names, and then frozen. Trained from
+scratch together with the UNet it never learns to say where things stand: the UNet's gradient for a word it does not
+yet use is next to nothing.
+"""
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
 
+import torch.nn.functional as F
 from tokenizers import Regex, Tokenizer
 from tokenizers.models import BPE
 from tokenizers.normalizers import Lowercase
 from tokenizers.pre_tokenizers import ByteLevel, Sequence, Split
 from tokenizers.trainers import BpeTrainer
+from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from fewstep.scenes.attributes import VALUES, Attributes
@@ -78,3 +85,33 @@ def text_config(tokenizer: CLIPTokenizer, size: str) -> CLIPTextConfig:
 def build_text_encoder(tokenizer: CLIPTokenizer, size: str) -> CLIPTextModel:
     """An untrained text encoder."""
     return CLIPTextModel(text_config(tokenizer, size))
+
+
+def tokenize(tokenizer: CLIPTokenizer, captions: list[str]) -> Tensor:
+    """Token ids [B, L], padded and cut to the base's context as a pipeline does it."""
+    tokens = tokenizer(captions, padding="max_length", max_length=MAX_TOKENS, truncation=True, return_tensors="pt")
+    ids: Tensor = tokens.input_ids
+    return ids
+
+
+class CaptionReader(nn.Module):
+    """A text encoder with a linear head an attribute on its end-of-text state; the heads are thrown away."""
+
+    def __init__(self, tokenizer: CLIPTokenizer, size: str) -> None:
+        super().__init__()
+        self.text_encoder = build_text_encoder(tokenizer, size)
+        width = self.text_encoder.config.hidden_size
+        self.heads = nn.ModuleDict({name: nn.Linear(width, len(values)) for name, values in VALUES.items()})
+
+    def forward(self, input_ids: Tensor) -> dict[str, Tensor]:
+        """Tokens [B, L] to logits [B, values] by attribute."""
+        state = self.text_encoder(input_ids).pooler_output
+        return {name: head(state) for name, head in self.heads.items()}
+
+
+def caption_losses(reader: CaptionReader, input_ids: Tensor, attributes: Tensor) -> dict[str, Tensor]:
+    """Cross entropy of every attribute, for tokens [B, L] and attribute indices [B, A] in the order of `VALUES`."""
+    logits = reader(input_ids)
+    losses = [F.cross_entropy(logits[name].float(), attributes[:, i]) for i, name in enumerate(VALUES)]
+    right = [(logits[name].argmax(1) == attributes[:, i]).float().mean() for i, name in enumerate(VALUES)]
+    return {"loss": sum(losses[1:], start=losses[0]), "right": sum(right[1:], start=right[0]) / len(right)}
