@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from typing import Literal
 
 from fewstep.errors import InputError
-from fewstep.timesteps import student_grid, teacher_grid
+from fewstep.timesteps import karras_grid, student_grid, teacher_grid
 
-Sampler = Literal["ddim", "lcm"]
-Role = Literal["teacher", "student", "base"]
+Sampler = Literal["ddim", "lcm", "dpmpp", "dpmpp-karras"]
+Role = Literal["teacher", "solver", "student", "base"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -20,9 +20,11 @@ class Arm:
 
     Args:
         id: names files and rows; small letters, digits and hyphens.
-        role: ``teacher``: what is to be matched; ``student``: with adapter; ``base``: the control without one.
+        role: ``teacher``: what is to be matched; ``solver``: the teacher in fewer steps by a better solver, the
+            alternative that costs no training; ``student``: with adapter; ``base``: the control without one.
         adapter: whether the adapter is on.
-        sampler: ``ddim`` (trailing, deterministic) or ``lcm`` (re-noises between steps).
+        sampler: ``ddim`` (trailing, deterministic), ``lcm`` (re-noises between steps), ``dpmpp`` (DPM-Solver++ 2M,
+            trailing) or ``dpmpp-karras`` (the same on Karras noise levels).
         steps: how many network evaluations a picture takes, those for guidance not counted.
         timesteps: the timesteps visited, descending; after the last one comes x0.
         guidance: w in u + w(c - u); at 1 and below nothing is guided (facts: as in diffusers' pipelines).
@@ -61,10 +63,11 @@ class Arm:
     @property
     def title(self) -> str:
         """For people: ``student, 4 steps``."""
-        return f"{self.role}, {self.steps} step{'s' if self.steps != 1 else ''}"
+        name = {"dpmpp": "DPM-Solver++", "dpmpp-karras": "DPM-Solver++ Karras"}.get(self.sampler, self.role)
+        return f"{name}, {self.steps} step{'s' if self.steps != 1 else ''}"
 
 
-def sampler_timesteps(sampler: Sampler, steps: int, num_train_timesteps: int) -> tuple[int, ...]:
+def sampler_timesteps(sampler: Literal["ddim", "lcm"], steps: int, num_train_timesteps: int) -> tuple[int, ...]:
     """The timesteps that ``sampler`` visits: LCMScheduler's own grid, or DDIM "trailing"."""
     grid = student_grid(steps, num_train_timesteps) if sampler == "lcm" else teacher_grid(steps, num_train_timesteps)
     return tuple(grid)
@@ -81,6 +84,26 @@ def teacher_arm(steps: int, guidance: float, num_train_timesteps: int = 1000) ->
         timesteps=sampler_timesteps("ddim", steps, num_train_timesteps),
         guidance=guidance,
         is_baseline=True,
+    )
+
+
+def solver_arm(steps: int, guidance: float, alphas_cumprod: Sequence[float], *, karras: bool) -> Arm:
+    """The teacher in fewer steps: DPM-Solver++ (2M), which needs no training.
+
+    Args:
+        alphas_cumprod: the base's ᾱ of every timestep, falling.
+        karras: on Karras noise levels instead of trailing timesteps.
+    """
+    sampler: Sampler = "dpmpp-karras" if karras else "dpmpp"
+    timesteps = karras_grid(steps, alphas_cumprod)[0] if karras else teacher_grid(steps, len(alphas_cumprod))
+    return Arm(
+        id=f"{sampler}-{steps}",
+        role="solver",
+        adapter=False,
+        sampler=sampler,
+        steps=steps,
+        timesteps=tuple(timesteps),
+        guidance=guidance,
     )
 
 

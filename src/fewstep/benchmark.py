@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from fewstep.arms import Arm, base_arm, check_arms, control_of, student_arm, teacher_arm
+from fewstep.arms import Arm, base_arm, check_arms, control_of, solver_arm, student_arm, teacher_arm
 from fewstep.backbone import Backbone, adapters_off
 from fewstep.config import BenchSettings, settings_toml
 from fewstep.errors import InputError
@@ -228,7 +228,14 @@ def _arms(settings: BenchSettings, backbone: Backbone) -> list[Arm]:
         return students
     guidance = backbone.guidance_scale if settings.baseline_guidance is None else settings.baseline_guidance
     controls = [base_arm(steps, settings.flash_guidance, count) for steps in settings.steps]
-    return [teacher_arm(settings.baseline_steps, guidance, count), *students, *controls]
+    alpha_bar = backbone.schedule.alphas_cumprod.tolist()
+    solvers = [
+        solver_arm(steps, guidance, alpha_bar, karras=karras)
+        for karras in (False, True)
+        for steps in settings.solver_steps
+        if steps
+    ]
+    return [teacher_arm(settings.baseline_steps, guidance, count), *solvers, *students, *controls]
 
 
 def _alignment(settings: BenchSettings, backbone: Backbone, reporter: Reporter) -> CLIPAlignment | None:

@@ -62,6 +62,12 @@ def _distinct(values: tuple[Any, ...]) -> tuple[Any, ...]:
     return values
 
 
+def _solvable(values: tuple[int, ...]) -> tuple[int, ...]:
+    if 1 in values or (0 in values and len(values) > 1):
+        raise ValueError(f"{spell(values)} came; allowed are step counts from 2, or 0 alone to leave the solvers out")
+    return values
+
+
 def _device(value: str) -> str:
     if not re.fullmatch(r"auto|cpu|mps|(cuda|xpu)(:\d+)?", value):
         raise ValueError(f"{value!r} came; allowed: auto, cpu, cuda, cuda:N, mps, xpu; for example --device auto")
@@ -87,6 +93,13 @@ StudentSteps = Annotated[int, Field(ge=1, le=MOST_STUDENT_STEPS)]
 TeacherSteps = Annotated[int, Field(ge=1, le=1000)]
 StepCounts = Annotated[
     tuple[StudentSteps, ...], BeforeValidator(_as_list), Field(min_length=1), AfterValidator(_distinct)
+]
+SolverSteps = Annotated[
+    tuple[Annotated[int, Field(ge=0, le=MOST_STUDENT_STEPS)], ...],
+    BeforeValidator(_as_list),
+    Field(min_length=1),
+    AfterValidator(_distinct),
+    AfterValidator(_solvable),
 ]
 Names = Annotated[tuple[Text, ...], BeforeValidator(_as_list), Field(min_length=1), AfterValidator(_distinct)]
 Device = Annotated[str, AfterValidator(_device)]
@@ -299,6 +312,11 @@ class BenchSettings(SamplingSettings):
     baseline_steps: TeacherSteps = Field(50, description="DDIM steps of the teacher.")
     baseline_guidance: Guidance | None = Field(
         None, description="Guidance of the teacher. Unset: the base's own, else 7.5."
+    )
+    solver_steps: SolverSteps = Field(
+        (8, 12, 20),
+        description="With compare_baseline: step counts at which the teacher is also drawn with DPM-Solver++, plain "
+        "and on Karras noise levels, which costs no training; 0 leaves them out.",
     )
     baseline_outdir: Folder | None = Field(
         None, description="Folder for the teacher's pictures. Unset: beside the others."

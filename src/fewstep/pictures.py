@@ -18,7 +18,7 @@ from torch import Tensor
 from fewstep.arms import Arm
 from fewstep.errors import CheckpointError
 from fewstep.reporting import SILENT, Reporter
-from fewstep.sampling import PictureNoise, ddim_sample, lcm_sample
+from fewstep.sampling import SAMPLERS, PictureNoise
 from fewstep.schedule import NoiseSchedule
 from fewstep.solver import Denoiser, OnStep
 
@@ -121,9 +121,8 @@ def draw_latents(
         denoiser: another network than the arm's own (for instance the perfect student's).
         on_step: called after every step of the sampler.
     """
-    sample = lcm_sample if arm.sampler == "lcm" else ddim_sample
     cond = conditioning.cond[[prompt for prompt, _ in ids]]
-    return sample(
+    return SAMPLERS[arm.sampler](
         denoiser or painter.denoiser(adapter=arm.adapter),
         painter.schedule,
         PictureNoise(ids, seed),

@@ -8,12 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from fewstep.arms import Arm, Sampler, sampler_timesteps
+from fewstep.arms import Arm, sampler_timesteps
 from fewstep.backbone import Backbone
 from fewstep.metrics.frechet import frechet_distance, half_sample_distances, half_samples, with_spread
 from fewstep.pictures import answer_judge, evaluate
@@ -40,7 +40,7 @@ class Drawn:
         return sum(shares) / len(shares)
 
 
-def untrained_arm(sampler: Sampler, steps: int, guidance: float) -> Arm:
+def untrained_arm(sampler: Literal["ddim", "lcm"], steps: int, guidance: float) -> Arm:
     """The base without adapter under `sampler`: `ddim-4-guided`, `lcm-2-unguided`, …"""
     name = f"{sampler}-{steps}-{'guided' if guidance > 1 else 'unguided'}"
     timesteps = sampler_timesteps(sampler, steps, 1000)

@@ -5,14 +5,18 @@ A grid is a list of integers, noisiest first. −1 stands for the clean latent x
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Iterable, Sequence
 from itertools import pairwise
-from math import floor
+from math import floor, log
 
 from fewstep.errors import InputError
 
 ORIGINAL_STEPS = 50
 """How many timesteps few-step samplers choose from: `original_inference_steps` of LCMScheduler and TCDScheduler."""
+
+KARRAS_RHO = 7.0
+"""How much finer Karras levels become towards the clean end; the value of the paper and of diffusers."""
 
 
 def student_grid(steps: int, num_train_timesteps: int = 1000, original_steps: int = ORIGINAL_STEPS) -> list[int]:
@@ -49,6 +53,38 @@ def teacher_grid(steps: int, num_train_timesteps: int = 1000) -> list[int]:
     # In floating point as numpy's arange computes it for diffusers, whose halves then round the same way.
     stride = num_train_timesteps - (num_train_timesteps - num_train_timesteps / steps)
     return [round(num_train_timesteps - i * stride) - 1 for i in range(steps)]
+
+
+def karras_grid(steps: int, alphas_cumprod: Sequence[float], rho: float = KARRAS_RHO) -> tuple[list[int], list[float]]:
+    """The `steps` noise levels of Karras et al. (2022, eq. 5) between the schedule's own ends, noisiest first.
+
+    σ_i = (σ_max^{1/ρ} + i / (n − 1) · (σ_min^{1/ρ} − σ_max^{1/ρ}))^ρ with σ² = (1 − ᾱ) / ᾱ; the end, σ = 0, is left to
+    the solver. Between two timesteps the network is asked at the nearer one by log σ, as diffusers' schedulers do.
+
+    Args:
+        alphas_cumprod: ᾱ of every timestep, falling.
+
+    Returns:
+        The timesteps at which the network is asked, and σ of every step.
+
+    Raises:
+        InputError: fewer than 2 steps or more than there are timesteps, or ᾱ = 0 at the noisiest one.
+    """
+    if not 2 <= steps <= len(alphas_cumprod):
+        raise InputError(f"Karras levels for {steps} steps came; allowed are 2 to {len(alphas_cumprod)}; choose these")
+    if alphas_cumprod[-1] <= 0:
+        raise InputError("the schedule ends at pure noise, where Karras levels are infinite; use another solver")
+    known = [((1 - alpha_bar) / alpha_bar) ** 0.5 for alpha_bar in alphas_cumprod]
+    first, last = known[-1] ** (1 / rho), known[0] ** (1 / rho)
+    sigmas = [(first + i / (steps - 1) * (last - first)) ** rho for i in range(steps)]
+    return [_nearest_level(sigma, known) for sigma in sigmas], sigmas
+
+
+def _nearest_level(sigma: float, known: Sequence[float]) -> int:
+    """The timestep whose σ is nearest to `sigma` by logarithm, of the rising σ of all timesteps."""
+    above = min(max(bisect_right(known, sigma), 1), len(known) - 1)
+    low, high = log(known[above - 1]), log(known[above])
+    return round(above - 1 + min(max((log(sigma) - low) / (high - low), 0.0), 1.0))
 
 
 def promised_points(

@@ -18,6 +18,9 @@ from fewstep.train import DistillResult, distill
 TRAINING, BENCHMARK = "training", "benchmark"
 """The folders in outdir."""
 
+SOLVER_STEPS = (8,)
+"""Of the untrained solvers beside the student: the fewest that are any good, to keep the demo short."""
+
 LOOKS = 3
 """How often training saves a checkpoint and draws previews."""
 
@@ -102,6 +105,7 @@ def _measuring(settings: DemoSettings, adapter: Path) -> BenchSettings:
         batch_size=settings.batch_size,
         compare_baseline=True,
         baseline_steps=settings.baseline_steps,
+        solver_steps=SOLVER_STEPS,
     )
 
 

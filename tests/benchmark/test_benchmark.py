@@ -28,6 +28,9 @@ CONTRACT = (
 )
 
 
+ARMS = ["teacher-5", "dpmpp-3", "dpmpp-karras-3", "student-1", "student-2", "base-1", "base-2"]
+
+
 def prompts_file(folder: Path) -> Path:
     file = folder / "prompts.txt"
     file.write_text("\n".join(PROMPTS) + "\n")
@@ -43,6 +46,7 @@ def settings(folder: Path, **changes: object) -> BenchSettings:
         "batch_size": 3,
         "compare_baseline": True,
         "baseline_steps": 5,
+        "solver_steps": (3,),
         "frechet_images": 5,
         "device": "cpu",
     }
@@ -69,24 +73,23 @@ def run(shared_base: Backbone, tmp_path_factory: pytest.TempPathFactory) -> tupl
 
 def test_leaves_the_files_of_the_contract_and_no_others(run: tuple[BenchmarkResult, Notes]) -> None:
     out = run[0].outdir
-    arms = ["teacher-5", "student-1", "student-2", "base-1", "base-2"]
     assert sorted(path.name for path in out.iterdir()) == sorted(
         ["settings.toml", "images", "grids", "results.csv", "timing.csv", "clipscore_results.json", "report.html"]
     )
-    assert sorted(path.name for path in (out / "images").iterdir()) == sorted(arms)
+    assert sorted(path.name for path in (out / "images").iterdir()) == sorted(ARMS)
     pictures = sorted(str(path.relative_to(out / "images")) for path in (out / "images").rglob("*.png"))
     assert pictures == sorted(
-        f"{arm}/{prompt:03d}/{n:03d}.png" for arm in arms for prompt in range(4) for n in range(2)
+        f"{arm}/{prompt:03d}/{n:03d}.png" for arm in ARMS for prompt in range(4) for n in range(2)
     )
     grids = {path.name for path in (out / "grids").iterdir()}
-    assert grids == {f"{prompt:03d}_{name}.png" for prompt in range(4) for name in [*arms, "compare"]}
+    assert grids == {f"{prompt:03d}_{name}.png" for prompt in range(4) for name in [*ARMS, "compare"]}
 
 
 def test_results_csv_starts_with_the_columns_of_the_contract(run: tuple[BenchmarkResult, Notes]) -> None:
     path = run[0].outdir / "results.csv"
     assert path.read_text().splitlines()[0].startswith(CONTRACT + ",")
     rows = table(path)
-    assert len(rows) == 5 * 4
+    assert len(rows) == len(ARMS) * 4
     teacher = [row for row in rows if row["is_baseline"] == "True"]
     assert [row["prompt_idx"] for row in teacher] == ["0", "1", "2", "3"]
     assert all(float(row["delta_clip_vs_baseline"]) == 0 and float(row["speedup_vs_baseline"]) == 1 for row in teacher)
@@ -100,10 +103,20 @@ def test_results_csv_starts_with_the_columns_of_the_contract(run: tuple[Benchmar
     assert of_arm == {timed["time_per_image_s"]} and timed["batch_size"] == "1"
 
 
+def test_the_untrained_solvers_are_guided_as_the_teacher_is(run: tuple[BenchmarkResult, Notes]) -> None:
+    arms = {arm.arm.id: arm.arm for arm in run[0].arms}
+    teacher, plain, karras = (arms[name] for name in ARMS[:3])
+    assert plain.guidance == karras.guidance == teacher.guidance > 1
+    assert plain.timesteps == (999, 666, 332)
+    assert karras.timesteps[0] == 999 and karras.timesteps[-1] == 0
+    alone = [row for row in table(run[0].outdir / "results.csv") if row["arm"] == "dpmpp-3"]
+    assert {row["sampler"] for row in alone} == {"dpmpp"} and {row["adapter"] for row in alone} == {"False"}
+
+
 def test_timing_has_a_row_an_arm_and_batch_size(run: tuple[BenchmarkResult, Notes]) -> None:
     rows = table(run[0].outdir / "timing.csv")
     assert [(row["arm"], row["batch_size"]) for row in rows][:4] == [
-        ("teacher-5", "1"), ("teacher-5", "2"), ("student-1", "1"), ("student-1", "2")
+        ("teacher-5", "1"), ("teacher-5", "2"), ("dpmpp-3", "1"), ("dpmpp-3", "2")
     ]  # fmt: skip
     for row in rows:
         assert row["repeats"] == "5"
@@ -122,7 +135,7 @@ def test_the_record_is_the_json_and_agrees_with_the_table(run: tuple[BenchmarkRe
     plain = json.loads(text)
     for key in ("schema_version", "settings", "versions", "scores", "floor", "summary"):
         assert key in plain
-    assert len(result.record.scores) == 5 * 4 * 2
+    assert len(result.record.scores) == len(ARMS) * 4 * 2
     student = result.record.summary["student-2"]
     own = [score for score in result.record.scores if score.arm == "student-2"]
     mean = np.mean([score.clip_align_x100 for score in own])

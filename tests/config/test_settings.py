@@ -89,6 +89,8 @@ def test_every_field_is_documented(settings: type[Settings]) -> None:
         (TrainSettings, {"num_inference_steps": []}, "num_inference_steps: nothing came"),
         (TrainSettings, {"num_inference_steps": [4, 51]}, "num_inference_steps: 51 came; allowed: one or several"),
         (TrainSettings, {"num_inference_steps": [4, 4]}, "4 came twice"),
+        (BenchSettings, {"solver_steps": [0, 8]}, "0 8 came; allowed are step counts from 2, or 0 alone"),
+        (BenchSettings, {"solver_steps": 1}, "1 came; allowed are step counts from 2"),
         (TrainSettings, {"mixed_precision": "fp8"}, "mixed_precision: fp8 came; allowed: auto, no, fp16, bf16"),
         (TrainSettings, {"prediction_type": "sample"}, "allowed: epsilon, v_prediction"),
         (TrainSettings, {"device": "gpu"}, "'gpu' came; allowed: auto, cpu, cuda"),

@@ -11,13 +11,14 @@ from xml.etree import ElementTree
 import pytest
 from PIL import Image
 
+from fewstep.arms import solver_arm
 from fewstep.errors import InputError
 from fewstep.records import BenchmarkRecord, Interval, Row
 from fewstep.report import markdown, page, results_csv, save_grids, timing_csv, verdict
 from fewstep.report.columns import columns
 from fewstep.report.figures import frontier
 from fewstep.report.verdict import headline
-from tests.report.fakes import PROMPTS, interval, pictures, record, without_answers
+from tests.report.fakes import PROMPTS, interval, pictures, record, summary, without_answers
 
 VOID = {"meta", "img", "input", "br", "link", "hr"}
 
@@ -128,6 +129,18 @@ def test_an_adapter_that_does_not_help_is_told(found: BenchmarkRecord) -> None:
         "nothing here shows that it helps"
         in verdict(replace(found, summary={**found.summary, "student-4": useless}))[2]
     )
+
+
+def test_the_verdict_sets_the_student_against_what_costs_no_training(found: BenchmarkRecord) -> None:
+    alpha_bar = [1 - (t + 1) / 1001 for t in range(1000)]
+
+    def told(seconds: float, right: float) -> str:
+        solver = summary(solver_arm(8, 7.5, alpha_bar, karras=False), seconds, right, 33.0)
+        return verdict(replace(found, summary={**found.summary, "dpmpp-8": solver}))[2]
+
+    assert told(0.3, 0.6) == "To be as good without training takes 3.0 times as long (dpmpp-8)."
+    assert "at equal time this student has no reason to exist" in told(0.1, 0.55)
+    assert told(0.05, 0.3) == "No untrained solver that was drawn is as good (dpmpp-8)."
 
 
 def test_the_verdict_by_alignment(found: BenchmarkRecord) -> None:

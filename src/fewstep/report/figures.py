@@ -11,7 +11,7 @@ from fewstep.report.verdict import quality, seconds
 
 WIDTH, HEIGHT = 720, 400
 LEFT, RIGHT, TOP, BOTTOM = 64, 24, 24, 56
-ROLES = ("teacher", "student", "base")
+ROLES = ("teacher", "solver", "student", "base")
 
 
 def frontier(arms: Sequence[ArmSummary]) -> str:

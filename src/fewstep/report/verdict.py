@@ -10,11 +10,16 @@ SATURATION_TOLERANCE = 0.05
 
 
 def verdict(record: BenchmarkRecord) -> list[str]:
-    """Up to five sentences about the student that matters most; what was not measured is not spoken of."""
+    """Up to six sentences about the student that matters most; what was not measured is not spoken of."""
     student = headline(list(record.summary.values()))
     if student is None:
         return ["No student was drawn: there is nothing to compare."]
-    sentences = [_quality(student, record), _cost(student, record), _control(student, record)]
+    sentences = [
+        _quality(student, record),
+        _cost(student, record),
+        _solvers(student, record),
+        _control(student, record),
+    ]
     return [sentence for sentence in [*sentences, _distribution(student), _saturation(student)] if sentence]
 
 
@@ -103,6 +108,25 @@ def _cost(student: ArmSummary, record: BenchmarkRecord) -> str:
         f"{text}, {student.speedup_vs_baseline:.1f} times as fast as {teacher.arm.id} with "
         f"{seconds(teacher.time_per_image_s)} ({evaluations} instead of {teacher.arm.evaluations})."
     )
+
+
+def _solvers(student: ArmSummary, record: BenchmarkRecord) -> str | None:
+    """What the alternative that costs no training has to say."""
+    solvers = [arm for arm in record.summary.values() if arm.arm.role == "solver"]
+    reached = quality(student)
+    if not solvers or reached is None:
+        return None
+    as_good = [arm for arm in solvers if (found := quality(arm)) is not None and found.value >= reached.value]
+    if not as_good:
+        return f"No untrained solver that was drawn is as good ({', '.join(arm.arm.id for arm in solvers)})."
+    best = min(as_good, key=lambda arm: arm.time_per_image_s)
+    ratio = best.time_per_image_s / student.time_per_image_s
+    if ratio <= 1:
+        return (
+            f"{best.arm.id} needs no training, is as good and takes {seconds(best.time_per_image_s)}: "
+            "at equal time this student has no reason to exist."
+        )
+    return f"To be as good without training takes {ratio:.1f} times as long ({best.arm.id})."
 
 
 def _control(student: ArmSummary, record: BenchmarkRecord) -> str | None:
