@@ -26,7 +26,8 @@ from torch import Tensor
 from fewstep.arms import student_arm
 from fewstep.backbone import load_backbone
 from fewstep.lora import load_adapter
-from fewstep.metrics.frechet import frechet_distance, half_sample_distances, half_samples
+from fewstep.metrics.frechet import frechet_distance
+from fewstep.metrics.halves import half_sample_distances, half_samples
 from fewstep.metrics.intervals import gap_closed, paired_difference, share
 from fewstep.proving import Drawn, draw_arm, reference_features, untrained_arms
 
@@ -117,7 +118,9 @@ class Comparison:
         self.halves = half_samples(self.prompts, halves=40)
 
     def distances(self, drawn: Drawn) -> tuple[float, np.ndarray]:
-        halves = half_sample_distances(drawn.features, self.prompts, self.reference, self.repeated, self.halves)
+        halves = half_sample_distances(
+            drawn.features, self.prompts, self.reference, self.repeated, self.halves, frechet_distance
+        )
         return frechet_distance(drawn.features, self.reference), np.array(halves)
 
     def print_arm(self, name: str, drawn: Drawn) -> None:

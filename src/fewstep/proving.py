@@ -15,7 +15,8 @@ from torch import Tensor
 
 from fewstep.arms import Arm, sampler_timesteps
 from fewstep.backbone import Backbone
-from fewstep.metrics.frechet import frechet_distance, half_sample_distances, half_samples, with_spread
+from fewstep.metrics.frechet import frechet_distance
+from fewstep.metrics.halves import half_sample_distances, half_samples, with_spread
 from fewstep.pictures import answer_judge, evaluate
 from fewstep.reporting import SILENT, Reporter
 
@@ -108,8 +109,9 @@ def frechet_figure(features: Tensor, reference: Tensor, per_prompt: int) -> dict
     """Fréchet distance of one picture a prompt to `per_prompt` drawings a prompt, with its standard error."""
     prompts = list(range(len(features)))
     repeated = [prompt for prompt in prompts for _ in range(per_prompt)]
-    halves = half_sample_distances(features, prompts, reference, repeated, half_samples(prompts, halves=30))
-    figure = with_spread(frechet_distance(features, reference), halves)
+    halves = half_samples(prompts, halves=30)
+    in_halves = half_sample_distances(features, prompts, reference, repeated, halves, frechet_distance)
+    figure = with_spread(frechet_distance(features, reference), in_halves)
     return {"value": figure.value, "standard_error": figure.standard_error}
 
 

@@ -133,6 +133,10 @@ class ArmSummary:
     ``floor``: alignment of the arm's own pictures with everyone else's captions.
     ``retention_raw``: score over the baseline's. ``retention_corrected``: the same with each one's floor taken off.
     ``gain_*``: over the control, which is the base without adapter at the same steps, sampler and guidance.
+    ``distances``: "kid", "cmmd", "precision" and "recall" against pictures of the same captions, "kid_teacher" and
+    "cmmd_teacher" against the teacher's; what was not measured is absent.
+    ``diversity``: mean feature distance among the pictures of a prompt, over the teacher's. ``faithfulness``: mean
+    feature distance to the teacher's picture from the same noise.
     ``saturation``: per-channel latent std over the baseline's.
     """
 
@@ -154,6 +158,9 @@ class ArmSummary:
     gain_all_right: Interval | None = None
     attributes: dict[str, Interval] = field(default_factory=dict)
     frechet: Frechet | None = None
+    distances: dict[str, Interval] = field(default_factory=dict)
+    diversity: Interval | None = None
+    faithfulness: Interval | None = None
     saturation: tuple[float, ...] | None = None
     control: str | None = None
 
@@ -181,7 +188,9 @@ class BenchmarkRecord:
     alignment_model: str | None
     prompts: tuple[str, ...]
     floor: FloorRecord | None
+    feature_extractor: str | None
     reference_frechet: float | None
+    reference_distances: dict[str, float]
     warnings: tuple[str, ...]
     summary: dict[str, ArmSummary]
     scores: tuple[PictureScore, ...]

@@ -146,8 +146,13 @@ def test_the_record_is_the_json_and_agrees_with_the_table(run: tuple[BenchmarkRe
     assert set(student.attributes) == {"red", "green", "intact"}
     assert student.frechet is not None and (student.frechet.pictures, student.frechet.references) == (8, 20)
     assert student.frechet.difference is not None and student.frechet.difference.standard_error is not None
+    assert set(student.distances) == {"kid", "cmmd", "precision", "recall", "kid_teacher", "cmmd_teacher"}
+    assert all(figure.standard_error is not None for figure in student.distances.values())
+    assert student.diversity is not None and student.faithfulness is not None and student.faithfulness.value > 0
     assert student.saturation is not None and len(student.saturation) == 4
     teacher = result.record.summary["teacher-5"]
+    assert set(teacher.distances) == {"kid", "cmmd", "precision", "recall"} and teacher.diversity is None
+    assert set(result.record.reference_distances) == {"kid", "cmmd"}
     assert teacher.saturation == pytest.approx((1.0,) * 4)
     assert teacher.retention_corrected is None or teacher.retention_corrected.value == pytest.approx(1)
 

@@ -7,7 +7,8 @@ import pytest
 import torch
 from scipy import linalg
 
-from fewstep.metrics.frechet import frechet_distance, half_sample_distances, half_samples, with_spread
+from fewstep.metrics.frechet import frechet_distance
+from fewstep.metrics.halves import half_sample_distances, half_samples, with_spread
 from fewstep.metrics.retention import corrected_retention, retention
 from fewstep.metrics.saturation import channel_std, latent_moments, saturation
 
@@ -36,7 +37,9 @@ def test_half_samples_tell_the_standard_error() -> None:
     truth = [frechet_distance(normal(200, 2, seed) + shift, reference) for seed in range(60)]
     numbers = list(range(200))
     picked = reference[:200]
-    distances = half_sample_distances(normal(200, 2, 7) + shift, numbers, picked, numbers, half_samples(numbers))
+    distances = half_sample_distances(
+        normal(200, 2, 7) + shift, numbers, picked, numbers, half_samples(numbers), frechet_distance
+    )
     found = with_spread(0.36, distances)
     assert found.standard_error is not None
     # The reference of 200 varies as well, where that of 4,000 hardly does: up to sqrt(2) more.

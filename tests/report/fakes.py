@@ -69,6 +69,9 @@ def summary(arm: Arm, seconds: float, right: float, alignment: float, **changes:
             references=10,
             dimensions=64,
         ),
+        distances={"kid": interval(0.012, 0.003), "precision": interval(0.8, 0.1)},
+        diversity=interval(0.9, 0.05),
+        faithfulness=interval(1.4, 0.1),
         saturation=(1.0, 0.99, 1.02, 1.01),
     )
     return replace(plain, **changes)  # type: ignore[arg-type]
@@ -93,7 +96,9 @@ def record() -> BenchmarkRecord:
         alignment_model="a/clip",
         prompts=PROMPTS,
         floor=FloorRecord(value=20.0, arm="teacher-50", by_arm={"teacher-50": 20.0}),
+        feature_extractor="a/clip",
         reference_frechet=2.5,
+        reference_distances={"kid": -0.0002, "cmmd": 0.01},
         warnings=("a <i>warning</i>",),
         summary=arms,
         scores=(

@@ -50,6 +50,20 @@ def _difference(arm: ArmSummary, found: Interval | None, scale: float, digits: i
     return "" if found is None or arm.arm.is_baseline else signed(found, scale, digits)
 
 
+def _scaled(name: str, scale: float = 1.0) -> Callable[[ArmSummary], str]:
+    """The cell of one of `ArmSummary.distances`."""
+
+    def cell(arm: ArmSummary) -> str:
+        found = arm.distances.get(name)
+        if found is None:
+            return ""
+        bounds = (found.low, found.high)
+        low, high = (None if bound is None else scale * bound for bound in bounds)
+        return _spread(Interval(value=scale * found.value, low=low, high=high)).replace("-", "−")
+
+    return cell
+
+
 def _saturation(arm: ArmSummary) -> str:
     return "" if arm.saturation is None else f"{sum(arm.saturation) / len(arm.saturation):.3f}"
 
@@ -94,6 +108,22 @@ _TABLE: list[tuple[str, str, Callable[[ArmSummary], str]]] = [
         "Fréchet, raw",
         "distance to the same pictures as they were drawn",
         lambda a: _spread(a.frechet.raw if a.frechet else None),
+    ),
+    ("KID × 1000", "kernel distance to the same pictures, over the same features; unbiased", _scaled("kid", 1000)),
+    ("CMMD", "kernel distance × 1000 to the same pictures, over the alignment model's embeddings", _scaled("cmmd")),
+    ("Precision", "share of the arm's pictures within the real ones' manifold", _scaled("precision")),
+    ("Recall", "share of real pictures within the arm's manifold", _scaled("recall")),
+    ("KID × 1000 to teacher", "kernel distance to the teacher's pictures; unbiased", _scaled("kid_teacher", 1000)),
+    ("CMMD to teacher", "kernel distance × 1000 to the teacher's pictures", _scaled("cmmd_teacher")),
+    (
+        "Diversity",
+        "feature distance among the pictures of a prompt, over the teacher's",
+        lambda a: _spread(a.diversity),
+    ),
+    (
+        "Faithfulness",
+        "feature distance to the teacher's picture from the same noise; 0 is the same picture",
+        lambda a: _spread(a.faithfulness),
     ),
     ("Saturation", "spread of the latents over the teacher's, mean over channels", _saturation),
     ("Time a picture", "median, end to end, at the smallest timed batch", lambda a: seconds(a.time_per_image_s)),

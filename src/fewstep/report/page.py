@@ -80,6 +80,15 @@ def _notes(record: BenchmarkRecord) -> list[str]:
             f"{frechet.references} of the same captions. It grows with small N: compare within this table alone."
             f"{beside}"
         )
+    if record.feature_extractor:
+        real = ", ".join(
+            f"{name} {1000 * value:.2f}" if name == "kid" else f"{name} {value:.2f}"
+            for name, value in record.reference_distances.items()
+        ).replace("-", "−")
+        notes.append(
+            f"Kernel distances, precision, recall, diversity and faithfulness over {record.feature_extractor}"
+            f"{'; real pictures against real ones: ' + real if real else ''}. Precision and recall depend on N."
+        )
     timing = next((arm.timings[0] for arm in arms if arm.timings), None)
     if timing:
         notes.append(

@@ -1,0 +1,57 @@
+"""What an arm costs: end to end and part by part, warmed up at the timed shape and synchronised."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from fewstep.arms import Arm
+from fewstep.backbone import Backbone
+from fewstep.config import BenchSettings
+from fewstep.pictures import Conditioning, as_bytes, draw_latents
+from fewstep.records import ArmTiming, Spread
+from fewstep.reporting import Bar
+from fewstep.timing import Timing, measure
+
+
+@torch.no_grad()
+def time_arm(
+    backbone: Backbone, arm: Arm, prompts: Sequence[str], batch_size: int, settings: BenchSettings, bar: Bar
+) -> ArmTiming:
+    """What a batch of ``batch_size`` pictures costs, end to end and part by part."""
+    texts = [prompts[number % len(prompts)] for number in range(batch_size)]
+    ids = [(number, 0) for number in range(batch_size)]
+    negative = backbone.embed([settings.negative_prompt or ""])
+    resolution = settings.resolution or backbone.resolution
+
+    def encode() -> Conditioning:
+        uncond = backbone.embed([settings.negative_prompt or ""]) if arm.guided else negative
+        return Conditioning(tuple(texts), backbone.embed(texts), uncond)
+
+    def draw() -> Tensor:
+        latents = draw_latents(backbone, arm, encode(), ids, seed=settings.seed, resolution=resolution)
+        return as_bytes(backbone.decode(latents))
+
+    # One forward as the sampler makes it: twice the batch under guidance.
+    rows = batch_size * (2 if arm.guided else 1)
+    latents = torch.zeros(rows, *backbone.latent_shape(resolution), device=backbone.device)
+    cond = encode().cond[:1].expand(rows, -1, -1).contiguous()
+    t = torch.full((rows,), arm.timesteps[0], device=backbone.device)
+    denoise = backbone.denoiser(adapter=arm.adapter)
+
+    def spread(timing: Timing) -> Spread:
+        return Spread(median=timing.median, iqr=timing.iqr, repeats=len(timing.seconds))
+
+    repeats, device = settings.timing_repeats, backbone.device
+    found = ArmTiming(
+        batch_size=batch_size,
+        end_to_end=spread(measure(draw, repeats=repeats, device=device)),
+        text=spread(measure(encode, repeats=repeats, device=device)),
+        unet_forward=spread(measure(lambda: denoise(latents, t, cond), repeats=repeats, device=device)),
+        unet_calls=arm.steps,
+        decode=spread(measure(lambda: as_bytes(backbone.decode(latents[:batch_size])), repeats=repeats, device=device)),
+    )
+    bar.advance()
+    return found

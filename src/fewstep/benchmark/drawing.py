@@ -1,0 +1,101 @@
+"""An arm's pictures: drawn from the noise that every arm has, judged batch by batch, saved when all are there."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from fewstep.arms import Arm
+from fewstep.backbone import Backbone, adapters_off
+from fewstep.config import BenchSettings
+from fewstep.files import replace_folder_atomic
+from fewstep.metrics.alignment import CLIPAlignment, alignment_and_floor
+from fewstep.metrics.saturation import latent_moments
+from fewstep.pictures import Conditioning, Evaluation, Judge, PictureBatch, answer_judge, evaluate
+from fewstep.report import picture_path, save_picture
+from fewstep.reporting import Reporter
+
+
+@contextmanager
+def adapters_of(arm: Arm, backbone: Backbone) -> Iterator[None]:
+    """Adapters off for a whole arm, so that switching costs its forwards no time."""
+    with nullcontext() if arm.adapter else adapters_off(backbone.unet):
+        yield
+
+
+@contextmanager
+def replacing(final: Path) -> Iterator[Path]:
+    """A folder to fill; it takes the place of ``final`` once it is whole, and is gone if it never is."""
+    partial = final.with_name(f".{final.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    try:
+        yield partial
+        replace_folder_atomic(partial, final)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def judges_of(
+    backbone: Backbone, conditioning: Conditioning, alignment: CLIPAlignment | None, *, with_features: bool
+) -> dict[str, Judge]:
+    judges: dict[str, Judge] = {"latents": lambda batch: latent_moments(batch.latents)}
+    if alignment is not None:
+        prompts = conditioning.prompts
+        texts, clip = alignment.texts(prompts), alignment
+
+        def aligned(batch: PictureBatch) -> dict[str, Tensor]:
+            embeddings = clip.images(batch.pixels)
+            found = alignment_and_floor(embeddings, texts, [prompt for prompt, _ in batch.ids], prompts)
+            return found | {"embedding": embeddings}
+
+        judges["alignment"] = aligned
+    if backbone.abilities is not None:
+        judges["answers"] = answer_judge(backbone.abilities)
+        if with_features:
+            network = backbone.abilities.features()
+            judges["features"] = lambda batch: {"all": features_of(network, batch.unit_pixels)}
+    return judges
+
+
+@torch.no_grad()
+def features_of(network: nn.Module, pixels: Tensor) -> Tensor:
+    """Features [B, D] on the CPU of pixels [B, 3, H, W] in 0 ... 1, wherever the network is."""
+    place = next(network.parameters(), pixels).device
+    found: Tensor = network(pixels.to(place))
+    return found.cpu()
+
+
+def draw(
+    backbone: Backbone,
+    arm: Arm,
+    conditioning: Conditioning,
+    settings: BenchSettings,
+    judges: Mapping[str, Judge],
+    folder: Path,
+    reporter: Reporter,
+) -> Evaluation:
+    """All pictures of an arm, saved and judged; its folder appears when the last one is there."""
+    with replacing(folder) as partial:
+
+        def save(batch: PictureBatch) -> None:
+            for (prompt, picture), pixels in zip(batch.ids, batch.pixels, strict=True):
+                save_picture(picture_path(partial, prompt, picture), pixels.permute(1, 2, 0).numpy())
+
+        return evaluate(
+            backbone,
+            conditioning,
+            arm,
+            seed=settings.seed,
+            pictures_per_prompt=settings.num_images,
+            batch_size=settings.batch_size,
+            resolution=settings.resolution,
+            judges=judges,
+            on_batch=save,
+            reporter=reporter,
+        )

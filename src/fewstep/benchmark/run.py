@@ -1,0 +1,223 @@
+"""The benchmark from the first line to the last: open, draw, judge, time, compare, write."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from pathlib import Path
+
+from fewstep.arms import Arm, base_arm, check_arms, solver_arm, student_arm, teacher_arm
+from fewstep.backbone import Backbone
+from fewstep.benchmark.cost import time_arm
+from fewstep.benchmark.distribution import measure_distributions
+from fewstep.benchmark.drawing import adapters_of, draw, judges_of, replacing
+from fewstep.benchmark.summary import sum_up
+from fewstep.config import BenchSettings, settings_toml
+from fewstep.errors import InputError
+from fewstep.files import write_text_atomic
+from fewstep.metrics.alignment import CLIPAlignment
+from fewstep.opening import open_base, read_prompts, warn_of_prompts
+from fewstep.pictures import Evaluation, encode_prompts
+from fewstep.records import ArmSummary, ArmTiming, BenchmarkRecord, Row
+from fewstep.report import (
+    RESULT_FILES,
+    arm_folder,
+    markdown,
+    page,
+    results_csv,
+    save_grids,
+    timing_csv,
+    verdict,
+)
+from fewstep.reporting import SILENT, Bar, Reporter
+
+REFERENCES = 5
+"""Reference pictures a prompt, where none are asked for and the base draws its own."""
+
+NO_ALIGNMENT = "none"
+"""What `--clip_model_id` says where alignment is to be left out."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class BenchmarkResult:
+    """What was found, and where it lies."""
+
+    outdir: Path
+    record: BenchmarkRecord
+    rows: tuple[Row, ...]
+    folders: Mapping[str, Path]
+
+    @property
+    def arms(self) -> tuple[ArmSummary, ...]:
+        return tuple(self.record.summary.values())
+
+    @property
+    def verdict(self) -> list[str]:
+        """The findings in sentences."""
+        return verdict(self.record)
+
+
+def benchmark(
+    settings: BenchSettings,
+    *,
+    reporter: Reporter = SILENT,
+    backbone: Backbone | None = None,
+    arms: Sequence[Arm] | None = None,
+    timing_batch_sizes: Sequence[int] | None = None,
+) -> BenchmarkResult:
+    """Draw, judge, time, and write the files of contracts.md to ``settings.outdir``.
+
+    Args:
+        settings: what to compare.
+        reporter: told what happens.
+        backbone: a base that is loaded already; with an adapter attached, that is the student.
+        arms: other arms than the settings describe.
+        timing_batch_sizes: pictures a timed batch; by default 1 and ``settings.batch_size``.
+
+    Raises:
+        InputError: prompts, arms or a base that cannot be used; no adapter to measure.
+        CheckpointError: an adapter that attaches nothing or changes nothing; CLIP weights that are not at hand.
+    """
+    reporter = _Listening(reporter)
+    prompts = read_prompts(settings)
+    wants_adapter = arms is None or any(arm.adapter for arm in arms)
+    opened = open_base(
+        settings, backbone=backbone, with_adapter=wants_adapter, step_counts=settings.steps, reporter=reporter
+    )
+    backbone = opened.backbone
+    if prompts is None:
+        prompts = _own_prompts(settings, backbone)
+    settings = _resolved(settings, backbone)
+    arms = tuple(arms or _arms(settings, backbone))
+    check_arms(arms, settings.negative_prompt)
+    warn_of_prompts(prompts, backbone, reporter)
+    alignment = _alignment(settings, backbone, reporter)
+    if settings.timing_repeats < 5:
+        reporter.warn(f"timing_repeats {settings.timing_repeats} came; below 5, medians and spreads mean little")
+
+    # From here on things are written.
+    outdir = settings.outdir
+    _clear_tables(outdir, reporter)
+    reporter.say(settings_toml(settings).strip())
+    write_text_atomic(outdir / "settings.toml", settings_toml(settings))
+
+    conditioning = encode_prompts(backbone, prompts, settings.negative_prompt)
+    judges = judges_of(backbone, conditioning, alignment, with_features=bool(settings.frechet_images))
+    evaluations: dict[str, Evaluation] = {}
+    timings: dict[str, tuple[ArmTiming, ...]] = {}
+    folders: dict[str, Path] = {}
+    sizes = sorted(set(timing_batch_sizes or (1, settings.batch_size)))
+    for arm in arms:
+        apart = settings.baseline_outdir if arm.is_baseline else None
+        folders[arm.id] = arm_folder(apart or outdir, arm.id)
+        with adapters_of(arm, backbone):
+            evaluations[arm.id] = draw(backbone, arm, conditioning, settings, judges, folders[arm.id], reporter)
+            with reporter.progress(f"timing {arm.id}", len(sizes)) as bar:
+                timings[arm.id] = tuple(time_arm(backbone, arm, prompts, size, settings, bar) for size in sizes)
+
+    distributions = measure_distributions(settings, backbone, alignment, prompts, evaluations, reporter)
+    record, rows = sum_up(
+        settings,
+        backbone,
+        opened.adapter,
+        alignment,
+        prompts,
+        arms,
+        evaluations,
+        timings,
+        distributions,
+        reporter.warnings,
+    )
+    with replacing(outdir / "grids") as grids, reporter.progress("grids", len(prompts)) as bar:
+        save_grids(grids, folders, prompts, settings.num_images, bar.advance)
+    texts = (
+        results_csv(rows),
+        timing_csv(record.summary.values(), record.machine),
+        record.to_json(),
+        page(record, folders),
+    )
+    for name, text in zip(RESULT_FILES, texts, strict=True):
+        write_text_atomic(outdir / name, text)
+    for line in [markdown(list(record.summary.values())), *verdict(record)]:
+        reporter.say(line)
+    reporter.say(f"pictures and grids in {outdir}; the report is {outdir / 'report.html'}")
+    return BenchmarkResult(outdir=outdir, record=record, rows=tuple(rows), folders=folders)
+
+
+# -------------------------------------------------------------------------------------------------- before the drawing
+
+
+class _Listening:
+    """A reporter that keeps the warnings, so that the report repeats them."""
+
+    def __init__(self, reporter: Reporter) -> None:
+        self._reporter = reporter
+        self.warnings: list[str] = []
+
+    def say(self, text: str) -> None:
+        self._reporter.say(text)
+
+    def warn(self, text: str) -> None:
+        self.warnings.append(text)
+        self._reporter.warn(text)
+
+    def progress(self, name: str, total: int) -> AbstractContextManager[Bar]:
+        return self._reporter.progress(name, total)
+
+
+def _own_prompts(settings: BenchSettings, backbone: Backbone) -> list[str]:
+    if backbone.abilities is None:
+        raise InputError(
+            f"no prompt came and the base {backbone.name} brings none; allowed is --prompt TEXT or --prompts_file FILE "
+            "with a prompt a line; add one of the two"
+        )
+    return backbone.abilities.prompts(settings.num_prompts, settings.seed)
+
+
+def _resolved(settings: BenchSettings, backbone: Backbone) -> BenchSettings:
+    """What was left open is the base's; what comes out can be passed back to --config."""
+    own_pictures = 0 if backbone.abilities is None else REFERENCES
+    return settings.replace(
+        base_model=backbone.name,
+        resolution=settings.resolution or backbone.resolution,
+        frechet_images=own_pictures if settings.frechet_images is None else settings.frechet_images,
+        baseline_guidance=backbone.guidance_scale if settings.baseline_guidance is None else settings.baseline_guidance,
+    )
+
+
+def _arms(settings: BenchSettings, backbone: Backbone) -> list[Arm]:
+    count = backbone.schedule.num_train_timesteps
+    students = [student_arm(steps, settings.flash_guidance, count) for steps in settings.steps]
+    if not settings.compare_baseline:
+        return students
+    guidance = backbone.guidance_scale if settings.baseline_guidance is None else settings.baseline_guidance
+    controls = [base_arm(steps, settings.flash_guidance, count) for steps in settings.steps]
+    alpha_bar = backbone.schedule.alphas_cumprod.tolist()
+    solvers = [
+        solver_arm(steps, guidance, alpha_bar, karras=karras)
+        for karras in (False, True)
+        for steps in settings.solver_steps
+        if steps
+    ]
+    return [teacher_arm(settings.baseline_steps, guidance, count), *solvers, *students, *controls]
+
+
+def _alignment(settings: BenchSettings, backbone: Backbone, reporter: Reporter) -> CLIPAlignment | None:
+    """The alignment model: the base's own, unless another one was asked for; None where it is to be left out."""
+    asked = settings.clip_model_id
+    if asked == NO_ALIGNMENT:
+        reporter.say("alignment is left out, as asked")
+        return None
+    own = backbone.abilities is not None and asked == BenchSettings.model_fields["clip_model_id"].default
+    model = backbone.abilities.alignment_model() if own and backbone.abilities else asked
+    return CLIPAlignment(model, device=backbone.device, allow_pickle=settings.allow_pickle)
+
+
+def _clear_tables(outdir: Path, reporter: Reporter) -> None:
+    """Take an earlier run's tables away: beside this run's pictures they would be wrong."""
+    stale = [outdir / name for name in RESULT_FILES if (outdir / name).exists()]
+    if stale:
+        reporter.warn(f"{outdir} holds an earlier benchmark: its tables and pictures are replaced")
+    for path in stale:
+        path.unlink()

@@ -1,0 +1,211 @@
+"""Summing up: per-picture findings to an arm's figures with their intervals, and to the rows of results.csv."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from datetime import datetime
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fewstep.arms import Arm, control_of
+from fewstep.backbone import Backbone
+from fewstep.benchmark.distribution import Distributions
+from fewstep.config import BenchSettings
+from fewstep.metrics.alignment import CLIPAlignment
+from fewstep.metrics.intervals import bootstrap, paired_difference, share
+from fewstep.metrics.retention import corrected_retention, retention
+from fewstep.metrics.saturation import saturation
+from fewstep.opening import versions
+from fewstep.pictures import Evaluation
+from fewstep.records import (
+    SCHEMA_VERSION,
+    ArmSummary,
+    ArmTiming,
+    BenchmarkRecord,
+    FloorRecord,
+    Interval,
+    PictureScore,
+    Row,
+)
+from fewstep.timing import machine
+
+
+def sum_up(
+    settings: BenchSettings,
+    backbone: Backbone,
+    adapter: Mapping[str, str] | None,
+    alignment: CLIPAlignment | None,
+    prompts: Sequence[str],
+    arms: Sequence[Arm],
+    evaluations: Mapping[str, Evaluation],
+    timings: Mapping[str, tuple[ArmTiming, ...]],
+    distributions: Distributions,
+    warnings: Sequence[str],
+) -> tuple[BenchmarkRecord, list[Row]]:
+    """The record and the rows of results.csv, from everything that was found about the arms."""
+    baseline = next((arm for arm in arms if arm.is_baseline), None)
+
+    summary: dict[str, ArmSummary] = {}
+    rows: list[Row] = []
+    for arm in arms:
+        control = control_of(arm, arms)
+        found = evaluations[arm.id]
+        against = evaluations[baseline.id] if baseline else None
+        time = timings[arm.id][0].time_per_image
+        speedup = timings[baseline.id][0].time_per_image / time if baseline else None
+        summary[arm.id] = ArmSummary(
+            arm=arm,
+            prompts=len(prompts),
+            pictures=len(found.ids),
+            time_per_image_s=time,
+            speedup_vs_baseline=speedup,
+            timings=timings[arm.id],
+            frechet=distributions.frechet.get(arm.id),
+            distances=distributions.distances.get(arm.id, {}),
+            diversity=distributions.variety.get(arm.id, {}).get("diversity"),
+            faithfulness=distributions.variety.get(arm.id, {}).get("faithfulness"),
+            saturation=saturation(found.found["latents"], against.found["latents"]) if against else None,
+            control=control.id if control else None,
+            **_alignment_figures(found, against, evaluations[control.id] if control else None),
+            **_answer_figures(found, against, evaluations[control.id] if control else None),
+        )
+        rows += _rows(found, against, prompts, time, speedup)
+
+    floors = {name: arm.floor for name, arm in summary.items() if arm.floor is not None}
+    floor = None
+    if floors:
+        name = baseline.id if baseline else next(iter(floors))
+        floor = FloorRecord(value=floors[name], arm=name, by_arm=floors)
+    record = BenchmarkRecord(
+        schema_version=SCHEMA_VERSION,
+        created=datetime.now().astimezone().isoformat(timespec="seconds"),
+        settings=settings.model_dump(mode="json", exclude_none=True),
+        versions=versions(),
+        machine=machine(backbone.device, str(backbone.dtype).removeprefix("torch.")),
+        base={"name": backbone.name, "why": backbone.why, "fingerprint": backbone.fingerprint},
+        adapter=dict(adapter) if adapter else None,
+        alignment_model=alignment.name if alignment else None,
+        prompts=tuple(prompts),
+        floor=floor,
+        reference_frechet=distributions.reference_frechet,
+        reference_distances=distributions.reference_distances,
+        feature_extractor=distributions.extractor,
+        warnings=tuple(warnings),
+        summary=summary,
+        scores=tuple(score for arm in arms for score in _scores(evaluations[arm.id])),
+    )
+    return record, rows
+
+
+def _alignment_figures(found: Evaluation, baseline: Evaluation | None, control: Evaluation | None) -> dict[str, Any]:
+    own = found.found.get("alignment")
+    if own is None:
+        return {}
+    score, floor, prompts = own["score"], own.get("floor"), found.prompt_numbers
+    figures: dict[str, Any] = {
+        "alignment": bootstrap(score, prompts),
+        "alignment_std": score.double().std().item() if len(score) > 1 else None,
+        "floor": None if floor is None else floor.double().mean().item(),
+    }
+    if baseline is not None:
+        theirs = baseline.found["alignment"]
+        figures["delta_alignment"] = paired_difference(score, theirs["score"], prompts)
+        figures["retention_raw"] = retention(score, theirs["score"], prompts)
+        if floor is not None:
+            figures["retention_corrected"] = corrected_retention(
+                score, floor, theirs["score"], theirs["floor"], prompts
+            )
+    if control is not None:
+        figures["gain_alignment"] = paired_difference(score, control.found["alignment"]["score"], prompts)
+    return figures
+
+
+def _answer_figures(found: Evaluation, baseline: Evaluation | None, control: Evaluation | None) -> dict[str, Any]:
+    answers = found.answers
+    if answers is None:
+        return {}
+    prompts = found.prompt_numbers
+
+    def against(other: Evaluation | None) -> Interval | None:
+        if other is None or other.answers is None:
+            return None
+        return paired_difference(answers["all_right"], other.answers["all_right"], prompts)
+
+    return {
+        "all_right": share(answers["all_right"], prompts),
+        "delta_all_right": against(baseline),
+        "gain_all_right": against(control),
+        "attributes": {name: share(right, prompts) for name, right in answers.items() if name != "all_right"},
+    }
+
+
+def _rows(
+    found: Evaluation, baseline: Evaluation | None, prompts: Sequence[str], time: float, speedup: float | None
+) -> list[Row]:
+    rows = []
+    numbers = torch.tensor(found.prompt_numbers)
+    for number, prompt in enumerate(prompts):
+        own = numbers == number
+
+        def mean(values: Tensor | None, own: Tensor = own) -> float | None:
+            return None if values is None else values[own].double().mean().item()
+
+        score = found.found.get("alignment", {}).get("score")
+        right = found.answers or {}
+        average, share_right = mean(score), mean(right.get("all_right"))
+        theirs = None if baseline is None else mean(baseline.found.get("alignment", {}).get("score"))
+        theirs_right = None if baseline is None else mean((baseline.answers or {}).get("all_right"))
+        pictures = int(own.sum())
+        rows.append(
+            Row(
+                arm=found.arm.id,
+                steps=found.arm.steps,
+                is_baseline=found.arm.is_baseline,
+                prompt_idx=number,
+                avg_clip_align_x100=average,
+                std_clip_align_x100=None if score is None or pictures < 2 else score[own].double().std().item(),
+                time_total_s=sum(
+                    one for one, (owner, _) in zip(found.seconds, found.ids, strict=True) if owner == number
+                ),
+                time_per_image_s=time,
+                speedup_vs_baseline=speedup,
+                delta_clip_vs_baseline=_minus(average, theirs),
+                num_images=pictures,
+                guidance=found.arm.guidance,
+                sampler=found.arm.sampler,
+                adapter=found.arm.adapter,
+                clip_floor_x100=mean(found.found.get("alignment", {}).get("floor")),
+                all_right_share=share_right,
+                delta_all_right_vs_baseline=_minus(share_right, theirs_right),
+                prompt=prompt,
+                attributes={
+                    name: values[own].double().mean().item() for name, values in right.items() if name != "all_right"
+                },
+            )
+        )
+    return rows
+
+
+def _minus(value: float | None, other: float | None) -> float | None:
+    return None if value is None or other is None else value - other
+
+
+def _scores(found: Evaluation) -> list[PictureScore]:
+    alignment, answers = found.found.get("alignment", {}), found.answers
+
+    def at(values: Tensor | None, position: int) -> float | None:
+        return None if values is None else values[position].item()
+
+    return [
+        PictureScore(
+            arm=found.arm.id,
+            prompt_idx=prompt,
+            picture_idx=picture,
+            clip_align_x100=at(alignment.get("score"), position),
+            clip_floor_x100=at(alignment.get("floor"), position),
+            right=None if answers is None else {name: bool(values[position]) for name, values in answers.items()},
+        )
+        for position, (prompt, picture) in enumerate(found.ids)
+    ]
