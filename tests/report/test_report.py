@@ -13,7 +13,7 @@ from PIL import Image
 
 from fewstep.arms import solver_arm
 from fewstep.errors import InputError
-from fewstep.records import BenchmarkRecord, Interval, Row
+from fewstep.records import BenchmarkRecord, Interval, PictureScore, Row
 from fewstep.report import markdown, page, results_csv, save_grids, timing_csv, verdict
 from fewstep.report.columns import columns
 from fewstep.report.figures import frontier
@@ -82,6 +82,32 @@ def test_the_page_says_what_a_sceptic_asks_for(text: str) -> None:
         "Real pictures against real ones at this N: 2.50", "999 759 499 259", "torch 2.13.0",
     ):  # fmt: skip
         assert part in text
+
+
+def test_attributes_and_times_as_bars(text: str) -> None:
+    plots = [ElementTree.fromstring(found) for found in re.findall(r'<svg class="plot bars".*?</svg>', text, re.DOTALL)]
+    titles = [[title.text or "" for title in plot.iter("title")] for plot in plots]
+    assert len(plots) == 2
+    # The student of the verdict, its teacher and its control, in two attributes.
+    assert len(titles[0]) == 6 and "student-4, birds: 70.0 % (68.0 to 72.0)" in titles[0]
+    assert "student-4, decode: 25 ms of 100 ms, 25 %" in titles[1] and len(titles[1]) == 3 * 4
+    for plot in plots:
+        _, _, width, height = map(float, plot.attrib["viewBox"].split())
+        for bar in plot.iter("rect"):
+            x, y, wide, high = (float(bar.attrib[name]) for name in ("x", "y", "width", "height"))
+            assert x >= 0 and x + wide <= width and y >= 0 and y + high <= height
+
+
+def test_rows_carry_what_the_student_loses_there(found: BenchmarkRecord, tmp_path: Path) -> None:
+    def score(arm: str, prompt: int, right: bool) -> PictureScore:
+        answers = {"all_right": right}
+        return PictureScore(
+            arm=arm, prompt_idx=prompt, picture_idx=0, clip_align_x100=30, clip_floor_x100=20, right=answers
+        )
+
+    scores = tuple(score(arm, prompt, arm == "teacher-50" or prompt == 0) for arm in found.summary for prompt in (0, 1))
+    text = page(replace(found, scores=scores), pictures(tmp_path, found))
+    assert re.findall(r'data-number="(\d)" data-loss="([^"]+)"', text) == [("0", "0.0000"), ("1", "1.0000")]
 
 
 def test_a_gallery_of_many_prompts_is_cut_and_says_so(found: BenchmarkRecord, tmp_path: Path) -> None:

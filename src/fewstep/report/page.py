@@ -12,11 +12,12 @@ import jinja2
 from markupsafe import Markup
 from PIL import Image
 
-from fewstep.records import BenchmarkRecord
+from fewstep.records import ArmSummary, BenchmarkRecord
+from fewstep.report.bars import attribute_bars, time_bars
 from fewstep.report.columns import attribute_columns, columns
 from fewstep.report.figures import ROLES, frontier
 from fewstep.report.layout import picture_path
-from fewstep.report.verdict import verdict
+from fewstep.report.verdict import headline, verdict
 
 GALLERY_PROMPTS = 40
 """More would make a page of tens of megabytes; all pictures lie beside it."""
@@ -50,6 +51,9 @@ def page(record: BenchmarkRecord, folders: Mapping[str, Path]) -> str:
         attributes=attribute_columns(arms),
         # Our own SVG; every text in it is escaped where it is made.
         frontier=Markup(frontier(arms)),
+        compared=_compared(record),
+        attribute_bars=Markup(attribute_bars(_compared(record))),
+        time_bars=Markup(time_bars(arms)),
         roles=[role for role in ROLES if any(arm.arm.role == role for arm in arms)],
         notes=_notes(record),
         gallery_arms=shown,
@@ -98,11 +102,40 @@ def _notes(record: BenchmarkRecord) -> list[str]:
     return notes
 
 
+def _compared(record: BenchmarkRecord) -> list[ArmSummary]:
+    """The arms that the verdict is about: the student, its teacher and its control."""
+    student = headline(list(record.summary.values()))
+    control = None if student is None else record.summary.get(student.control or "")
+    return [arm for arm in (record.baseline, student, control) if arm is not None]
+
+
+def _losses(record: BenchmarkRecord) -> dict[int, float]:
+    """Prompt number to what the student of the verdict loses there against the teacher, the worst the highest."""
+    student = headline(list(record.summary.values()))
+    if student is None:
+        return {}
+    found: dict[tuple[str, int], list[float]] = {}
+    for score in record.scores:
+        value = float(score.right["all_right"]) if score.right and "all_right" in score.right else score.clip_align_x100
+        if value is not None:
+            found.setdefault((score.arm, score.prompt_idx), []).append(value)
+    means = {key: sum(values) / len(values) for key, values in found.items()}
+    teacher = record.baseline.arm.id if record.baseline else ""
+    return {
+        prompt: means.get((teacher, prompt), 0.0) - mean
+        for (arm, prompt), mean in means.items()
+        if arm == student.arm.id
+    }
+
+
 def _gallery(record: BenchmarkRecord, folders: Mapping[str, Path]) -> list[dict[str, Any]]:
     """A row a prompt, a picture an arm: picture 0 of each."""
+    losses = _losses(record)
     return [
         {
             "prompt": prompt,
+            "number": number,
+            "loss": losses.get(number, 0.0),
             "pictures": [
                 {"arm": arm, "src": _embedded(picture_path(folder, number, 0))} for arm, folder in folders.items()
             ],
