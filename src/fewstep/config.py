@@ -226,6 +226,11 @@ class TrainSettings(BaseModelSettings):
     pure_noise_share: Share = Field(
         1.0, description="Share of the draws at the highest timestep that start from pure noise, as sampling does."
     )
+    pairs_per_rollout: Count = Field(
+        1,
+        description="At most how many pairs are learnt from a rollout of the teacher: its start, and states on its way "
+        "at other timesteps of the student, which cost the teacher nothing.",
+    )
     loss: Literal["mse", "huber"] = Field("mse", description="Distance between the student's and the teacher's x0.")
     loss_weighting: Literal["x0", "eps", "v"] = Field(
         "x0", description="In which quantity the distance is measured: x0 as it is, eps or v re-weighted by timestep."

@@ -75,6 +75,7 @@ def ddim_rollout(
     uncond: Tensor | None = None,
     guidance: float = 1.0,
     on_step: OnStep | None = None,
+    visited: list[Tensor] | None = None,
 ) -> Tensor:
     """Follow each sample's own grid with deterministic DDIM; one (guided) forward a step for the whole batch.
 
@@ -82,11 +83,14 @@ def ddim_rollout(
         x_t: [B, C, H, W], sample b noised to `grids[b, 0]`.
         grids: int64 [B, K + 1], falling along each row; where a row ends in −1 the result is x0.
         cond, uncond, guidance: see `guided_output`.
+        visited: is filled with the latents at `grids[:, 0]` … `grids[:, K - 1]`, [B, C, H, W] each.
 
     Returns:
         The latents [B, C, H, W] at `grids[:, -1]`; gradients flow through all steps unless the caller forbids it.
     """
     for t, t_next in zip(grids.T[:-1], grids.T[1:], strict=True):
+        if visited is not None:
+            visited.append(x_t)
         x_t = ddim_step(schedule, guided_output(denoiser, x_t, t, cond, uncond, guidance), x_t, t, t_next)
         if on_step is not None:
             on_step()

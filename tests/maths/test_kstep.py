@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -194,6 +195,7 @@ def test_the_oracle_is_the_student_without_loss(schedule: NoiseSchedule, toy: An
         ({"step_counts": ()}, "no step counts"),
         ({"step_counts": (1, 51)}, "51 steps; it runs 1 to 50"),
         ({"pure_noise_share": 1.5}, "from 0 to 1"),
+        ({"pairs_per_rollout": 0}, "1 or more"),
         ({"num_ddim_steps": 0}, "cannot take 0 DDIM steps"),
         ({"num_ddim_steps": 21, "step_counts": (50,)}, "cannot take 21 DDIM steps from t = 19"),
     ],
@@ -203,3 +205,69 @@ def test_impossible_settings_are_refused_before_training(
 ) -> None:
     with pytest.raises(InputError, match=message):
         kstep(schedule, **changes)
+
+
+def test_one_pair_a_rollout_is_the_start_and_its_target(
+    schedule: NoiseSchedule, toy: Any, batch: dict[str, Tensor]
+) -> None:
+    method = kstep(schedule)
+    x_t, t, cond, uncond = (batch[name] for name in ("x_t", "t", "cond", "uncond"))
+    draws = replace(method.draw(0, 0, range(4), SHAPE), t=t)
+    pairs = method.pairs(toy, x_t, draws, cond, uncond)
+    assert torch.equal(pairs.x_t, x_t) and torch.equal(pairs.t, t) and pairs.rows.tolist() == [0, 1, 2, 3]
+    assert torch.equal(pairs.weight, torch.ones(4))
+    assert torch.equal(pairs.target, method.target(toy, **batch))
+
+
+@pytest.mark.parametrize("most", [2, 4, 8])
+def test_more_pairs_are_states_on_the_teachers_way(
+    schedule: NoiseSchedule, toy: Any, batch: dict[str, Tensor], most: int
+) -> None:
+    """From each of them the rest of the rollout leads to the very same end."""
+    method = kstep(schedule, pairs_per_rollout=most)
+    x_t, t, cond, uncond = (batch[name] for name in ("x_t", "t", "cond", "uncond"))
+    draws = replace(method.draw(0, 0, range(4), SHAPE), t=t)
+    pairs = method.pairs(toy, x_t, draws, cond, uncond)
+    below = {999: 7, 499: 3, 259: 1, 139: 0}
+    expected = [1 + min(most - 1, below[int(one)]) for one in t]
+    assert torch.bincount(pairs.rows).tolist() == expected
+    for state, at, row, target in zip(pairs.x_t, pairs.t.tolist(), pairs.rows.tolist(), pairs.target, strict=True):
+        grid = rollout_grid(int(t[row]), 8, method.points)
+        rest = torch.tensor([grid[grid.index(at) :]])
+        alone = ddim_rollout(toy, schedule, state[None], rest, cond[row : row + 1], uncond, guidance=7.5)
+        assert_close(alone[0], target, rtol=1e-3, atol=1e-3)
+    assert not pairs.target.requires_grad and not pairs.x_t.requires_grad
+    assert toy.batches[:8] == [8] * 8  # the teacher does no more for more pairs
+
+
+@pytest.mark.parametrize("most", [1, 2, 3, 8, 20])
+def test_more_pairs_leave_every_timesteps_share_of_the_loss(schedule: NoiseSchedule, most: int) -> None:
+    method = kstep(schedule, pairs_per_rollout=most, guidance=1.0)
+
+    def still(x_t: Tensor, t: Tensor, cond: Tensor) -> Tensor:
+        return torch.zeros_like(x_t)
+
+    count = 4_000
+    draws = method.draw(0, 0, range(count), (1, 1, 1))
+    pairs = method.pairs(still, draws.noise, draws, torch.zeros(count, 1, 1), None)
+    for steps in (1, 2, 4, 8):
+        assert set(student_grid(steps)) <= set(pairs.t.tolist())
+    shares = {at: float(pairs.weight[pairs.t == at].sum()) / count for at in method.points}
+    expected = dict.fromkeys(method.points, 0.0)
+    for steps in (1, 2, 4, 8):
+        for at in student_grid(steps):
+            expected[at] += 1 / 4 / steps
+    assert shares == pytest.approx(expected, abs=0.03)
+    assert sum(shares.values()) == pytest.approx(1, abs=0.03)
+
+
+def test_which_states_are_learnt_from_belongs_to_the_sample(
+    schedule: NoiseSchedule, toy: Any, batch: dict[str, Tensor]
+) -> None:
+    method = kstep(schedule, pairs_per_rollout=3)
+    cond, uncond, x_t = batch["cond"], batch["uncond"], batch["x_t"]
+    whole = method.pairs(toy, x_t, method.draw(1, 2, range(4), SHAPE), cond, uncond)
+    alone = method.pairs(toy, x_t[2:3], method.draw(1, 2, [2], SHAPE), cond[2:3], uncond)
+    assert whole.t[whole.rows == 2].tolist() == alone.t.tolist()
+    other = method.pairs(toy, x_t, method.draw(1, 3, range(4), SHAPE), cond, uncond)
+    assert whole.t.tolist() != other.t.tolist()

@@ -5,6 +5,11 @@
     loss = w(t) ‖ f_student(x_t, t) − target(x_t) ‖²       f as the few-step sampler maps the network to x0
 
 t is drawn as sampling will ask for it: a promised number of steps, then one of its timesteps, both evenly.
+
+A rollout from t passes the student's own timesteps below t (`timesteps.rollout_grid` sees to it), and each state there
+has the same end point: one more pair (state, target) at no cost to the teacher. With `pairs_per_rollout` above 1 some
+of them are learnt from too, weighted so that every timestep counts as much as without: the objective stays what it is,
+up to where the states come from (the teacher's path instead of noised data).
 """
 
 from __future__ import annotations
@@ -32,11 +37,32 @@ class Draws:
         t: int64 [B].
         noise: [B, C, H, W] fp32, standard normal.
         pure: bool [B]; the sample starts from `noise` alone.
+        order: [B, K] fp32 in 0 … 1; of the states that a rollout passes, those with the lowest numbers are learnt from.
     """
 
     t: Tensor
     noise: Tensor
     pure: Tensor
+    order: Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class Pairs:
+    """What a batch of B rollouts teaches: N ≥ B states and where the teacher gets from there.
+
+    Attributes:
+        x_t: [N, C, H, W], without gradient.
+        t: int64 [N], on the CPU.
+        rows: int64 [N], on the CPU: which of the B samples each belongs to; the first B are the starts themselves.
+        weight: [N] fp32; Σ weight · loss / B is the batch's loss.
+        target: [N, C, H, W].
+    """
+
+    x_t: Tensor
+    t: Tensor
+    rows: Tensor
+    weight: Tensor
+    target: Tensor
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -52,6 +78,7 @@ class KStep:
             The rest are noised data, which at that t still show through (SD1.5: ᾱ = 0.0047).
         criterion: the loss, by its name in `losses.LOSSES`.
         weighting: w(t), by its name in `losses.WEIGHTINGS`.
+        pairs_per_rollout: at most how many pairs are learnt from a rollout, its start included.
     """
 
     schedule: NoiseSchedule
@@ -61,6 +88,7 @@ class KStep:
     pure_noise_share: float = 1.0
     criterion: LossName = "mse"
     weighting: Weighting = "x0"
+    pairs_per_rollout: int = 1
 
     def __post_init__(self) -> None:
         """Find out before training whether every rollout exists.
@@ -72,6 +100,8 @@ class KStep:
             raise InputError("no step counts came; at least one must be promised; pass --num_inference_steps 1 2 4 8")
         if not 0 <= self.pure_noise_share <= 1:
             raise InputError(f"pure_noise_share {self.pure_noise_share} came; it is a share; choose one from 0 to 1")
+        if self.pairs_per_rollout < 1:
+            raise InputError(f"pairs_per_rollout {self.pairs_per_rollout} came; allowed is 1 or more; 1 learns no more")
         rollout_grids(self.points, self.num_ddim_steps, self.schedule.num_train_timesteps)
 
     @cached_property
@@ -88,15 +118,17 @@ class KStep:
             shape: of one latent, (C, H, W).
         """
         draws = [self._draw_one(generator(seed, "kstep", update, position), shape) for position in positions]
-        t, noise, pure = zip(*draws, strict=True)
-        return Draws(torch.tensor(t), torch.stack(noise), torch.tensor(pure))
+        t, noise, pure, order = zip(*draws, strict=True)
+        return Draws(torch.tensor(t), torch.stack(noise), torch.tensor(pure), torch.stack(order))
 
-    def _draw_one(self, rng: torch.Generator, shape: Sequence[int]) -> tuple[int, Tensor, bool]:
-        """t, noise and whether it is pure, of one sample."""
+    def _draw_one(self, rng: torch.Generator, shape: Sequence[int]) -> tuple[int, Tensor, bool, Tensor]:
+        """t, noise, whether it is pure, and the order of the states to learn from, of one sample."""
         steps = self.step_counts[_below(len(self.step_counts), rng)]
         t = student_grid(steps, self.schedule.num_train_timesteps)[_below(steps, rng)]
         chance = torch.rand((), generator=rng).item()  # drawn at every t, so that the noise below never shifts
-        return t, torch.randn(*shape, generator=rng), t == self.points[0] and chance < self.pure_noise_share
+        noise = torch.randn(*shape, generator=rng)
+        order = torch.rand(self.num_ddim_steps, generator=rng)
+        return t, noise, t == self.points[0] and chance < self.pure_noise_share, order
 
     def start(self, x0: Tensor, draws: Draws) -> Tensor:
         """x_t [B, C, H, W] on the device of the data latents `x0` [B, C, H, W]."""
@@ -111,11 +143,68 @@ class KStep:
             t: int64 [B]; on the CPU the device need not be waited for.
             cond, uncond: embeddings [B, L, D]; `uncond` may be [1, L, D].
         """
-        rows = [
-            rollout_grid(one, self.num_ddim_steps, self.points, self.schedule.num_train_timesteps) for one in t.tolist()
-        ]
-        grids = torch.tensor(rows, device=x_t.device)
+        grids = self._grids(t).to(x_t.device)
         return ddim_rollout(teacher, self.schedule, x_t, grids, cond, uncond, self.guidance)
+
+    @torch.no_grad()
+    def pairs(self, teacher: Denoiser, x_t: Tensor, draws: Draws, cond: Tensor, uncond: Tensor | None) -> Pairs:
+        """One rollout a sample as in `target`, and every pair that is learnt from it.
+
+        Args:
+            x_t: the starts [B, C, H, W], at `draws.t`.
+        """
+        grids, visited = self._grids(draws.t), list[Tensor]()
+        end = ddim_rollout(
+            teacher, self.schedule, x_t, grids.to(x_t.device), cond, uncond, self.guidance, None, visited
+        )
+        rows, steps = self._learnt_from(grids, draws.order)
+        states = torch.stack(visited)[steps.to(x_t.device), rows.to(x_t.device)]
+        t = grids[rows, steps]
+        weight = torch.tensor([self._weights[one] for one in t.tolist()], device=x_t.device)
+        return Pairs(states, t, rows, weight, end[rows.to(x_t.device)])
+
+    def _grids(self, t: Tensor) -> Tensor:
+        """The rollout of each t, int64 [B, K + 1] on the CPU."""
+        return torch.tensor([self._grid(one) for one in t.tolist()])
+
+    def _grid(self, t: int) -> list[int]:
+        return rollout_grid(t, self.num_ddim_steps, self.points, self.schedule.num_train_timesteps)
+
+    def _learnt_from(self, grids: Tensor, order: Tensor) -> tuple[Tensor, Tensor]:
+        """Which (sample, step of its rollout) are learnt from, int64 [N] each: the starts, then some of the rest."""
+        starts = torch.arange(len(grids))
+        more = [
+            (row, step)
+            for row, grid in enumerate(grids.tolist())
+            for step in sorted(self._passed(grid), key=order[row].tolist().__getitem__)[: self.pairs_per_rollout - 1]
+        ]
+        rows, steps = zip(*more, strict=True) if more else ((), ())
+        return (
+            torch.cat([starts, torch.tensor(rows, dtype=torch.int64)]),
+            torch.cat([torch.zeros_like(starts), torch.tensor(steps, dtype=torch.int64)]),
+        )
+
+    def _passed(self, grid: Sequence[int]) -> list[int]:
+        """The steps of a rollout at which it passes a timestep of the student's, the start not counted."""
+        return [step for step, t in enumerate(grid[:-1]) if step > 0 and t in self.points]
+
+    @cached_property
+    def _weights(self) -> dict[int, float]:
+        """What a pair at each timestep counts: how often it is drawn as a start, over how often it is learnt from.
+
+        From a start that passes c of the student's timesteps, of which m are learnt from, each is with chance m / c.
+        """
+        drawn = dict.fromkeys(self.points, 0.0)
+        for steps in self.step_counts:
+            for t in student_grid(steps, self.schedule.num_train_timesteps):
+                drawn[t] += 1 / (len(self.step_counts) * steps)
+        learnt = dict(drawn)
+        for t, chance in drawn.items():
+            grid = self._grid(t)
+            passed = self._passed(grid)
+            for step in passed:
+                learnt[grid[step]] += chance * min(1.0, (self.pairs_per_rollout - 1) / len(passed))
+        return {t: drawn[t] / learnt[t] for t in drawn}
 
     def loss(self, student: Denoiser, x_t: Tensor, t: Tensor, cond: Tensor, target: Tensor) -> Tensor:
         """One forward of the student, its x0 against the `target`: a loss a sample, [B] fp32, with gradient."""

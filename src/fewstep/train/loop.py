@@ -129,6 +129,7 @@ def distill(
             num_ddim_steps=settings.num_ddim_steps,
             guidance=settings.guidance_scale,
             pure_noise_share=settings.pure_noise_share,
+            pairs_per_rollout=settings.pairs_per_rollout,
             criterion=settings.loss,
             weighting=settings.loss_weighting,
         )
@@ -234,11 +235,12 @@ def distill(
                     x_t = _noised(backbone, method, batch, draws)
                     cond = backbone.embed(batch.captions)
                     with adapters_off(backbone.unet):
-                        target = method.target(teacher, x_t, draws.t, cond, uncond)
+                        pairs = method.pairs(teacher, x_t, draws, cond, uncond)
                     with accelerator.accumulate():
-                        loss = method.loss(student, x_t, draws.t, cond, target)  # [B]
-                        accelerator.backward(loss.mean())  # divided by the number of micro-batches, scaled under fp16
-                    seen.append((draws.t, loss.detach()))
+                        loss = method.loss(student, pairs.x_t, pairs.t, cond[pairs.rows.to(device)], pairs.target)
+                        mean = (pairs.weight * loss).sum() / len(x_t)
+                        accelerator.backward(mean)  # divided by the number of micro-batches, scaled under fp16
+                    seen.append((pairs.t, loss.detach()))
                 _average_gradients(accelerator, parameters)
                 norm = accelerator.clip_grad_norm_(parameters, settings.max_grad_norm)  # unscales first
                 optimizer.step()
