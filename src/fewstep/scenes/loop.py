@@ -164,8 +164,7 @@ def run(
     since = first
     with ExitStack() as cleanup:
         parts = _Parts(module, loss, plan.parts, cleanup)
-        bar = cleanup.enter_context(reporter.progress(folder.name, plan.steps))
-        bar.advance(first)
+        bar = cleanup.enter_context(reporter.progress(folder.name, plan.steps - first))
         for step in range(first, plan.steps):
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(plan, step)
