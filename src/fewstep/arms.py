@@ -10,7 +10,7 @@ from typing import Literal
 from fewstep.errors import InputError
 from fewstep.timesteps import karras_grid, student_grid, teacher_grid
 
-Sampler = Literal["ddim", "lcm", "dpmpp", "dpmpp-karras"]
+Sampler = Literal["ddim", "lcm", "tcd", "dpmpp", "dpmpp-karras"]
 Role = Literal["teacher", "solver", "student", "base"]
 
 
@@ -23,12 +23,15 @@ class Arm:
         role: ``teacher``: what is to be matched; ``solver``: the teacher in fewer steps by a better solver, the
             alternative that costs no training; ``student``: with adapter; ``base``: the control without one.
         adapter: whether the adapter is on.
-        sampler: ``ddim`` (trailing, deterministic), ``lcm`` (re-noises between steps), ``dpmpp`` (DPM-Solver++ 2M,
-            trailing) or ``dpmpp-karras`` (the same on Karras noise levels).
+        sampler: ``ddim`` (trailing, deterministic), ``lcm`` (re-noises between steps), ``tcd`` (re-noises as far as
+            ``eta`` says), ``dpmpp`` (DPM-Solver++ 2M, trailing) or ``dpmpp-karras`` (the same on Karras noise levels).
         steps: how many network evaluations a picture takes, those for guidance not counted.
         timesteps: the timesteps visited, descending; after the last one comes x0.
         guidance: w in u + w(c - u); at 1 and below nothing is guided (facts: as in diffusers' pipelines).
         is_baseline: whether the others are compared with it.
+        source: which of several adapters it draws with; None is the run's own.
+        scale: strength of the adapter.
+        eta: of ``tcd``, 0 to 1.
     """
 
     id: str
@@ -39,6 +42,9 @@ class Arm:
     timesteps: tuple[int, ...]
     guidance: float
     is_baseline: bool = False
+    source: str | None = None
+    scale: float = 1.0
+    eta: float = 0.0
 
     def __post_init__(self) -> None:
         if not re.fullmatch(r"[a-z0-9]+(-[a-z0-9]+)*", self.id):
@@ -61,16 +67,22 @@ class Arm:
         return self.steps * (2 if self.guided else 1)
 
     @property
+    def family(self) -> str:
+        """What its id says besides the number of steps: arms of one family are one curve."""
+        return self.id.removesuffix(f"-{self.steps}")
+
+    @property
     def title(self) -> str:
         """For people: ``student, 4 steps``."""
         name = {"dpmpp": "DPM-Solver++", "dpmpp-karras": "DPM-Solver++ Karras"}.get(self.sampler, self.role)
+        name = self.source or name
         return f"{name}, {self.steps} step{'s' if self.steps != 1 else ''}"
 
 
-def sampler_timesteps(sampler: Literal["ddim", "lcm"], steps: int, num_train_timesteps: int) -> tuple[int, ...]:
-    """The timesteps that ``sampler`` visits: LCMScheduler's own grid, or DDIM "trailing"."""
-    grid = student_grid(steps, num_train_timesteps) if sampler == "lcm" else teacher_grid(steps, num_train_timesteps)
-    return tuple(grid)
+def sampler_timesteps(sampler: Sampler, steps: int, num_train_timesteps: int) -> tuple[int, ...]:
+    """The timesteps that ``sampler`` visits: LCMScheduler's and TCDScheduler's own grid, or "trailing"."""
+    few = sampler in ("lcm", "tcd")
+    return tuple(student_grid(steps, num_train_timesteps) if few else teacher_grid(steps, num_train_timesteps))
 
 
 def teacher_arm(steps: int, guidance: float, num_train_timesteps: int = 1000) -> Arm:
@@ -107,29 +119,54 @@ def solver_arm(steps: int, guidance: float, alphas_cumprod: Sequence[float], *, 
     )
 
 
-def student_arm(steps: int, guidance: float = 1.0, num_train_timesteps: int = 1000) -> Arm:
-    """The adapter at a few steps with the LCM sampler."""
+def student_arm(
+    steps: int,
+    guidance: float = 1.0,
+    num_train_timesteps: int = 1000,
+    *,
+    name: str = "student",
+    source: str | None = None,
+    sampler: Sampler = "lcm",
+    eta: float = 0.0,
+    scale: float = 1.0,
+) -> Arm:
+    """An adapter at a few steps, by default the run's own with the LCM sampler."""
     return Arm(
-        id=f"student-{steps}",
+        id=f"{name}-{steps}",
         role="student",
         adapter=True,
-        sampler="lcm",
+        sampler=sampler,
         steps=steps,
-        timesteps=sampler_timesteps("lcm", steps, num_train_timesteps),
+        timesteps=sampler_timesteps(sampler, steps, num_train_timesteps),
         guidance=guidance,
+        source=source,
+        eta=eta,
+        scale=scale,
     )
 
 
-def base_arm(steps: int, guidance: float = 1.0, num_train_timesteps: int = 1000) -> Arm:
-    """The negative control: what the student's sampler and steps give without the adapter."""
+def base_arm(
+    steps: int,
+    guidance: float = 1.0,
+    num_train_timesteps: int = 1000,
+    *,
+    sampler: Sampler = "lcm",
+    eta: float = 0.0,
+) -> Arm:
+    """The negative control: what a student's sampler and steps give without the adapter."""
+    parts = ["base"]
+    parts += [sampler] if sampler != "lcm" else []
+    parts += [f"eta{round(100 * eta)}"] if eta else []
+    parts += [f"w{guidance:g}".replace(".", "")] if guidance > 1 else []
     return Arm(
-        id=f"base-{steps}",
+        id="-".join([*parts, str(steps)]),
         role="base",
         adapter=False,
-        sampler="lcm",
+        sampler=sampler,
         steps=steps,
-        timesteps=sampler_timesteps("lcm", steps, num_train_timesteps),
+        timesteps=sampler_timesteps(sampler, steps, num_train_timesteps),
         guidance=guidance,
+        eta=eta,
     )
 
 
@@ -142,7 +179,8 @@ def control_of(arm: Arm, arms: Iterable[Arm]) -> Arm | None:
             other
             for other in arms
             if not other.adapter
-            and (other.sampler, other.timesteps, other.guidance) == (arm.sampler, arm.timesteps, arm.guidance)
+            and (other.sampler, other.timesteps, other.guidance, other.eta)
+            == (arm.sampler, arm.timesteps, arm.guidance, arm.eta)
         ),
         None,
     )

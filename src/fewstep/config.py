@@ -108,16 +108,10 @@ Device = Annotated[str, AfterValidator(_device)]
 # ------------------------------------------------------------------------------------------------------- the base class
 
 
-class Settings(BaseModel):
-    """What all commands share: frozen, keyword-only, unknown names refused, errors of one line."""
+class Checked(BaseModel):
+    """What all settings share: frozen, keyword-only, unknown names refused, errors of one line."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, protected_namespaces=())
-
-    device: Device = Field("auto", description="auto, cpu, cuda, cuda:N, mps or xpu; auto takes the fastest at hand.")
-    mixed_precision: Precision = Field(
-        "auto", description="Precision of the networks; auto is bf16 or fp16 on a GPU and no on a CPU."
-    )
-    seed: Seed = Field(42, description="All noise, data order and choices derive from it.")
 
     @model_validator(mode="before")
     @classmethod
@@ -140,6 +134,16 @@ class Settings(BaseModel):
     def replace(self, **changes: Any) -> Self:
         """The same settings with some of them changed, checked again."""
         return type(self)(**{**dict(self), **changes})
+
+
+class Settings(Checked):
+    """What all commands share."""
+
+    device: Device = Field("auto", description="auto, cpu, cuda, cuda:N, mps or xpu; auto takes the fastest at hand.")
+    mixed_precision: Precision = Field(
+        "auto", description="Precision of the networks; auto is bf16 or fp16 on a GPU and no on a CPU."
+    )
+    seed: Seed = Field(42, description="All noise, data order and choices derive from it.")
 
 
 class BaseModelSettings(Settings):
@@ -170,7 +174,7 @@ class BaseModelSettings(Settings):
         return self.default_base, "the default base"
 
 
-def _forbid_both(settings: Settings, first: str, second: str, fix: str) -> None:
+def _forbid_both(settings: Checked, first: str, second: str, fix: str) -> None:
     if getattr(settings, first) is not None and getattr(settings, second) is not None:
         raise ValueError(f"{first} and {second} came together; allowed is one of the two; {fix}")
 
@@ -326,6 +330,11 @@ class BenchSettings(SamplingSettings):
     baseline_outdir: Folder | None = Field(
         None, description="Folder for the teacher's pictures. Unset: beside the others."
     )
+    adapters_file: Folder | None = Field(
+        None,
+        description="TOML file with an [[adapter]] table for each further adapter to compare with: id, lora_path or "
+        "lora_id, and sampler, eta, guidance, scale, steps.",
+    )
     clip_model_id: Text = Field(
         "openai/clip-vit-base-patch32",
         description="CLIP model of the alignment metric, for bases that bring none of their own; none leaves it out.",
@@ -336,6 +345,32 @@ class BenchSettings(SamplingSettings):
         description="Reference pictures a prompt for the Fréchet distance; 0 leaves it out. Unset: 5 where the base "
         "draws pictures of its own, else 0.",
     )
+
+
+class AdapterEntry(Checked):
+    """One further adapter of a benchmark: an [[adapter]] table of its adapters_file."""
+
+    id: Annotated[str, Field(pattern=r"^[a-z0-9]+(-[a-z0-9]+)*$")] = Field(
+        description="Name of its arms: small letters, digits and single hyphens between them."
+    )
+    lora_path: Folder | None = Field(None, description="Adapter file or folder.")
+    lora_id: Text | None = Field(None, description="Adapter on the Hub.")
+    sampler: Literal["lcm", "tcd", "ddim"] | None = Field(
+        None, description="Its sampler. Unset: of the scheduler saved beside it, else lcm."
+    )
+    eta: Share = Field(0.0, description="Of tcd: how much of the noise between two steps is drawn anew.")
+    guidance: Guidance = Field(1.0, description="Guidance it is sampled with.")
+    scale: Annotated[float, Field(gt=0, le=10)] = Field(1.0, description="Strength of the adapter.")
+    steps: StepCounts | None = Field(None, description="Step counts. Unset: those of the benchmark that it promises.")
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        _forbid_both(self, "lora_path", "lora_id", "lora_path is an adapter on disk, lora_id one on the Hub")
+        if self.lora_path is None and self.lora_id is None:
+            raise ValueError(f"adapter {self.id} has neither lora_path nor lora_id; allowed is one of the two; add it")
+        if self.eta and self.sampler not in (None, "tcd"):
+            raise ValueError(f"adapter {self.id} has eta {self.eta:g} for {self.sampler}, which has none; leave it out")
+        return self
 
 
 class GenerateSettings(SamplingSettings):
@@ -386,20 +421,53 @@ class DemoSettings(BaseModelSettings):
 def load_toml(path: Path | str) -> dict[str, Any]:
     """The flat table of a settings file; an `InputError` where it cannot be read or is not flat."""
     path = Path(path).expanduser()
-    try:
-        values = tomllib.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise InputError(f"no settings file {str(path)!r}; allowed is a TOML file; check the path") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{str(path)!r} cannot be read ({error}); allowed is a TOML file in UTF-8") from None
-    except tomllib.TOMLDecodeError as error:
-        raise InputError(f"{str(path)!r} is no TOML: {error}; allowed are lines such as max_steps = 300") from None
+    values = _toml(path)
     for key, value in values.items():
         if isinstance(value, dict):
             raise InputError(
                 f"{str(path)!r} has a table [{key}]; settings files are flat; move its keys to the top, without [{key}]"
             )
     return values
+
+
+def _toml(path: Path) -> dict[str, Any]:
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise InputError(f"no settings file {str(path)!r}; allowed is a TOML file; check the path") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{str(path)!r} cannot be read ({error}); allowed is a TOML file in UTF-8") from None
+    except tomllib.TOMLDecodeError as error:
+        raise InputError(f"{str(path)!r} is no TOML: {error}; allowed are lines such as max_steps = 300") from None
+
+
+def load_adapters(path: Path | str) -> tuple[AdapterEntry, ...]:
+    """The further adapters of a benchmark's file, in its order.
+
+    Raises:
+        InputError: no TOML, no [[adapter]] table, anything else in it, or an id that comes twice.
+    """
+    path = Path(path).expanduser()
+    values = _toml(path)
+    tables = values.get("adapter")
+    if set(values) != {"adapter"} or not isinstance(tables, list) or not all(isinstance(t, dict) for t in tables):
+        raise InputError(
+            f"{str(path)!r} is no list of adapters; allowed is one [[adapter]] table or more and nothing else, each "
+            "with an id and a lora_path or lora_id"
+        )
+    entries = []
+    for number, table in enumerate(tables):
+        if "id" not in table:
+            raise InputError(f"{str(path)!r}: adapter {number} has no id; allowed is one that names its arms; add it")
+        try:
+            entries.append(AdapterEntry(**table))
+        except InputError as error:
+            raise InputError(f"{str(path)!r}: {error}") from None
+    ids = [entry.id for entry in entries]
+    repeated = sorted({one for one in ids if ids.count(one) > 1})
+    if repeated:
+        raise InputError(f"{str(path)!r}: adapter id {repeated[0]} came twice; allowed is each once; rename one")
+    return tuple(entries)
 
 
 def merged(
@@ -456,7 +524,7 @@ def nearest(name: str, names: Iterable[str]) -> str | None:
     return found[0] if found else None
 
 
-def one_line(error: ValidationError, settings: type[Settings]) -> str:
+def one_line(error: ValidationError, settings: type[Checked]) -> str:
     """A pydantic error in one line: what came, what is allowed, the fix; further ones are counted."""
     details = error.errors(include_url=False)
     first = details[0]
@@ -472,7 +540,7 @@ def one_line(error: ValidationError, settings: type[Settings]) -> str:
     return " ".join(message.split()) + (f" (and {others} more)" if others else "")
 
 
-def refusal(name: str, came: Any, settings: type[Settings]) -> str:
+def refusal(name: str, came: Any, settings: type[Checked]) -> str:
     """What came for a field, what is allowed there, and an example of it."""
     field = settings.model_fields[name]
     message = f"{name}: {_came(came)} came; allowed: {allowed(field)}"
@@ -481,7 +549,7 @@ def refusal(name: str, came: Any, settings: type[Settings]) -> str:
     return message
 
 
-def unknown_name(name: str, settings: type[Settings]) -> str:
+def unknown_name(name: str, settings: type[Checked]) -> str:
     """The line for a name that no field has: the nearest one, or all of them where none is near."""
     near = nearest(name, settings.model_fields)
     fix = f"did you mean {near}?" if near else f"known are {', '.join(sorted(settings.model_fields))}"

@@ -21,10 +21,11 @@ LIBRARIES = ("fewstep", "torch", "diffusers", "transformers", "peft", "torchmetr
 
 @dataclass(frozen=True)
 class Opened:
-    """A base, and what is known of the adapter on it; None where none was asked for."""
+    """A base, and what is known of the adapter on it; None where none was asked for, or where it was there before."""
 
     backbone: Backbone
     adapter: Mapping[str, str] | None
+    source: lora.AdapterSource | None = None
 
 
 def read_prompts(settings: SamplingSettings) -> list[str] | None:
@@ -114,10 +115,7 @@ def open_base(
             )
         source = lora.locate(backbone.abilities.adapter())
     info = lora.load_adapter(backbone, source, allow_pickle=settings.allow_pickle, warn=reporter.warn)
-    reporter.say(
-        f"adapter: {source.name}, {info.layout} layout, rank {info.rank}, alpha {info.alpha:g} (alpha / rank "
-        f"{info.alpha / info.rank:g}), {info.modules} modules, {info.parameters:,} parameters"
-    )
+    reporter.say(f"adapter: {describe_adapter(source, info)}")
     _compare_with_record(source, backbone, step_counts, reporter)
     return Opened(
         backbone,
@@ -129,6 +127,15 @@ def open_base(
             "parameters": str(info.parameters),
             "change": f"{info.change:.6g}",
         },
+        source,
+    )
+
+
+def describe_adapter(source: lora.AdapterSource, info: lora.AdapterInfo) -> str:
+    """An adapter in one line."""
+    return (
+        f"{source.name}, {info.layout} layout, rank {info.rank}, alpha {info.alpha:g} (alpha / rank "
+        f"{info.alpha / info.rank:g}), {info.modules} modules, {info.parameters:,} parameters"
     )
 
 

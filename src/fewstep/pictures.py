@@ -9,6 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from math import ceil
 from typing import Any, Protocol
 
@@ -18,7 +19,7 @@ from torch import Tensor
 from fewstep.arms import Arm
 from fewstep.errors import CheckpointError
 from fewstep.reporting import SILENT, Reporter
-from fewstep.sampling import SAMPLERS, PictureNoise
+from fewstep.sampling import SAMPLERS, PictureNoise, tcd_sample
 from fewstep.schedule import NoiseSchedule
 from fewstep.solver import Denoiser, OnStep
 
@@ -122,7 +123,8 @@ def draw_latents(
         on_step: called after every step of the sampler.
     """
     cond = conditioning.cond[[prompt for prompt, _ in ids]]
-    return SAMPLERS[arm.sampler](
+    sample = partial(tcd_sample, eta=arm.eta) if arm.sampler == "tcd" else SAMPLERS[arm.sampler]
+    return sample(
         denoiser or painter.denoiser(adapter=arm.adapter),
         painter.schedule,
         PictureNoise(ids, seed),

@@ -185,6 +185,7 @@ class BenchmarkRecord:
     machine: dict[str, str]
     base: dict[str, str]
     adapter: dict[str, str] | None
+    adapters: dict[str, dict[str, str]]
     alignment_model: str | None
     prompts: tuple[str, ...]
     floor: FloorRecord | None

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fewstep.randomness import generator
 from fewstep.schedule import NoiseSchedule
-from fewstep.solver import Denoiser, OnStep, ddim_rollout, guided_output
+from fewstep.solver import Denoiser, OnStep, ddim_rollout, ddim_step, guided_output
 from fewstep.timesteps import karras_grid
 
 
@@ -91,6 +91,43 @@ def ddim_sample(
     x_t = noise.draw(shape).to(cond.device)
     grids = torch.tensor([*timesteps, -1], device=cond.device).expand(len(x_t), -1)
     return ddim_rollout(denoiser, schedule, x_t, grids, cond, uncond, guidance, on_step)
+
+
+@torch.no_grad()
+def tcd_sample(
+    denoiser: Denoiser,
+    schedule: NoiseSchedule,
+    noise: PictureNoise,
+    shape: Sequence[int],
+    timesteps: Sequence[int],
+    cond: Tensor,
+    uncond: Tensor | None = None,
+    guidance: float = 1.0,
+    on_step: OnStep | None = None,
+    *,
+    eta: float = 0.0,
+) -> Tensor:
+    """Strategic stochastic sampling as `TCDScheduler` does it (Zheng et al. 2024, algorithm 4; their γ is `eta`).
+
+    From t a deterministic step to s = ⌊(1 − eta) t_next⌋, then noise back up to t_next:
+
+        x_s = √ᾱ_s x̂0 + √(1−ᾱ_s) ε̂,   x_next = √(ᾱ_next / ᾱ_s) x_s + √(1 − ᾱ_next / ᾱ_s) z
+
+    At eta 0 it is DDIM on the few-step grid, at 1 nearly `lcm_sample`. The last step ends at timestep 0 and adds
+    nothing. Arguments and result are otherwise `lcm_sample`'s.
+    """
+    x_t = noise.draw(shape).to(cond.device)
+    for t, t_next in zip(timesteps, [*timesteps[1:], 0], strict=True):
+        at = torch.full((len(x_t),), t, device=cond.device)
+        output = guided_output(denoiser, x_t, at, cond, uncond, guidance)
+        below = int((1 - eta) * t_next)
+        x_t = ddim_step(schedule, output, x_t, at, torch.full_like(at, below))
+        if eta > 0 and t != timesteps[-1]:
+            kept = schedule.alpha_bar(t_next) / schedule.alpha_bar(below)
+            x_t = kept.sqrt() * x_t + (1 - kept).sqrt() * noise.draw(shape).to(cond.device)
+        if on_step is not None:
+            on_step()
+    return x_t
 
 
 @torch.no_grad()
@@ -184,6 +221,7 @@ class Sample(Protocol):
 SAMPLERS: dict[str, Sample] = {
     "ddim": ddim_sample,
     "lcm": lcm_sample,
+    "tcd": tcd_sample,
     "dpmpp": dpmpp_sample,
     "dpmpp-karras": dpmpp_karras_sample,
 }

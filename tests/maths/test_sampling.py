@@ -6,12 +6,12 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, LCMScheduler
+from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, LCMScheduler, TCDScheduler
 from torch import Tensor
 from torch.testing import assert_close
 
 from fewstep.randomness import generator
-from fewstep.sampling import PictureNoise, ddim_sample, dpmpp_karras_sample, dpmpp_sample, lcm_sample
+from fewstep.sampling import PictureNoise, ddim_sample, dpmpp_karras_sample, dpmpp_sample, lcm_sample, tcd_sample
 from fewstep.schedule import NoiseSchedule
 from fewstep.timesteps import karras_grid, student_grid, teacher_grid
 
@@ -119,6 +119,34 @@ def test_both_samplers_start_from_the_same_noise(schedule: NoiseSchedule, cond: 
     sample(denoiser, schedule, noise, SHAPE, [999, 499], cond, on_step=lambda: steps.append(1))
     assert torch.equal(seen[0], PictureNoise(PICTURES, 42).draw(SHAPE))
     assert len(seen) == len(steps) == 2
+
+
+@pytest.mark.parametrize("steps", [1, 2, 4, 8])
+@pytest.mark.parametrize("eta", [0.0, 0.3, 1.0])
+@pytest.mark.parametrize("guidance", [1.0, 3.0])
+def test_tcd_sample_is_tcd_scheduler(
+    schedule: NoiseSchedule,
+    toy: Any,
+    cond: Tensor,
+    uncond: Tensor,
+    sd15: dict[str, Any],
+    steps: int,
+    eta: float,
+    guidance: float,
+) -> None:
+    ours = tcd_sample(
+        toy, schedule, PictureNoise(PICTURES, 42), SHAPE, student_grid(steps), cond, uncond, guidance, eta=eta
+    )
+    scheduler = TCDScheduler(**sd15, prediction_type=schedule.prediction_type)
+    scheduler.set_timesteps(steps)
+    generators = [generator(42, "picture", *picture) for picture in PICTURES]
+    x_t = torch.stack([torch.randn(SHAPE, generator=one) for one in generators])
+    for t in scheduler.timesteps:
+        with torch.no_grad():
+            c, u = toy(x_t, t.expand(3), cond), toy(x_t, t.expand(3), uncond.expand_as(cond))
+        output = c if guidance == 1 else u + guidance * (c - u)
+        x_t = scheduler.step(output, t, x_t, eta=eta, generator=generators, return_dict=False)[0]
+    assert_close(ours, x_t, rtol=1e-5, atol=1e-4)
 
 
 @pytest.mark.parametrize("steps", [2, 3, 8, 12, 20])

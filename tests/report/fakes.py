@@ -93,6 +93,7 @@ def record() -> BenchmarkRecord:
         machine={"device": "A CPU of 2 cores", "precision": "float32", "threads": "2"},
         base={"name": "a base", "why": "asked for", "fingerprint": "00"},
         adapter={"source": "lora/final"},
+        adapters={},
         alignment_model="a/clip",
         prompts=PROMPTS,
         floor=FloorRecord(value=20.0, arm="teacher-50", by_arm={"teacher-50": 20.0}),

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 from fewstep.arms import Arm
-from fewstep.backbone import Backbone, adapters_off
+from fewstep.backbone import Backbone
 from fewstep.config import BenchSettings
 from fewstep.files import replace_folder_atomic
 from fewstep.metrics.alignment import CLIPAlignment, alignment_and_floor
@@ -19,13 +19,6 @@ from fewstep.metrics.saturation import latent_moments
 from fewstep.pictures import Conditioning, Evaluation, Judge, PictureBatch, answer_judge, evaluate
 from fewstep.report import picture_path, save_picture
 from fewstep.reporting import Reporter
-
-
-@contextmanager
-def adapters_of(arm: Arm, backbone: Backbone) -> Iterator[None]:
-    """Adapters off for a whole arm, so that switching costs its forwards no time."""
-    with nullcontext() if arm.adapter else adapters_off(backbone.unet):
-        yield
 
 
 @contextmanager

@@ -7,11 +7,12 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 
-from fewstep.arms import Arm, base_arm, check_arms, solver_arm, student_arm, teacher_arm
+from fewstep.arms import Arm, check_arms, solver_arm, student_arm, teacher_arm
 from fewstep.backbone import Backbone
+from fewstep.benchmark.adapters import Adapters, controls
 from fewstep.benchmark.cost import time_arm
 from fewstep.benchmark.distribution import measure_distributions
-from fewstep.benchmark.drawing import adapters_of, draw, judges_of, replacing
+from fewstep.benchmark.drawing import draw, judges_of, replacing
 from fewstep.benchmark.summary import sum_up
 from fewstep.config import BenchSettings, settings_toml
 from fewstep.errors import InputError
@@ -81,7 +82,9 @@ def benchmark(
     """
     reporter = _Listening(reporter)
     prompts = read_prompts(settings)
-    wants_adapter = arms is None or any(arm.adapter for arm in arms)
+    named = settings.lora_path is not None or settings.lora_id is not None
+    # With a file of adapters the base's own one is not taken unasked.
+    wants_adapter = (named or settings.adapters_file is None) if arms is None else any(arm.adapter for arm in arms)
     opened = open_base(
         settings, backbone=backbone, with_adapter=wants_adapter, step_counts=settings.steps, reporter=reporter
     )
@@ -89,7 +92,8 @@ def benchmark(
     if prompts is None:
         prompts = _own_prompts(settings, backbone)
     settings = _resolved(settings, backbone)
-    arms = tuple(arms or _arms(settings, backbone))
+    adapters = Adapters(settings, backbone, opened.source, reporter)
+    arms = tuple(arms or _arms(settings, backbone, adapters, with_student=wants_adapter))
     check_arms(arms, settings.negative_prompt)
     warn_of_prompts(prompts, backbone, reporter)
     alignment = _alignment(settings, backbone, reporter)
@@ -111,7 +115,7 @@ def benchmark(
     for arm in arms:
         apart = settings.baseline_outdir if arm.is_baseline else None
         folders[arm.id] = arm_folder(apart or outdir, arm.id)
-        with adapters_of(arm, backbone):
+        with adapters.on(arm):
             evaluations[arm.id] = draw(backbone, arm, conditioning, settings, judges, folders[arm.id], reporter)
             with reporter.progress(f"timing {arm.id}", len(sizes)) as bar:
                 timings[arm.id] = tuple(time_arm(backbone, arm, prompts, size, settings, bar) for size in sizes)
@@ -121,6 +125,7 @@ def benchmark(
         settings,
         backbone,
         opened.adapter,
+        {one.entry.id: one.facts for one in adapters.further},
         alignment,
         prompts,
         arms,
@@ -186,13 +191,13 @@ def _resolved(settings: BenchSettings, backbone: Backbone) -> BenchSettings:
     )
 
 
-def _arms(settings: BenchSettings, backbone: Backbone) -> list[Arm]:
+def _arms(settings: BenchSettings, backbone: Backbone, adapters: Adapters, *, with_student: bool) -> list[Arm]:
     count = backbone.schedule.num_train_timesteps
-    students = [student_arm(steps, settings.flash_guidance, count) for steps in settings.steps]
+    students = [student_arm(steps, settings.flash_guidance, count) for steps in settings.steps if with_student]
+    students += adapters.arms()
     if not settings.compare_baseline:
         return students
     guidance = backbone.guidance_scale if settings.baseline_guidance is None else settings.baseline_guidance
-    controls = [base_arm(steps, settings.flash_guidance, count) for steps in settings.steps]
     alpha_bar = backbone.schedule.alphas_cumprod.tolist()
     solvers = [
         solver_arm(steps, guidance, alpha_bar, karras=karras)
@@ -200,7 +205,7 @@ def _arms(settings: BenchSettings, backbone: Backbone) -> list[Arm]:
         for steps in settings.solver_steps
         if steps
     ]
-    return [teacher_arm(settings.baseline_steps, guidance, count), *solvers, *students, *controls]
+    return [teacher_arm(settings.baseline_steps, guidance, count), *solvers, *students, *controls(students, count)]
 
 
 def _alignment(settings: BenchSettings, backbone: Backbone, reporter: Reporter) -> CLIPAlignment | None:

@@ -1,6 +1,6 @@
 """The student: a LoRA on the base's UNet. Made, saved and read back through the stock loader; and foreign layouts."""
 
-from .adapter import ADAPTER, AdapterWeights, attach, detach, trainable_parameters
+from .adapter import ADAPTER, AdapterWeights, attach, detach, set_scale, trainable_parameters
 from .loading import AdapterInfo, load_adapter, prove_round_trip, save_adapter
 from .source import WEIGHTS_NAME, AdapterSource, locate
 
@@ -16,5 +16,6 @@ __all__ = [
     "locate",
     "prove_round_trip",
     "save_adapter",
+    "set_scale",
     "trainable_parameters",
 ]

@@ -97,6 +97,12 @@ def _add(
         layer.lora_B[ADAPTER].float()
 
 
+def set_scale(unet: UNet2DConditionModel, scale: float) -> None:
+    """The adapter's strength: its update is scaled with scale · alpha / rank; 1 is as it was trained."""
+    for _, layer in lora_layers(unet):
+        layer.set_scale(ADAPTER, scale)
+
+
 def detach(unet: UNet2DConditionModel) -> None:
     """Remove every adapter: the UNet is the base again."""
     if getattr(unet, "peft_config", {}):

@@ -17,7 +17,7 @@ ROLES = ("teacher", "solver", "student", "base")
 def frontier(arms: Sequence[ArmSummary]) -> str:
     """Quality against seconds a picture (log scale) with 95 % intervals; empty where there is no quality to plot.
 
-    The steps of one role are joined, so that a curve up and to the left is what one hopes for.
+    The steps of one family of arms are joined, so that a curve up and to the left is what one hopes for.
     """
     points = [(arm, value) for arm in arms if (value := quality(arm)) is not None and arm.time_per_image_s > 0]
     if not points:
@@ -60,9 +60,11 @@ def frontier(arms: Sequence[ArmSummary]) -> str:
         f'<text class="axis" transform="translate(16 {(TOP + HEIGHT - BOTTOM) / 2}) rotate(-90)" text-anchor="middle">'
         f"{ylabel}</text>"
     )
-    for role in ROLES:
+    families = dict.fromkeys((arm.arm.role, arm.arm.family) for arm, _ in points)
+    for role, family in sorted(families, key=lambda one: ROLES.index(one[0])):
         own = sorted(
-            ((arm, found) for arm, found in points if arm.arm.role == role), key=lambda point: point[0].time_per_image_s
+            ((arm, found) for arm, found in points if (arm.arm.role, arm.arm.family) == (role, family)),
+            key=lambda point: point[0].time_per_image_s,
         )
         spots = [at(arm.time_per_image_s, scale * found.value) for arm, found in own]
         if len(spots) > 1:

@@ -1,0 +1,147 @@
+"""Further adapters to compare with: each is located, proven on this base, and attached when its arms are drawn."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+from fewstep import lora
+from fewstep.arms import Arm, Sampler, base_arm, student_arm
+from fewstep.backbone import Backbone, adapters_off
+from fewstep.checkpoint import recorded_steps
+from fewstep.config import AdapterEntry, BenchSettings, load_adapters
+from fewstep.errors import InputError
+from fewstep.opening import describe_adapter
+from fewstep.reporting import Reporter
+
+SCHEDULERS: dict[str, Sampler] = {"LCMScheduler": "lcm", "TCDScheduler": "tcd", "DDIMScheduler": "ddim"}
+"""Which sampler stands for the scheduler that an adapter was saved with."""
+
+
+@dataclass(frozen=True)
+class Further:
+    """One adapter of the file, and what is known of it."""
+
+    entry: AdapterEntry
+    source: lora.AdapterSource
+    sampler: Sampler
+    steps: tuple[int, ...]
+    facts: Mapping[str, str]
+
+
+class Adapters:
+    """Every adapter of a benchmark. One at a time is attached; the first is the one that the settings name.
+
+    Args:
+        main: where the settings' own adapter is; None where there is none, or where it is attached already.
+
+    Raises:
+        InputError: the file of adapters is not one, or came for a base that has an adapter attached already.
+        CheckpointError: an adapter that is not at hand, not for this base, or without effect.
+    """
+
+    def __init__(
+        self, settings: BenchSettings, backbone: Backbone, main: lora.AdapterSource | None, reporter: Reporter
+    ) -> None:
+        self._backbone, self._settings = backbone, settings
+        self._sources: dict[str | None, tuple[lora.AdapterSource, float]] = {}
+        if main is not None:
+            self._sources[None] = (main, 1.0)
+        self._attached: str | None = None
+        self.further: list[Further] = []
+        if settings.adapters_file is None:
+            return
+        if main is None and getattr(backbone.unet, "peft_config", {}):
+            raise InputError(
+                "adapters_file came for a base that has an adapter attached already; allowed is a base without one; "
+                "name that adapter in the file instead"
+            )
+        for entry in load_adapters(settings.adapters_file):
+            self.further.append(self._proven(entry, reporter))
+        self._back_to_main()
+
+    def _proven(self, entry: AdapterEntry, reporter: Reporter) -> Further:
+        source = lora.locate(entry.lora_path, entry.lora_id)
+        facts = self._attach(entry.id, source, entry.scale, reporter)
+        steps = entry.steps or tuple(n for n in self._settings.steps if n in (recorded_steps(source.folder) or (n,)))
+        if not steps:
+            raise InputError(
+                f"adapter {entry.id} promises other step counts than {' '.join(map(str, self._settings.steps))}; "
+                "allowed is at least one that is drawn; give it steps of its own in the file"
+            )
+        return Further(entry, source, entry.sampler or _recorded_sampler(source) or "lcm", steps, facts)
+
+    def _attach(self, name: str | None, source: lora.AdapterSource, scale: float, reporter: Reporter) -> dict[str, str]:
+        info = lora.load_adapter(self._backbone, source, allow_pickle=self._settings.allow_pickle, warn=reporter.warn)
+        lora.set_scale(self._backbone.unet, scale)
+        self._sources[name] = (source, scale)
+        self._attached = name
+        reporter.say(f"adapter {name}: {describe_adapter(source, info)}, scale {scale:g}")
+        return {"source": source.name, "layout": info.layout, "rank": str(info.rank), "alpha": f"{info.alpha:g}",
+                "parameters": str(info.parameters), "scale": f"{scale:g}"}  # fmt: skip
+
+    def _back_to_main(self) -> None:
+        if None in self._sources:
+            self._switch(None)
+        else:
+            lora.detach(self._backbone.unet)
+
+    def _switch(self, name: str | None) -> None:
+        if name == self._attached or name not in self._sources:
+            return
+        source, scale = self._sources[name]
+        lora.load_adapter(self._backbone, source, allow_pickle=self._settings.allow_pickle, warn=lambda _: None)
+        lora.set_scale(self._backbone.unet, scale)
+        self._attached = name
+
+    @contextmanager
+    def on(self, arm: Arm) -> Iterator[None]:
+        """What `arm` draws with is attached inside; without adapter all are off, so that switching costs it no time."""
+        if arm.adapter:
+            self._switch(arm.source)
+            yield
+        else:
+            with adapters_off(self._backbone.unet):
+                yield
+
+    def arms(self) -> list[Arm]:
+        """The arms of the further adapters, in the order of the file."""
+        count = self._backbone.schedule.num_train_timesteps
+        return [
+            student_arm(
+                steps,
+                one.entry.guidance,
+                count,
+                name=one.entry.id,
+                source=one.entry.id,
+                sampler=one.sampler,
+                eta=one.entry.eta,
+                scale=one.entry.scale,
+            )
+            for one in self.further
+            for steps in one.steps
+        ]
+
+
+def controls(students: Sequence[Arm], num_train_timesteps: int) -> list[Arm]:
+    """The base without adapter for every way in which a student samples, each once."""
+    found: dict[str, Arm] = {}
+    for student in students:
+        control = base_arm(
+            student.steps, student.guidance, num_train_timesteps, sampler=student.sampler, eta=student.eta
+        )
+        found.setdefault(control.id, control)
+    return list(found.values())
+
+
+def _recorded_sampler(source: lora.AdapterSource) -> Sampler | None:
+    """The sampler of the scheduler that was saved beside an adapter."""
+    config = source.folder / "scheduler" / "scheduler_config.json"
+    if not config.is_file():
+        return None
+    try:
+        return SCHEDULERS.get(str(json.loads(config.read_text(encoding="utf-8")).get("_class_name")))
+    except (OSError, ValueError):
+        return None

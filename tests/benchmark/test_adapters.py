@@ -1,0 +1,145 @@
+"""Several adapters in one benchmark: each drawn with its own weights, sampler and strength, from the same noise."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from fewstep import lora
+from fewstep.backbone import Backbone
+from fewstep.benchmark import BenchmarkResult, benchmark
+from fewstep.config import load_adapters
+from fewstep.errors import CheckpointError, InputError
+from fewstep.report import picture_path
+from tests.benchmark.fakes import Notes, make_adapter
+from tests.benchmark.test_benchmark import pixels, settings, table
+
+
+def listed(folder: Path, text: str) -> Path:
+    file = folder / "adapters.toml"
+    file.write_text(text)
+    return file
+
+
+def run(folder: Path, base: Backbone, text: str, **changes: object) -> BenchmarkResult:
+    plain = {"num_images": 1, "steps": (1, 2), "clip_model_id": "none", "frechet_images": 0, "solver_steps": 0}
+    asked = settings(folder, adapters_file=listed(folder, text), **(plain | changes))
+    return benchmark(asked, backbone=base, timing_batch_sizes=(1,))
+
+
+@pytest.fixture
+def other(base: Backbone, tmp_path: Path) -> Path:
+    return make_adapter(tmp_path / "other", base, scale=0.08)
+
+
+def test_every_adapter_draws_as_it_does_alone(base: Backbone, other: Path, tmp_path: Path) -> None:
+    shipped = base.abilities.adapter()  # type: ignore[union-attr]
+    text = f"""
+        [[adapter]]
+        id = "twin"
+        lora_path = "{shipped}"
+        [[adapter]]
+        id = "tcd"
+        lora_path = "{other}"
+        sampler = "tcd"
+        eta = 0.3
+        steps = 2
+        [[adapter]]
+        id = "weak"
+        lora_path = "{other}"
+        scale = 0.5
+        steps = [2]
+    """
+    found = run(tmp_path, base, text, lora_path=shipped)
+    arms = {arm.arm.id: arm.arm for arm in found.arms}
+    assert list(arms) == [
+        "teacher-5", "student-1", "student-2", "twin-1", "twin-2", "tcd-2", "weak-2", "base-1", "base-2",
+        "base-tcd-eta30-2",
+    ]  # fmt: skip
+
+    def picture(arm: str) -> np.ndarray:
+        return pixels(picture_path(found.folders[arm], 0, 0))
+
+    assert np.array_equal(picture("twin-2"), picture("student-2")), "the same adapter, the same noise"
+    for one, another in (
+        ("tcd-2", "twin-2"),
+        ("weak-2", "twin-2"),
+        ("weak-2", "base-2"),
+        ("tcd-2", "base-tcd-eta30-2"),
+    ):
+        assert np.abs(picture(one) - picture(another)).max() > 0, (one, another)
+    assert found.record.summary["tcd-2"].control == "base-tcd-eta30-2"
+    assert found.record.adapters["weak"]["scale"] == "0.5"
+    assert found.record.from_json(found.record.to_json()) == found.record
+    assert {row["sampler"] for row in table(found.outdir / "results.csv") if row["arm"] == "tcd-2"} == {"tcd"}
+    # Alone, the weak one draws the same.
+    lora.load_adapter(base, other)
+    lora.set_scale(base.unet, 0.5)
+    alone = benchmark(
+        settings(tmp_path, outdir=tmp_path / "alone", num_images=1, steps=(2,), compare_baseline=False,
+                 clip_model_id="none", frechet_images=0),
+        backbone=base, timing_batch_sizes=(1,),
+    )  # fmt: skip
+    assert np.array_equal(picture("weak-2"), pixels(picture_path(alone.folders["student-2"], 0, 0)))
+
+
+def test_a_file_of_adapters_alone_leaves_the_bases_own_out(base: Backbone, other: Path, tmp_path: Path) -> None:
+    found = run(tmp_path, base, f'[[adapter]]\nid = "mine"\nlora_path = "{other}"\nsteps = 1\n', compare_baseline=False)
+    assert [arm.arm.id for arm in found.arms] == ["mine-1"] and found.record.adapter is None
+
+
+def test_the_sampler_is_the_saved_schedulers(base: Backbone, other: Path, tmp_path: Path) -> None:
+    config = other / "scheduler" / "scheduler_config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"_class_name": "TCDScheduler"}))
+    found = run(tmp_path, base, f'[[adapter]]\nid = "mine"\nlora_path = "{other}"\n', compare_baseline=False)
+    assert {arm.arm.sampler for arm in found.arms} == {"tcd"} and {arm.arm.steps for arm in found.arms} == {1, 2}
+
+
+def test_an_adapter_without_effect_is_refused_before_anything_is_written(base: Backbone, tmp_path: Path) -> None:
+    empty = make_adapter(tmp_path / "empty", base, scale=0)
+    with pytest.raises(CheckpointError, match="changes nothing"):
+        run(tmp_path, base, f'[[adapter]]\nid = "mine"\nlora_path = "{empty}"\n')
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_base_with_an_adapter_on_it_takes_no_file(base: Backbone, other: Path, tmp_path: Path) -> None:
+    lora.load_adapter(base, other)
+    with pytest.raises(InputError, match="attached already"):
+        run(tmp_path, base, f'[[adapter]]\nid = "mine"\nlora_path = "{other}"\n')
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("", "no list of adapters"),
+        ("steps = 4", "no list of adapters"),
+        ("[adapter]\nid = 'a'", "no list of adapters"),
+        ("[[adapter]]\nlora_path = 'x'", "adapter 0 has no id"),
+        ("[[adapter]]\nid = 'a'", "neither lora_path nor lora_id"),
+        ("[[adapter]]\nid = 'a'\nlora_path = 'x'\nlora_id = 'o/n'", "came together"),
+        ("[[adapter]]\nid = 'A b'\nlora_path = 'x'", "id: 'A b' came"),
+        ("[[adapter]]\nid = 'a'\nlora_path = 'x'\nsampler = 'euler'", "lcm, tcd, ddim"),
+        ("[[adapter]]\nid = 'a'\nlora_path = 'x'\nsampler = 'lcm'\neta = 0.3", "which has none"),
+        ("[[adapter]]\nid = 'a'\nlora_path = 'x'\nstep = 4", "did you mean steps?"),
+        ("[[adapter]]\nid = 'a'\nlora_path = 'x'\nseed = 4", "unknown setting 'seed'"),
+        ("[[adapter]]\nid = 'a'\nlora_path = 'x'\n[[adapter]]\nid = 'a'\nlora_path = 'y'", "a came twice"),
+        ("[[adapter", "is no TOML"),
+    ],
+)
+def test_a_bad_file_of_adapters_is_refused_in_one_line(tmp_path: Path, text: str, words: str) -> None:
+    with pytest.raises(InputError) as raised:
+        load_adapters(listed(tmp_path, text))
+    assert words in str(raised.value) and "\n" not in str(raised.value)
+
+
+def test_the_settings_are_reported(base: Backbone, other: Path, tmp_path: Path) -> None:
+    notes = Notes()
+    file = listed(tmp_path, f'[[adapter]]\nid = "mine"\nlora_path = "{other}"\nsteps = 1\n')
+    benchmark(
+        settings(tmp_path, adapters_file=file, num_images=1, clip_model_id="none", frechet_images=0, solver_steps=0),
+        reporter=notes, backbone=base, timing_batch_sizes=(1,),
+    )  # fmt: skip
+    assert any(line.startswith("adapter mine: ") and "scale 1" in line for line in notes.said)
