@@ -59,12 +59,13 @@ COMMANDS = {
 SECTIONS = {
     "Pictures": "prompt prompts_file negative_prompt num_prompts num_images steps flash_guidance safety_checker",
     "Adapter": "lora_path lora_id lora_rank lora_alpha lora_targets",
-    "Comparison": "compare_baseline baseline_steps baseline_guidance baseline_outdir clip_model_id timing_repeats "
-    "frechet_images",
+    "Comparison": "compare_baseline baseline_steps baseline_guidance baseline_outdir solver_steps adapters_file "
+    "clip_model_id timing_repeats frechet_images",
     "Data": "dataset_name data_dir image_column caption_column max_dropped",
     "Training": "size stage max_steps learning_rate lr_schedule lr_warmup_steps gradient_accumulation_steps "
     "max_grad_norm ema_decay resume_from_checkpoint",
-    "Method": "guidance_scale num_ddim_steps num_inference_steps pure_noise_share loss loss_weighting",
+    "Method": "guidance_scale num_ddim_steps num_inference_steps pure_noise_share pairs_per_rollout loss "
+    "loss_weighting",
     "Base model": "base_model default_base revision prediction_type resolution allow_pickle",
     "Results": "output_dir run_name outdir log_file checkpoint_every validate_every log_every oracle_images",
     "Running": "seed batch_size device mixed_precision config",
