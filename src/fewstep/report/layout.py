@@ -33,5 +33,5 @@ def save_picture(path: Path, pixels: NDArray[np.uint8]) -> Path:
 def save_image(path: Path, image: Image.Image) -> Path:
     """Save an image as PNG, whole or not at all."""
     buffer = io.BytesIO()
-    image.save(buffer, format="PNG", optimize=False)
+    image.save(buffer, format="PNG", compress_level=4)  # a third of the time of Pillow's 6, for 3 % more bytes
     return write_bytes_atomic(path, buffer.getvalue())
