@@ -42,8 +42,13 @@ def squared_mmd(a: Tensor, b: Tensor, kernel: Kernel) -> float:
     if a.dim() != 2 or b.dim() != 2 or a.shape[1] != b.shape[1] or min(len(a), len(b)) < 2:
         raise ValueError(f"features of shapes {tuple(a.shape)} and {tuple(b.shape)}; allowed: [N, D], [M, D], N, M > 1")
     a, b = a.detach().double().cpu(), b.detach().double().cpu()
-    within = sum((kernel(x, x).sum() - kernel(x, x).diagonal().sum()) / (len(x) * (len(x) - 1)) for x in (a, b))
+    within = sum(_mean_of_others(kernel(x, x)) for x in (a, b))
     return float(within - 2 * kernel(a, b).mean())
+
+
+def _mean_of_others(pairs: Tensor) -> Tensor:
+    """The mean of a square [N, N] without its diagonal."""
+    return (pairs.sum() - pairs.diagonal().sum()) / (len(pairs) * (len(pairs) - 1))
 
 
 def kid(features: Tensor, reference: Tensor) -> float:

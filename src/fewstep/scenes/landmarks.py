@@ -1,9 +1,9 @@
 """Where things stand, as maps that the UNet learns to name on the side while it is trained.
 
-A denoiser binds what a caption says to a place long after it has learnt everything that has none (colours, skies):
-the words and the places have to be multiplied, and at high noise the loss says little about either. Linear heads on
-three blocks that have to draw the building, its light, the birds and the flowers as coarse maps bring that forward
-about tenfold. They read the drawing's own parameters, are trained together with the UNet, and are thrown away.
+To put a thing where the caption says, words and places have to be multiplied, and at high noise the loss says little
+about either. Linear heads on three blocks that have to draw the building, its lit windows, the sun or moon, the birds
+and the flowers as coarse maps bring that forward (docs/experiments.md). They are taught by the drawing's own
+parameters, trained together with the UNet, and thrown away.
 """
 
 from __future__ import annotations
