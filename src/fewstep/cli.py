@@ -64,8 +64,8 @@ SECTIONS = {
     "Data": "dataset_name data_dir image_column caption_column max_dropped",
     "Training": "size stage max_steps learning_rate lr_schedule lr_warmup_steps gradient_accumulation_steps "
     "max_grad_norm ema_decay resume_from_checkpoint",
-    "Method": "guidance_scale num_ddim_steps num_inference_steps pure_noise_share pairs_per_rollout loss "
-    "loss_weighting",
+    "Method": "guidance_scale num_ddim_steps num_inference_steps pure_noise_share pairs_per_rollout "
+    "teacher_rollouts teacher_cache loss loss_weighting",
     "Base model": "base_model default_base revision prediction_type resolution allow_pickle",
     "Results": "output_dir run_name outdir log_file checkpoint_every validate_every log_every oracle_images",
     "Running": "seed batch_size device mixed_precision config",

@@ -235,6 +235,16 @@ class TrainSettings(BaseModelSettings):
         description="At most how many pairs are learnt from a rollout of the teacher: its start, and states on its way "
         "at other timesteps of the student, which cost the teacher nothing.",
     )
+    teacher_rollouts: Count | None = Field(
+        None,
+        description="How many rollouts the teacher makes before training, kept on disk and gone through again and "
+        "again. Unset: each update makes its own.",
+    )
+    teacher_cache: Folder | None = Field(
+        None,
+        description="Folder of kept rollouts; runs that ask the teacher the same can share it. Unset: rollouts/ in the "
+        "run's folder, where teacher_rollouts is given.",
+    )
     loss: Literal["mse", "huber"] = Field("mse", description="Distance between the student's and the teacher's x0.")
     loss_weighting: Literal["x0", "eps", "v"] = Field(
         "x0", description="In which quantity the distance is measured: x0 as it is, eps or v re-weighted by timestep."
@@ -261,6 +271,14 @@ class TrainSettings(BaseModelSettings):
     @property
     def run_dir(self) -> Path:
         return self.output_dir / self.run_name
+
+    @property
+    def keeps_rollouts(self) -> bool:
+        return self.teacher_rollouts is not None or self.teacher_cache is not None
+
+    @property
+    def rollout_dir(self) -> Path:
+        return self.teacher_cache or self.run_dir / "rollouts"
 
     @field_validator("run_name")
     @classmethod
@@ -396,7 +414,7 @@ class PretrainSettings(Settings):
 
     output_dir: Folder = Field(Path("./scenes_base"), description="Folder for the weights; a stopped run goes on here.")
     size: Literal["full", "tiny"] = Field("full", description="full is the shipped size; tiny takes a minute.")
-    stage: Literal["all", "vae", "judges", "denoiser"] = Field("all", description="Which stage to train.")
+    stage: Literal["all", "vae", "judges", "denoiser", "refine"] = Field("all", description="Which stage to train.")
 
 
 class DemoSettings(BaseModelSettings):

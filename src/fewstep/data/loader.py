@@ -13,7 +13,7 @@ repetition, and each one is named in the batch. More of them than the scan's all
 from __future__ import annotations
 
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -60,6 +60,10 @@ class Slices:
         """Positions in the global batch that this process handles in micro-batch `micro`."""
         first = (micro * self.processes + self.rank) * self.batch_size
         return range(first, first + self.batch_size)
+
+    def first_place(self, update: int, micro: int) -> int:
+        """Where those positions begin in the sequence of all samples of the run."""
+        return update * self.global_batch + self.positions(micro).start
 
 
 @dataclass(frozen=True)
@@ -118,6 +122,7 @@ class Batches:
         end: int,
         allowance: int = 0,
         workers: int = 0,
+        skip: Callable[[int, int], bool] = lambda _first, _count: False,
     ) -> None:
         """Nothing is loaded yet.
 
@@ -129,9 +134,15 @@ class Batches:
             end: update to stop before.
             allowance: how many different pictures may turn out to be no good (`OpenedData.allowance`).
             workers: processes that load ahead; 0 loads in this one. Changes nothing but the speed.
+            skip: told the first place of a micro-batch in the endless sequence and its length: whether to leave it out.
         """
         self._source = _Source(data, slices, seed)
-        self._order = [(update, micro) for update in range(start, end) for micro in range(slices.accumulation)]
+        self._order = [
+            (update, micro)
+            for update in range(start, end)
+            for micro in range(slices.accumulation)
+            if not skip(slices.first_place(update, micro), slices.batch_size)
+        ]
         self._allowance = allowance
         self._workers = workers
         self.replaced: dict[str, str] = {}

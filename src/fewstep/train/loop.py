@@ -13,9 +13,10 @@ alone.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from itertools import islice
 from pathlib import Path
 
@@ -25,19 +26,19 @@ from accelerate.utils import GradientAccumulationPlugin
 from torch import Tensor, nn
 
 from fewstep import checkpoint, lora
-from fewstep.backbone import Backbone, adapters_off, load_backbone
+from fewstep.backbone import load_backbone
 from fewstep.config import TrainSettings, settings_toml
-from fewstep.data import Batch, Batches, Slices, open_data
-from fewstep.data.loader import to_pixels
+from fewstep.data import Batches, Slices, open_data
 from fewstep.ema import EMA
 from fewstep.errors import InputError, Interrupted
 from fewstep.files import write_text_atomic
-from fewstep.methods.kstep import Draws, KStep
+from fewstep.methods.kstep import KStep
 from fewstep.oracle import Oracle, describe, measure_oracle
 from fewstep.previews import Previews
 from fewstep.reporting import SILENT, Reporter
 from fewstep.telemetry import LoggedReporter, LossByTimestep, Telemetry, Throughput
 from fewstep.train import start
+from fewstep.train.rollouts import Lesson, RolloutStore, Teacher, kept_lessons
 
 PREVIEW_PROMPTS = 4
 """Rows of a grid of previews."""
@@ -207,38 +208,48 @@ def distill(
             processes.wait_for_everyone()
             return folder
 
-        # ---- The loop.
-        batches = Batches(
+        # ---- What is learnt from.
+        batches = partial(
+            Batches,
             opened.data,
             slices,
             seed=settings.seed,
-            start=step,
-            end=settings.max_steps,
             allowance=opened.allowance,
             workers=start.loading_workers(device, processes.num_processes),
         )
-        queue = iter(batches)
-        student, teacher, uncond = backbone.denoiser(), backbone.denoiser(adapter=False), backbone.embed([""])
+        teacher = Teacher(backbone, method, settings.seed, shape)
+        lessons: Iterator[Lesson]
+        if settings.keeps_rollouts:
+            count = start.rollouts_to_keep(settings, slices)
+            key = start.rollout_key(settings, backbone) | identity
+            store = RolloutStore(settings.rollout_dir, key, writes_key=main)
+            missing = batches(start=0, end=count // slices.global_batch, skip=store.holds)
+            start.keep_rollouts(store, teacher, missing, slices, reporter, should_stop)
+            processes.wait_for_everyone()
+            store.refresh()  # the other processes have put theirs
+            ahead = {"start": step, "end": settings.max_steps}
+            lessons = kept_lessons(store, backbone, slices, count=count, seed=settings.seed, **ahead)
+        else:
+            lessons = map(teacher, batches(start=step, end=settings.max_steps))
+
+        # ---- The loop.
+        student = backbone.denoiser()
         losses, speed = LossByTimestep(method.points, device), Throughput()
-        micro_batches: list[Batch] = []
+        update: list[Lesson] = []
         overflows, cut_captions, stopping = 0, False, False
 
         with reporter.progress("training", settings.max_steps - step) as bar:
             while step < settings.max_steps and not stopping:
-                # An update that overflowed is made again from the same micro-batches.
-                micro_batches = micro_batches or list(islice(queue, settings.gradient_accumulation_steps))
+                # An update that overflowed is made again from the same lessons.
+                update = update or list(islice(lessons, settings.gradient_accumulation_steps))
                 for group in optimizer.param_groups:
                     group["lr"] = learning_rate(settings, step)
                 seen: list[tuple[Tensor, Tensor]] = []
-                for batch in micro_batches:
-                    draws = method.draw(settings.seed, step, batch.positions, shape)
-                    x_t = _noised(backbone, method, batch, draws)
-                    cond = backbone.embed(batch.captions)
-                    with adapters_off(backbone.unet):
-                        pairs = method.pairs(teacher, x_t, draws, cond, uncond)
+                for lesson in update:
+                    pairs, cond = lesson.pairs, lesson.cond[lesson.pairs.rows.to(device)]
                     with accelerator.accumulate():
-                        loss = method.loss(student, pairs.x_t, pairs.t, cond[pairs.rows.to(device)], pairs.target)
-                        mean = (pairs.weight * loss).sum() / len(x_t)
+                        loss = method.loss(student, pairs.x_t, pairs.t, cond, pairs.target)
+                        mean = (pairs.weight * loss).sum() / len(lesson.cond)
                         accelerator.backward(mean)  # divided by the number of micro-batches, scaled under fp16
                     seen.append((pairs.t, loss.detach()))
                 _average_gradients(accelerator, parameters)
@@ -257,15 +268,15 @@ def distill(
                 for t, values in seen:
                     losses.add(t, values)
                 speed.add(slices.global_batch)
-                for batch in micro_batches:
-                    for replaced in batch.replaced:
+                for lesson in update:
+                    for replaced in lesson.replaced:
                         reporter.warn(str(replaced))
-                    if not cut_captions and any(backbone.token_overflow(batch.captions)):
+                    if not cut_captions and any(backbone.token_overflow(lesson.captions)):
                         reporter.warn(
                             f"captions of more than {backbone.max_tokens} tokens are cut, first at step {step}"
                         )
                         cut_captions = True
-                micro_batches = []
+                update = []
 
                 shown: dict[str, float] = {}
                 if step % settings.log_every == 0 or step == settings.max_steps:
@@ -319,19 +330,6 @@ def learning_rate(settings: TrainSettings, update: int) -> float:
         return settings.learning_rate
     done = (update - warmup) / (settings.max_steps - warmup)
     return settings.learning_rate * 0.5 * (1 + math.cos(math.pi * done))
-
-
-def _noised(backbone: Backbone, method: KStep, batch: Batch, draws: Draws) -> Tensor:
-    """x_t [B, C, H, W] fp32; only those pictures are encoded that do not start from pure noise.
-
-    A picture's latent is its posterior's mean: the posterior's own spread is far below the noise of any t trained at.
-    """
-    x0 = torch.zeros_like(draws.noise, device=backbone.device)
-    rows = (~draws.pure).nonzero().squeeze(1)
-    if len(rows):
-        latents = backbone.encode(to_pixels(batch.pictures[rows].to(backbone.device)))
-        x0.index_copy_(0, rows.to(backbone.device), latents)
-    return method.start(x0, draws)
 
 
 @torch.no_grad()

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import os
 import tomllib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import PartialState
@@ -17,9 +18,10 @@ from fewstep import checkpoint
 from fewstep.backbone import Backbone
 from fewstep.config import TrainSettings, load_toml, settings_toml, spell
 from fewstep.data import Batches, OpenedData, Slices
-from fewstep.errors import CheckpointError, InputError
+from fewstep.errors import CheckpointError, InputError, Interrupted
 from fewstep.methods.kstep import KStep
 from fewstep.reporting import Reporter
+from fewstep.train.rollouts import RolloutStore, Teacher
 
 ORACLE_PICTURES = 16
 """Pictures an arm of the oracle where none are asked for and the base has an answer key."""
@@ -30,6 +32,7 @@ PATIENCE = timedelta(hours=2)
 MAY_CHANGE = {
     *("output_dir", "run_name", "log_file", "checkpoint_every", "validate_every", "log_every", "oracle_images"),
     *("device", "default_base", "revision", "allow_pickle"),
+    "teacher_cache",  # its own key tells
     *("base_model", "data_dir", "dataset_name", "image_column", "caption_column", "max_dropped"),  # fingerprints tell
     *("batch_size", "gradient_accumulation_steps"),  # the global batch tells
     "max_steps",
@@ -160,6 +163,10 @@ def plan(settings: TrainSettings, method: KStep, slices: Slices, trainable: int,
         f"teacher: {method.num_ddim_steps} DDIM steps from t to x0 with guidance {method.guidance:g}; "
         f"t is one of {spell(method.points)}"
     )
+    if settings.keeps_rollouts:
+        count = rollouts_to_keep(settings, slices)
+        epochs = settings.max_steps * slices.global_batch / count
+        yield f"rollouts: {count:,}, kept in {settings.rollout_dir}, gone through {epochs:.3g} times"
     yield f"loss: {settings.loss} to the teacher's x0, loss_weighting {settings.loss_weighting}"
     yield (
         f"training: {settings.max_steps:,} steps of {slices.global_batch} pictures ({slices.batch_size} x "
@@ -168,6 +175,53 @@ def plan(settings: TrainSettings, method: KStep, slices: Slices, trainable: int,
     )
     yield "settings:"
     yield from (f"  {line}" for line in settings_toml(settings).splitlines())
+
+
+def rollouts_to_keep(settings: TrainSettings, slices: Slices) -> int:
+    """How many rollouts the teacher makes for a run that keeps them: whole updates, rounded up."""
+    if settings.teacher_rollouts is None:
+        return settings.max_steps * slices.global_batch
+    return -(-settings.teacher_rollouts // slices.global_batch) * slices.global_batch
+
+
+def rollout_key(settings: TrainSettings, backbone: Backbone) -> dict[str, Any]:
+    """All that the teacher's rollouts depend on besides the data and the global batch."""
+    names = (
+        *("seed", "guidance_scale", "num_ddim_steps", "num_inference_steps", "pure_noise_share", "pairs_per_rollout"),
+        *("resolution", "mixed_precision", "prediction_type"),
+    )
+    return {"base_fingerprint": backbone.fingerprint} | {name: getattr(settings, name) for name in names}
+
+
+def keep_rollouts(
+    store: RolloutStore,
+    teacher: Teacher,
+    batches: Batches,
+    slices: Slices,
+    reporter: Reporter,
+    should_stop: Callable[[], bool],
+) -> None:
+    """Make the rollouts of `batches` and put them in the store.
+
+    Raises:
+        Interrupted: stopped on request; those that are made are kept.
+    """
+    with reporter.progress("teacher", len(batches)) as bar:
+        for batch in batches:
+            lesson = teacher(batch)
+            store.put(slices.first_place(batch.update, batch.micro), lesson)
+            for replaced in lesson.replaced:
+                reporter.warn(str(replaced))
+            try:
+                bar.advance(1)
+                stopping = should_stop()
+            except KeyboardInterrupt:
+                stopping = True
+            if stopping:
+                raise Interrupted(
+                    f"stopped while the teacher made its rollouts, kept in {store.folder}; go on with "
+                    "--resume_from_checkpoint auto"
+                )
 
 
 def captions_to_show(count: int, settings: TrainSettings, backbone: Backbone, opened: OpenedData) -> list[str]:

@@ -1,0 +1,209 @@
+"""What updates learn from: rollouts of the teacher, each made for its update or kept in a folder and learnt from again.
+
+K guided DDIM steps are 2K forwards, one update of the student costs about three: most of a training's time is the
+teacher's. Kept on disk, a rollout can be learnt from in several epochs, and by other runs that would ask the teacher
+the very same (another rank, another loss): that is `teacher_rollouts` and `teacher_cache`.
+
+The rollouts kept are those that the first updates of a run without a cache would make, in that order; as long as none
+is used twice the two runs are the same. Afterwards each epoch goes through them in another order, by the seed alone.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor
+
+from fewstep.backbone import Backbone, adapters_off
+from fewstep.data import Batch, Slices
+from fewstep.data.loader import Replaced, to_pixels
+from fewstep.data.order import sample_index
+from fewstep.errors import CheckpointError
+from fewstep.files import write_bytes_atomic, write_text_atomic
+from fewstep.methods.kstep import Draws, KStep, Pairs
+
+KEY = "rollouts.json"
+"""The file that says what the rollouts of a folder are of."""
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Lesson:
+    """What one micro-batch of B samples teaches.
+
+    Attributes:
+        pairs: N ≥ B states and where the teacher gets from there; `rows` says whose they are.
+        cond: the captions' embeddings, [B, L, D].
+        captions: B of them.
+        replaced: pictures met for the first time here that could not be used.
+    """
+
+    pairs: Pairs
+    cond: Tensor
+    captions: tuple[str, ...]
+    replaced: tuple[Replaced, ...] = ()
+
+
+@dataclass(frozen=True, eq=False)
+class Teacher:
+    """Makes a lesson of a micro-batch of data: the rollouts from its noised latents, or from noise alone."""
+
+    backbone: Backbone
+    method: KStep
+    seed: int
+    shape: tuple[int, int, int]
+
+    @torch.no_grad()
+    def __call__(self, batch: Batch) -> Lesson:
+        draws = self.method.draw(self.seed, batch.update, batch.positions, self.shape)
+        cond = self.backbone.embed(batch.captions)
+        with adapters_off(self.backbone.unet):
+            teacher = self.backbone.denoiser(adapter=False)
+            pairs = self.method.pairs(teacher, self._noised(batch, draws), draws, cond, self._uncond)
+        return Lesson(pairs=pairs, cond=cond, captions=batch.captions, replaced=batch.replaced)
+
+    @cached_property
+    def _uncond(self) -> Tensor:
+        return self.backbone.embed([""])
+
+    def _noised(self, batch: Batch, draws: Draws) -> Tensor:
+        """x_t [B, C, H, W] fp32; only those pictures are encoded that do not start from pure noise.
+
+        A picture's latent is its posterior's mean: the posterior's own spread is far below the noise of any t trained
+        at.
+        """
+        device = self.backbone.device
+        x0 = torch.zeros_like(draws.noise, device=device)
+        rows = (~draws.pure).nonzero().squeeze(1)
+        if len(rows):
+            latents = self.backbone.encode(to_pixels(batch.pictures[rows].to(device)))
+            x0.index_copy_(0, rows.to(device), latents)
+        return self.method.start(x0, draws)
+
+
+class RolloutStore:
+    """Rollouts in a folder, a file a micro-batch: `00000016.safetensors` begins with the seventeenth of the run.
+
+    Every process writes its own files into the folder and reads everybody's.
+    """
+
+    def __init__(self, folder: Path, key: Mapping[str, Any], *, writes_key: bool) -> None:
+        """Open the folder, or make it.
+
+        Args:
+            key: all that the rollouts depend on.
+            writes_key: whether this process is the one to write `key` into a new folder.
+
+        Raises:
+            CheckpointError: the folder holds rollouts of something else.
+        """
+        self.folder = folder
+        self._where: dict[int, tuple[Path, int]] = {}
+        file = folder / KEY
+        wanted = json.loads(json.dumps(key))
+        if file.exists():
+            found = json.loads(file.read_text(encoding="utf-8"))
+            for name in sorted(wanted.keys() | found.keys()):
+                if found.get(name) != wanted.get(name):
+                    raise CheckpointError(
+                        f"teacher_cache {str(folder)!r} holds rollouts with {name} {found.get(name)}, this run has "
+                        f"{wanted.get(name)}; allowed is the same teacher on the same data; choose another folder"
+                    )
+        elif writes_key:
+            write_text_atomic(file, json.dumps(wanted, indent=1) + "\n")
+        self.refresh()
+
+    def refresh(self) -> None:
+        """Find out which rollouts the folder holds.
+
+        Raises:
+            CheckpointError: a file in it cannot be read.
+        """
+        self._where = {}
+        for path in sorted(self.folder.glob("*.safetensors")):
+            with _opened(path) as file:
+                count = len(json.loads(file.metadata()["captions"]))
+            self._where |= {int(path.stem) + row: (path, row) for row in range(count)}
+
+    def __len__(self) -> int:
+        """How many rollouts there are."""
+        return len(self._where)
+
+    def holds(self, first: int, count: int) -> bool:
+        """Whether rollouts first … first + count − 1 are there."""
+        return all(number in self._where for number in range(first, first + count))
+
+    def put(self, first: int, lesson: Lesson) -> None:
+        """Keep the rollouts of a lesson, numbered from `first`; the file appears whole or not at all."""
+        pairs = lesson.pairs
+        tensors = {
+            "x_t": pairs.x_t.cpu().contiguous(),
+            "target": pairs.target.cpu().contiguous(),
+            "t": pairs.t,
+            "rows": pairs.rows,
+            "weight": pairs.weight.cpu(),
+        }
+        content = save(tensors, {"captions": json.dumps(lesson.captions)})
+        write_bytes_atomic(self.folder / f"{first:08d}.safetensors", content)
+
+    def get(self, numbers: list[int], device: torch.device) -> tuple[Pairs, tuple[str, ...]]:
+        """The pairs of the rollouts `numbers`, in that order, and their captions.
+
+        Raises:
+            CheckpointError: one is not there.
+        """
+        parts: list[dict[str, Tensor]] = []
+        captions = []
+        for place, number in enumerate(numbers):
+            if number not in self._where:
+                raise CheckpointError(
+                    f"rollout {number} is not in {str(self.folder)!r}; it has to be one folder for all processes; "
+                    "start the same command again to make what is missing"
+                )
+            path, row = self._where[number]
+            with _opened(path) as file:
+                mine = (file.get_tensor("rows") == row).nonzero().squeeze(1)
+                part = {name: file.get_tensor(name)[mine] for name in ("x_t", "target", "t", "weight")}
+                captions.append(json.loads(file.metadata()["captions"])[row])
+            parts.append(part | {"rows": torch.full_like(part["t"], place)})
+        joined = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+        pairs = Pairs(
+            x_t=joined["x_t"].to(device),
+            t=joined["t"],
+            rows=joined["rows"],
+            weight=joined["weight"].to(device),
+            target=joined["target"].to(device),
+        )
+        return pairs, tuple(captions)
+
+
+def numbers_of(slices: Slices, update: int, micro: int, count: int, seed: int) -> list[int]:
+    """Which of `count` rollouts a process learns from in a micro-batch: first all in order, then epoch after epoch."""
+    places = [update * slices.global_batch + position for position in slices.positions(micro)]
+    return [place if place < count else sample_index(seed, place, count) for place in places]
+
+
+def kept_lessons(
+    store: RolloutStore, backbone: Backbone, slices: Slices, *, count: int, seed: int, start: int, end: int
+) -> Iterator[Lesson]:
+    """The lessons of updates `start` to `end` from the first `count` rollouts of the store."""
+    for update in range(start, end):
+        for micro in range(slices.accumulation):
+            pairs, captions = store.get(numbers_of(slices, update, micro, count, seed), backbone.device)
+            yield Lesson(pairs=pairs, cond=backbone.embed(captions), captions=captions)
+
+
+def _opened(path: Path) -> Any:
+    try:
+        return safe_open(path, "pt")
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(
+            f"{str(path)!r} cannot be read ({error}); remove it, and it is made again by the same command"
+        ) from None

@@ -1,0 +1,134 @@
+"""Rollouts that are kept: the same training while none is used twice, one set for several runs, and exact resume."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from fewstep.config import TrainSettings
+from fewstep.data import Slices
+from fewstep.errors import CheckpointError, Interrupted
+from fewstep.train import DistillResult, distill
+from fewstep.train.rollouts import numbers_of
+from tests.train.conftest import Heard
+
+
+def weights(result: DistillResult) -> dict[str, torch.Tensor]:
+    return load_file(result.adapter / "pytorch_lora_weights.safetensors")
+
+
+def same(mine: DistillResult, theirs: DistillResult) -> bool:
+    a, b = weights(mine), weights(theirs)
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def test_kept_rollouts_that_are_used_once_train_the_very_same_student(
+    whole: DistillResult, settings: TrainSettings, tmp_path: Path
+) -> None:
+    cache = tmp_path / "cache"
+    kept = distill(settings.replace(output_dir=tmp_path, teacher_cache=cache))
+    assert same(kept, whole)
+    assert len(list(cache.glob("*.safetensors"))) == 20  # 10 updates of 2 micro-batches
+
+
+def test_several_pairs_a_rollout_are_kept_too(settings: TrainSettings, tmp_path: Path) -> None:
+    several = settings.replace(output_dir=tmp_path, pairs_per_rollout=3, num_ddim_steps=4, oracle_images=0)
+    fresh = distill(several.replace(run_name="fresh"))
+    kept = distill(several.replace(run_name="kept", teacher_cache=tmp_path / "cache"))
+    for name, value in weights(fresh).items():  # samples stand in another order in the sum
+        torch.testing.assert_close(weights(kept)[name], value, rtol=1e-3, atol=1e-5)
+
+
+def test_a_second_run_asks_the_teacher_nothing(
+    settings: TrainSettings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    few = settings.replace(output_dir=tmp_path, teacher_cache=tmp_path / "cache", teacher_rollouts=12)
+    heard = Heard()
+    first = distill(few.replace(run_name="first"), reporter=heard)
+    assert heard.bars["teacher"] == (6, 6)
+    assert f"rollouts: 12, kept in {tmp_path / 'cache'}, gone through 3.33 times" in heard.said
+
+    def asked(*_: object) -> None:
+        raise AssertionError("the teacher was asked")
+
+    monkeypatch.setattr("fewstep.train.rollouts.Teacher.__call__", asked)
+    again = Heard()
+    assert same(distill(few.replace(run_name="again"), reporter=again), first)
+    assert again.bars["teacher"] == (0, 0)
+    other = distill(few.replace(run_name="other", lora_rank=2, loss="huber"))
+    assert {value.shape[0] for name, value in weights(other).items() if "lora.down" in name or "lora_A" in name} == {2}
+
+
+def test_a_run_on_kept_rollouts_resumes_bit_for_bit(settings: TrainSettings, tmp_path: Path) -> None:
+    few = settings.replace(output_dir=tmp_path, teacher_cache=tmp_path / "cache", teacher_rollouts=8)
+    whole = distill(few.replace(run_name="whole"))
+    calls = Counter[str]()
+
+    def in_the_middle() -> bool:
+        calls["asked"] += 1
+        return calls["asked"] == 6
+
+    with pytest.raises(Interrupted, match="stopped at step 6"):
+        distill(few.replace(run_name="cut"), should_stop=in_the_middle)
+    assert same(distill(few.replace(run_name="cut", resume_from_checkpoint="latest")), whole)
+
+
+def test_a_teacher_that_was_stopped_goes_on(settings: TrainSettings, tmp_path: Path) -> None:
+    few = settings.replace(output_dir=tmp_path, teacher_rollouts=12, resume_from_checkpoint="auto")
+    whole = distill(few.replace(run_name="whole"))
+    calls = Counter[str]()
+
+    def after_two() -> bool:
+        calls["asked"] += 1
+        return calls["asked"] == 2
+
+    with pytest.raises(Interrupted, match="stopped while the teacher made its rollouts"):
+        distill(few.replace(run_name="cut"), should_stop=after_two)
+    heard = Heard()
+    assert same(distill(few.replace(run_name="cut"), reporter=heard), whole)
+    assert heard.bars["teacher"] == (4, 4)
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [({"num_ddim_steps": 3}, "num_ddim_steps 2"), ({"seed": 5}, "seed 42"), ({"batch_size": 4}, "global_batch 4")],
+)
+def test_rollouts_of_another_teacher_are_refused(
+    settings: TrainSettings, tmp_path: Path, change: dict[str, int], named: str
+) -> None:
+    few = settings.replace(output_dir=tmp_path, teacher_cache=tmp_path / "cache", teacher_rollouts=4, max_steps=3)
+    distill(few.replace(run_name="first"))
+    with pytest.raises(CheckpointError, match=f"holds rollouts with {named}, this run has"):
+        distill(few.replace(run_name="second", **change))
+
+
+def test_a_damaged_rollout_is_named(settings: TrainSettings, tmp_path: Path) -> None:
+    few = settings.replace(output_dir=tmp_path, teacher_cache=tmp_path / "cache", teacher_rollouts=4, max_steps=3)
+    distill(few.replace(run_name="first"))
+    damaged = tmp_path / "cache" / "00000002.safetensors"
+    damaged.write_bytes(damaged.read_bytes()[:-9])
+    with pytest.raises(CheckpointError, match=r"00000002\.safetensors' cannot be read"):
+        distill(few.replace(run_name="second"))
+
+
+@pytest.mark.parametrize("count", [8, 24, 64])
+def test_every_epoch_goes_through_all_of_them_in_another_order(count: int) -> None:
+    slices = (
+        Slices(batch_size=2, accumulation=2, processes=2, rank=0),
+        Slices(batch_size=2, accumulation=2, processes=2, rank=1),
+    )
+    seen = [
+        number
+        for update in range(3 * count // 8)
+        for micro in range(2)
+        for part in slices
+        for number in numbers_of(part, update, micro, count, 7)
+    ]
+    epochs = [seen[first : first + count] for first in range(0, 3 * count, count)]
+    assert epochs[0] == list(range(count))
+    assert all(sorted(epoch) == list(range(count)) for epoch in epochs)
+    assert epochs[1] != epochs[0] != epochs[2] != epochs[1]
