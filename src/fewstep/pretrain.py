@@ -1,8 +1,10 @@
-"""`fewstep pretrain`: the embedded base and its judges, rebuilt from nothing in three resumable stages.
+"""`fewstep pretrain`: the embedded base and its judges, rebuilt from nothing in four resumable stages.
 
 1. vae: drawings to latents and back;
 2. judges: the reader with its features, and the alignment model;
-3. denoiser: the text encoder, then the UNet on cached latents, then the figures that say what the base can do.
+3. denoiser: the text encoder, then the UNet on cached latents;
+4. refine: the UNet's training goes on under a second learning rate curve, then the figures that say what the base can
+   do.
 
 Every batch is a function of (seed, step): a stage that was stopped goes on as if it had not been.
 """
@@ -12,6 +14,7 @@ from __future__ import annotations
 import json
 import time
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +23,7 @@ import torch
 from diffusers import AutoencoderKL
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import CLIPTokenizer
+from transformers import CLIPTextModel, CLIPTokenizer
 
 from fewstep.backbone import load_backbone
 from fewstep.config import PretrainSettings
@@ -39,7 +42,7 @@ from fewstep.scenes.export import save_base, save_defaults
 from fewstep.scenes.judge import CLASSES, Judge, judge_losses, labels, save_judge, soften
 from fewstep.scenes.landmarks import numbered_landmarks, standardised_levels
 from fewstep.scenes.layout import FLAWS, parameters
-from fewstep.scenes.loop import Plan, batch_indices, run
+from fewstep.scenes.loop import Plan, averaged, batch_indices, run
 from fewstep.scenes.text import CaptionReader, build_tokenizer, caption_losses, tokenize
 from fewstep.scenes.vae import build_vae, fold_latent_statistics, to_pixels, vae_losses
 from fewstep.schedule import NoiseSchedule
@@ -47,7 +50,7 @@ from fewstep.schedule import NoiseSchedule
 GUIDANCES = (2.0, 3.0, 4.5, 6.0, 7.5)
 """Swept for the teacher's default; ties go to the lower."""
 
-STAGES = ("vae", "judges", "denoiser")
+STAGES = ("vae", "judges", "denoiser", "refine")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,6 +70,7 @@ class Sizes:
     alignment: Plan
     text: Plan
     denoiser: Plan
+    refine: Plan
 
 
 SIZES = {
@@ -78,12 +82,13 @@ SIZES = {
         tested=2_000,
         swept=100,
         proved=256,
-        minutes={"vae": 35, "judges": 20, "denoiser": 90},
+        minutes={"vae": 35, "judges": 20, "denoiser": 80, "refine": 85},
         vae=Plan(steps=4_200, batch_size=8, learning_rate=2e-3, ema_decay=0.998),
         judge=Plan(steps=2_200, batch_size=64, learning_rate=2e-3),
         alignment=Plan(steps=500, batch_size=96, learning_rate=1e-3),
         text=Plan(steps=400, batch_size=64, learning_rate=1e-3, ema_decay=0.98),
         denoiser=Plan(steps=4_900, batch_size=64, parts=2, learning_rate=2e-3, ema_decay=0.999),
+        refine=Plan(steps=4_500, batch_size=64, parts=2, learning_rate=1.5e-3, ema_decay=0.999),
     ),
     "tiny": Sizes(
         drawings=64,
@@ -99,6 +104,7 @@ SIZES = {
         alignment=Plan(steps=6, batch_size=8, learning_rate=1e-3, ema_decay=0.9),
         text=Plan(steps=6, batch_size=8, learning_rate=1e-3, ema_decay=0.9),
         denoiser=Plan(steps=20, batch_size=8, parts=2, learning_rate=1e-3, ema_decay=0.9),
+        refine=Plan(steps=10, batch_size=8, parts=2, learning_rate=1e-3, ema_decay=0.9),
     ),
 }
 
@@ -120,7 +126,9 @@ def pretrain(settings: PretrainSettings, *, reporter: Reporter = SILENT) -> Pret
         minutes = work.sizes.minutes[stage]
         reporter.say(f"{stage}: about {minutes} minutes on two cores; stopped, it goes on from its last save")
         started = time.monotonic()
-        figures = {"vae": work.train_vae, "judges": work.train_judges, "denoiser": work.train_denoiser}[stage]()
+        train = {"vae": work.train_vae, "judges": work.train_judges, "denoiser": work.train_denoiser}
+        train |= {"refine": work.refine_denoiser}
+        figures = train[stage]()
         taken = (time.monotonic() - started) / 60
         work.record(stage, figures | {"minutes_of_the_last_run": round(taken, 1)})
     return PretrainResult(folder=settings.output_dir, figures=work.figures)
@@ -270,55 +278,69 @@ class _Workshop:
     # ------------------------------------------------------------------------------------------------------- denoiser
 
     def train_denoiser(self) -> dict[str, Any]:
-        plan, vae = self.sizes.denoiser, self.load_vae()
-        latents = self._cached_latents(vae)
-        landmarks = standardised_levels(numbered_landmarks(self.train_seed, len(latents)))
-        tokenizer: CLIPTokenizer = build_tokenizer(self.work / "tokenizer")
-        schedule = NoiseSchedule.from_config(SCHEDULER)
-        reader = self._train_text(tokenizer)
+        denoiser = self._untrained_denoiser(self._train_text())
+        self._train_unet(denoiser, "denoiser", self.sizes.denoiser, self.seed)
+        return self._fresh_loss(denoiser)
+
+    def refine_denoiser(self) -> dict[str, Any]:
+        """Go on from the averaged weights with fresh moments, other batches and noise."""
+        denoiser = self._untrained_denoiser(CaptionReader(self.tokenizer, self.size).text_encoder)
+        denoiser.load_state_dict(averaged(self.work / "denoiser"))
+        self._train_unet(denoiser, "refine", self.sizes.refine, self.seed + 1)
+        denoiser.landmarks.detach()
+        save_base(self.load_vae(), denoiser, self.tokenizer, SCHEDULER, self.out / "base")
+        return self._fresh_loss(denoiser) | self._prove()
+
+    @cached_property
+    def tokenizer(self) -> CLIPTokenizer:
+        return build_tokenizer(self.work / "tokenizer")
+
+    def _untrained_denoiser(self, text_encoder: CLIPTextModel) -> Denoiser:
         torch.manual_seed(self.seed)
-        denoiser = Denoiser(reader.text_encoder, self.size)
+        return Denoiser(text_encoder, self.size)
+
+    def _train_unet(self, denoiser: Denoiser, name: str, plan: Plan, seed: int) -> None:
+        latents = self._cached_latents(self.load_vae())
+        landmarks = standardised_levels(numbered_landmarks(self.train_seed, len(latents)))
+        schedule = NoiseSchedule.from_config(SCHEDULER)
         denoiser.use_plain_attention(self.fast)
 
         def loss(step: int, part: int) -> dict[str, Tensor]:
-            picked = batch_indices(self.seed, step, plan.batch_size, len(latents)).chunk(plan.parts)[part]
-            random = generator(self.seed, "denoiser", step, part)
+            picked = batch_indices(seed, step, plan.batch_size, len(latents)).chunk(plan.parts)[part]
+            random = generator(seed, "denoiser", step, part)
             noise = torch.randn(len(picked), *latents.shape[1:], generator=random)
             t = torch.randint(schedule.num_train_timesteps, (len(picked),), generator=random)
             dropped = torch.rand(len(picked), generator=random) < CAPTION_DROPOUT
             captions = self._captions(step, picked.tolist())
             captions = ["" if drop else caption for drop, caption in zip(dropped.tolist(), captions, strict=True)]
-            clean, ids = latents[picked].float(), tokenize(tokenizer, captions)
+            clean, ids = latents[picked].float(), tokenize(self.tokenizer, captions)
             maps = [level[picked] for level in landmarks]
             with self.autocast():
                 return denoiser_losses(denoiser, schedule, clean, noise, t, ids, maps, ~dropped)
 
-        run(denoiser, loss, plan, self.work / "denoiser", self.reporter)
-        denoiser.landmarks.detach()
+        run(denoiser, loss, plan, self.work / name, self.reporter)
         denoiser.use_plain_attention(False)
-        save_base(vae, denoiser, tokenizer, SCHEDULER, self.out / "base")
-        return self._fresh_loss(denoiser, vae, tokenizer, latents) | self._prove()
 
-    def _train_text(self, tokenizer: CLIPTokenizer) -> CaptionReader:
+    def _train_text(self) -> CLIPTextModel:
         """A text encoder whose end-of-text state says every attribute of its caption."""
         plan = self.sizes.text
         torch.manual_seed(self.seed)
-        reader = CaptionReader(tokenizer, self.size)
+        reader = CaptionReader(self.tokenizer, self.size)
 
         def loss(step: int, _part: int) -> dict[str, Tensor]:
             rng = np.random.default_rng((self.seed, step, 6))
             drawn = [sample_attributes(rng) for _ in range(plan.batch_size)]
-            ids = tokenize(tokenizer, [random_caption(rng, attributes) for attributes in drawn])
+            ids = tokenize(self.tokenizer, [random_caption(rng, attributes) for attributes in drawn])
             with self.autocast():
                 return caption_losses(reader, ids, torch.tensor([attributes.indices() for attributes in drawn]))
 
         run(reader, loss, plan, self.work / "text", self.reporter)
-        return reader
+        return reader.text_encoder
 
-    def _fresh_loss(
-        self, denoiser: Denoiser, vae: AutoencoderKL, tokenizer: CLIPTokenizer, latents: Tensor
-    ) -> dict[str, Any]:
+    def _fresh_loss(self, denoiser: Denoiser) -> dict[str, Any]:
         """Overfitting: the loss on drawings never trained on over that on trained ones, same noise and timesteps."""
+        vae = self.load_vae()
+        latents = self._cached_latents(vae)
         count = min(1024, len(latents), self.sizes.tested)
         schedule = NoiseSchedule.from_config(SCHEDULER)
         random = generator(self.seed, "fresh")
@@ -335,7 +357,7 @@ class _Workshop:
             ("fresh", unseen, [drawing.attributes for drawing in fresh]),
         ):
             rng = np.random.default_rng((self.seed, 5))
-            ids = tokenize(tokenizer, [random_caption(rng, one) for one in attributes])
+            ids = tokenize(self.tokenizer, [random_caption(rng, one) for one in attributes])
             for i in range(0, count, 64):
                 some = slice(i, i + 64)
                 with torch.no_grad():

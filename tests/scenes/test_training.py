@@ -109,10 +109,10 @@ def test_softening_blurs_and_flattens() -> None:
 
 def test_pretraining_from_nothing_gives_a_base_that_a_stock_pipeline_draws_with(tmp_path: Path) -> None:
     result = pretrain(PretrainSettings(output_dir=tmp_path, size="tiny", seed=0, mixed_precision="no"))
-    assert set(result.figures) == {"vae", "judges", "denoiser"}
+    assert set(result.figures) == {"vae", "judges", "denoiser", "refine"}
     assert json.loads((tmp_path / "figures.json").read_text()) == result.figures
     assert 5 < result.figures["vae"]["psnr_db"] < 40
-    assert set(result.figures["denoiser"]["arms"]) >= {"ddim-50-guided", "lcm-2-unguided"}
+    assert set(result.figures["refine"]["arms"]) >= {"ddim-50-guided", "lcm-2-unguided"}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         pipeline = StableDiffusionPipeline.from_pretrained(tmp_path / "base", use_safetensors=True)

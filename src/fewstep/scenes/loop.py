@@ -108,6 +108,18 @@ class _State:
         get_ema_multi_avg_fn(weight)(averages, current, None)
 
 
+def averaged(folder: Path) -> dict[str, Tensor]:
+    """The EMA weights of what was trained in `folder`.
+
+    Raises:
+        FileNotFoundError: nothing was.
+    """
+    file = folder / "state.safetensors"
+    if not file.exists():
+        raise FileNotFoundError(f"{file} is not there; run --stage {folder.name} first")
+    return {name[4:]: value for name, value in load_file(file).items() if name.startswith("ema/")}
+
+
 Loss = Callable[[int, int], dict[str, Tensor]]
 """From a step and a part of its batch (0 where it is whole) to named scalar losses; the one named "loss" is trained."""
 
