@@ -7,6 +7,7 @@ import torch
 
 from fewstep import sd15
 from fewstep.backbone import Backbone, adapters_off, random_backbone
+from fewstep.backbone.threads import in_parts
 from fewstep.lora import attach, trainable_parameters
 
 TARGETS = ("to_q", "to_k", "to_v", "to_out.0")
@@ -48,6 +49,40 @@ def test_pictures_and_latents(tiny: Backbone) -> None:
     stock = tiny.vae.decode(latents / 0.18215).sample / 2 + 0.5
     torch.testing.assert_close(decoded, stock.clamp(0, 1))
     assert decoded.dtype == torch.float32 and float(decoded.min()) >= 0 and float(decoded.max()) <= 1
+
+
+@pytest.mark.parametrize("threads", [2, 3])
+@pytest.mark.parametrize("dtype", ["no", "bf16"])
+def test_a_part_a_thread_gives_what_the_whole_batch_gives(
+    threads: int, dtype: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base = random_backbone("tiny", seed=5, dtype=dtype)
+    parameters = attach(base.unet, 2, 4, TARGETS, seed=0)
+    for parameter in parameters:
+        torch.nn.init.normal_(parameter.data, std=0.1)
+    x_t, cond, t = torch.randn(7, 4, 8, 8), torch.randn(7, 77, 32), torch.arange(0, 700, 100)
+    seen: list[int] = []
+    base.unet.register_forward_pre_hook(lambda _unet, inputs: seen.append(len(inputs[0])))
+    with torch.no_grad():
+        one_thread = [base.denoiser()(x_t, t, cond), base.denoiser(adapter=False)(x_t, t, cond), base.decode(x_t)]
+        assert seen == [7, 7]
+        monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+        several = [base.denoiser()(x_t, t, cond), base.denoiser(adapter=False)(x_t, t, cond), base.decode(x_t)]
+    assert len(seen) == 2 + 2 * threads and sum(seen) == 28
+    tolerance = {"rtol": 1e-4, "atol": 1e-5} if dtype == "no" else {"rtol": 0.05, "atol": 0.05}
+    for mine, theirs in zip(several, one_thread, strict=True):
+        torch.testing.assert_close(mine, theirs, **tolerance)
+    output = base.denoiser()(x_t, t, cond)  # gradients need the batch whole
+    assert output.requires_grad and seen[-1] == 7
+
+
+def test_a_thread_that_fails_is_heard(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(x: torch.Tensor) -> torch.Tensor:
+        raise ArithmeticError(f"{len(x)} samples")
+
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    with torch.no_grad(), pytest.raises(ArithmeticError, match="2 samples"):
+        in_parts(fails, (torch.zeros(4, 1),))
 
 
 def test_the_denoiser_is_the_unet(tiny: Backbone) -> None:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ..quiet import quiet_libraries
+from .threads import in_parts, is_small, whole
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderKL, StableDiffusionPipeline, UNet2DConditionModel
@@ -109,9 +110,14 @@ class Backbone:
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
         """Pictures [B, 3, H, W] fp32 in 0..1 of scaled `latents` [B, 4, h, w]."""
+
+        def forward(unscaled: Tensor) -> Tensor:
+            pixels: Tensor = self.vae.decode(unscaled, return_dict=False)[0]
+            return pixels
+
         unscaled = latents.to(self.device) / self.vae.config.scaling_factor
-        pixels: Tensor = self.vae.decode(unscaled.to(self.dtype), return_dict=False)[0]
-        return (pixels.float() / 2 + 0.5).clamp(0, 1)
+        run = in_parts if is_small(self.vae) else whole
+        return (run(forward, (unscaled.to(self.dtype),)).float() / 2 + 0.5).clamp(0, 1)
 
     def denoiser(self, adapter: bool = True) -> Denoiser:
         """The UNet as a function of x_t [B, C, H, W], t int64 [B], cond [B, L, D] to its raw output [B, C, H, W] fp32.
@@ -122,10 +128,16 @@ class Backbone:
                 switching inside free.
         """
 
-        def denoise(x_t: Tensor, t: Tensor, cond: Tensor, /) -> Tensor:
-            with nullcontext() if adapter else adapters_off(self.unet), self.autocast():
+        run = in_parts if is_small(self.unet) else whole
+
+        def forward(x_t: Tensor, t: Tensor, cond: Tensor) -> Tensor:
+            with self.autocast():
                 output: Tensor = self.unet(x_t, t, encoder_hidden_states=cond, return_dict=False)[0]
-            return output.float()
+            return output
+
+        def denoise(x_t: Tensor, t: Tensor, cond: Tensor, /) -> Tensor:
+            with nullcontext() if adapter else adapters_off(self.unet):
+                return run(forward, (x_t, t, cond)).float()
 
         return denoise
 
