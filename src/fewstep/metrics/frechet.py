@@ -31,7 +31,8 @@ def frechet_distance(features: Tensor, reference: Tensor) -> float:
         )
     if min(len(features), len(reference)) < 2:
         raise ValueError(f"{len(features)} and {len(reference)} pictures; allowed are at least two of each")
-    metric = FrechetInceptionDistance(feature=_Features(features.shape[1]))
+    # Not over processes: whoever asks has all features, and the others may not be asking.
+    metric = FrechetInceptionDistance(feature=_Features(features.shape[1]), sync_on_compute=False)
     metric.update(reference.detach().double().cpu(), real=True)
     metric.update(features.detach().double().cpu(), real=False)
     # Rounding alone takes the distance of a set to itself below zero.

@@ -35,6 +35,7 @@ from fewstep.files import write_text_atomic
 from fewstep.methods.kstep import KStep
 from fewstep.oracle import Oracle, describe, measure_oracle
 from fewstep.previews import Previews
+from fewstep.processes import join_processes, own_device
 from fewstep.reporting import SILENT, Reporter
 from fewstep.telemetry import LoggedReporter, LossByTimestep, Telemetry, Throughput
 from fewstep.train import start
@@ -88,7 +89,7 @@ def distill(
     """
     with ExitStack() as cleanup:
         # ---- Processes: each has a device of its own; the first one speaks, measures and writes for all.
-        processes = start.join_processes(settings.device)
+        processes = join_processes(settings.device)
         main = processes.is_main_process
         reporter = reporter if main else SILENT
         if settings.log_file is not None and main:
@@ -102,7 +103,7 @@ def distill(
         backbone = load_backbone(
             name,
             revision=settings.revision,
-            device=start.own_device(settings.device, processes),
+            device=own_device(settings.device, processes),
             dtype=settings.mixed_precision,
             allow_pickle=settings.allow_pickle,
             prediction_type=settings.prediction_type,

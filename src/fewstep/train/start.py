@@ -5,14 +5,10 @@ from __future__ import annotations
 import os
 import tomllib
 from collections.abc import Callable, Iterator, Mapping
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import PartialState
-from accelerate.state import AcceleratorState, GradientState
-from accelerate.utils import parse_flag_from_env
 
 from fewstep import checkpoint
 from fewstep.backbone import Backbone
@@ -26,9 +22,6 @@ from fewstep.train.rollouts import RolloutStore, Teacher
 ORACLE_PICTURES = 16
 """Pictures an arm of the oracle where none are asked for and the base has an answer key."""
 
-PATIENCE = timedelta(hours=2)
-"""How long processes wait for the first one, which alone measures the oracle, draws previews and saves."""
-
 MAY_CHANGE = {
     *("output_dir", "run_name", "log_file", "checkpoint_every", "validate_every", "log_every", "oracle_images"),
     *("device", "default_base", "revision", "allow_pickle"),
@@ -38,30 +31,6 @@ MAY_CHANGE = {
     "max_steps",
 }
 """Settings that a resumed run may change and still be the same run. Under a cosine, max_steps is not one of them."""
-
-
-def join_processes(device: str) -> PartialState:
-    """The processes that were started together, one or several; a call after another in one process starts anew.
-
-    Raises:
-        InputError: one device is named for several processes.
-    """
-    AcceleratorState._reset_state(reset_partial_state=True)
-    GradientState._reset_state()
-    processes = PartialState(cpu=device == "cpu" or parse_flag_from_env("ACCELERATE_USE_CPU"), timeout=PATIENCE)
-    if processes.num_processes > 1 and ":" in device:
-        raise InputError(
-            f"device {device!r} came with {processes.num_processes} processes, each of which takes one of its own; "
-            "allowed are auto, cpu and cuda; leave --device out"
-        )
-    return processes
-
-
-def own_device(device: str, processes: PartialState) -> str:
-    """The device of this process: the one that is asked for, else the one that it was given among the others."""
-    if processes.num_processes == 1 and device != "auto":
-        return device
-    return "cpu" if processes.device.type == "cpu" else str(processes.device)  # there they are numbered too: cpu:0
 
 
 def checkpoint_to_resume(settings: TrainSettings, reporter: Reporter) -> Path | None:

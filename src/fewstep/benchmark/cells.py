@@ -1,0 +1,156 @@
+"""What a benchmark has found so far, on disk batch by batch, so that a run that was stopped goes on where it was.
+
+A cell is one batch of one arm: what the judges found about it, written when its pictures are saved. Several processes
+share the work by writing cells into the same folder. An arm is taken up again only if it is the same arm in every
+respect, so that steps or adapters may be added to a finished benchmark, and nothing is ever mixed.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from pydantic import TypeAdapter, ValidationError
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor
+
+from fewstep.arms import Arm
+from fewstep.errors import InputError
+from fewstep.files import write_bytes_atomic, write_text_atomic
+from fewstep.pictures import Cell
+from fewstep.records import ArmTiming
+
+KEY, TIMING = "key.json", "timing.json"
+
+
+class Cells:
+    """The cells of a benchmark, in ``OUTDIR/cells``.
+
+    Args:
+        folder: where they are.
+        key: everything that all arms depend on.
+
+    Raises:
+        InputError: the folder holds cells of other settings; the line names the first that differs.
+    """
+
+    def __init__(self, folder: Path, key: Mapping[str, Any]) -> None:
+        self.folder = folder
+        differing = _claim(folder, key)
+        if differing is not None:
+            name, found, wanted = differing
+            raise InputError(
+                f"{name} {wanted!r} came, the benchmark in {str(folder.parent)!r} has {found!r}; allowed is the same, "
+                "or other steps and adapters; choose another --outdir"
+            )
+
+    def of(self, arm: Arm, adapter: str | None) -> ArmCells:
+        """The cells of one arm.
+
+        Args:
+            adapter: SHA-256 of the weights that it draws with; None without adapter.
+
+        Raises:
+            InputError: there are cells of another arm of that name.
+        """
+        folder = self.folder / arm.id
+        differing = _claim(folder, {**asdict(arm), "weights": adapter})
+        if differing is not None:
+            name, found, wanted = differing
+            raise InputError(
+                f"arm {arm.id} came with {name} {wanted!r}, the one in {str(folder)!r} has {found!r}; allowed is the "
+                "same; choose another --outdir, or another id for the adapter"
+            )
+        return ArmCells(folder)
+
+
+class ArmCells:
+    """The cells of one arm: `Kept` for `evaluate`, and its timing."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+
+    def get(self, number: int) -> Cell | None:
+        """Cell `number`; None where it is not there, or not whole."""
+        path = self._path(number)
+        if not path.exists():
+            return None
+        try:
+            with safe_open(path, "pt") as file:
+                names = json.loads(file.metadata()["names"])  # safetensors keeps an order of its own
+                tensors = {name: file.get_tensor(name) for name in names}
+        except (SafetensorError, OSError):
+            return None
+        seconds = tuple(tensors.pop("seconds").tolist())
+        found: dict[str, dict[str, Tensor]] = {}
+        for name, value in tensors.items():
+            judge, _, key = name.partition("/")
+            found.setdefault(judge, {})[key] = value
+        return Cell(found, seconds)
+
+    def put(self, number: int, cell: Cell) -> None:
+        """Keep a cell; its file appears whole or not at all."""
+        tensors = {f"{judge}/{key}": value for judge, found in cell.found.items() for key, value in found.items()}
+        tensors["seconds"] = torch.tensor(cell.seconds, dtype=torch.float64)
+        names = {"names": json.dumps(list(tensors))}
+        content = save({name: value.contiguous() for name, value in tensors.items()}, names)
+        write_bytes_atomic(self._path(number), content)
+
+    def timings(self, batch_sizes: list[int]) -> tuple[ArmTiming, ...] | None:
+        """What was timed before, if it was at these batch sizes."""
+        path = self._folder / TIMING
+        if not path.exists():
+            return None
+        try:
+            found = TypeAdapter(tuple[ArmTiming, ...]).validate_json(path.read_bytes())
+        except ValidationError:
+            return None
+        return found if [timing.batch_size for timing in found] == batch_sizes else None
+
+    def put_timings(self, timings: tuple[ArmTiming, ...]) -> None:
+        """Keep what was timed."""
+        write_text_atomic(self._folder / TIMING, json.dumps([asdict(timing) for timing in timings], indent=1) + "\n")
+
+    def _path(self, number: int) -> Path:
+        return self._folder / f"{number:06d}.safetensors"
+
+
+def make_room(folder: Path, *, resume: bool, finished: bool) -> None:
+    """Make room for cells, or leave those that are to be gone on with.
+
+    Args:
+        folder: where the cells are.
+        resume: whether to go on with them.
+        finished: whether the benchmark that they are of was written up.
+
+    Raises:
+        InputError: they are of one that was stopped, and nobody asked to go on with it.
+    """
+    if resume or not folder.exists():
+        return
+    if not finished and any(folder.glob("*/*.safetensors")):
+        raise InputError(
+            f"{str(folder.parent)!r} holds a benchmark that was stopped; allowed is to go on with it; pass --resume, "
+            "choose another --outdir, or remove the folder"
+        )
+    shutil.rmtree(folder)
+
+
+def _claim(folder: Path, key: Mapping[str, Any]) -> tuple[str, Any, Any] | None:
+    """Write `key` into a folder that has none; else the first (name, theirs, ours) that differs, or None."""
+    file, wanted = folder / KEY, json.loads(json.dumps(key))
+    if not file.exists():
+        write_text_atomic(file, json.dumps(wanted, indent=1) + "\n")
+        return None
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError:
+        return KEY, "what cannot be read", "a whole file"
+    names = sorted(name for name in wanted.keys() | found.keys() if wanted.get(name) != found.get(name))
+    return (names[0], found.get(names[0]), wanted.get(names[0])) if names else None

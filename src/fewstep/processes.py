@@ -1,0 +1,38 @@
+"""The processes that `torchrun` or `accelerate launch` started together, one or several, and the device of each."""
+
+from __future__ import annotations
+
+from datetime import timedelta
+
+from accelerate import PartialState
+from accelerate.state import AcceleratorState, GradientState
+from accelerate.utils import parse_flag_from_env
+
+from fewstep.errors import InputError
+
+PATIENCE = timedelta(hours=2)
+"""How long processes wait for the first one, which alone measures, draws previews and saves."""
+
+
+def join_processes(device: str) -> PartialState:
+    """The processes that were started together, one or several; a call after another in one process starts anew.
+
+    Raises:
+        InputError: one device is named for several processes.
+    """
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
+    processes = PartialState(cpu=device == "cpu" or parse_flag_from_env("ACCELERATE_USE_CPU"), timeout=PATIENCE)
+    if processes.num_processes > 1 and ":" in device:
+        raise InputError(
+            f"device {device!r} came with {processes.num_processes} processes, each of which takes one of its own; "
+            "allowed are auto, cpu and cuda; leave --device out"
+        )
+    return processes
+
+
+def own_device(device: str, processes: PartialState) -> str:
+    """The device of this process: the one that is asked for, else the one that it was given among the others."""
+    if processes.num_processes == 1 and device != "auto":
+        return device
+    return "cpu" if processes.device.type == "cpu" else str(processes.device)  # there they are numbered too: cpu:0

@@ -1,0 +1,173 @@
+"""A benchmark that was stopped goes on where it was, takes up new arms, mixes nothing, and is shared by processes."""
+
+from __future__ import annotations
+
+import csv
+import io
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from fewstep import lora
+from fewstep.backbone import Backbone
+from fewstep.benchmark import BenchmarkResult, benchmark
+from fewstep.config import BenchSettings
+from fewstep.errors import InputError, Interrupted
+from tests.benchmark.fakes import make_adapter
+from tests.benchmark.test_benchmark import settings
+
+TIMES = ("time_total_s", "time_per_image_s", "speedup_vs_baseline")
+SCRIPT = Path(__file__).parent / "one_of_several.py"
+
+
+def small(folder: Path, **changes: object) -> BenchSettings:
+    return settings(folder, baseline_steps=3, frechet_images=2, **changes)
+
+
+def without_times(path: Path) -> str:
+    rows = list(csv.DictReader(io.StringIO(path.read_text())))
+    kept = [name for name in rows[0] if name not in TIMES]
+    text = io.StringIO()
+    writer = csv.DictWriter(text, kept, extrasaction="ignore")
+    writer.writerows(rows)
+    return text.getvalue()
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*.png"))}
+
+
+@pytest.fixture(scope="module")
+def whole(shared_base: Backbone, tmp_path_factory: pytest.TempPathFactory) -> BenchmarkResult:
+    """Seven arms of three batches, never stopped."""
+    result = benchmark(small(tmp_path_factory.mktemp("whole")), backbone=shared_base, timing_batch_sizes=(1,))
+    lora.detach(shared_base.unet)
+    return result
+
+
+def stopping(base: Backbone, after: int, error: type[BaseException] = KeyboardInterrupt) -> Backbone:
+    """A base whose answer key raises when it is asked once more than `after` times."""
+    own, asked = base.abilities, []
+    assert own is not None
+
+    def answers(pixels: torch.Tensor, prompts: list[str]) -> dict[str, torch.Tensor]:
+        asked.append(len(prompts))
+        if len(asked) > after:
+            raise error
+        return own.answers(pixels, prompts)
+
+    class Stopping(type(own)):  # type: ignore[misc]
+        def answers(self, pixels: torch.Tensor, prompts: list[str]) -> dict[str, torch.Tensor]:
+            return answers(pixels, prompts)
+
+    return replace(base, abilities=Stopping(own.clip, own.shipped))  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("places", [(0, 5, 9), (1, 2, 3), (11, 13, 20)])
+def test_stopped_at_three_places_and_resumed_it_is_the_same_benchmark(
+    base: Backbone, whole: BenchmarkResult, tmp_path: Path, places: tuple[int, ...]
+) -> None:
+    done = 0
+    for place in places:
+        with pytest.raises(Interrupted, match="go on with --resume"):
+            benchmark(
+                small(tmp_path, resume=True), backbone=stopping(base, place - done), timing_batch_sizes=(1,)
+            )  # fmt: skip
+        lora.detach(base.unet)
+        done = place
+        assert len(list((tmp_path / "out" / "cells").rglob("*.safetensors"))) == done
+        assert not (tmp_path / "out" / "results.csv").exists()
+    result = benchmark(small(tmp_path, resume=True), backbone=stopping(base, 21 - done), timing_batch_sizes=(1,))
+    assert without_times(result.outdir / "results.csv") == without_times(whole.outdir / "results.csv")
+    assert contents(result.outdir) == contents(whole.outdir)
+
+
+def test_a_finished_one_is_drawn_no_more_and_may_grow(base: Backbone, tmp_path: Path) -> None:
+    first = benchmark(small(tmp_path), backbone=base, timing_batch_sizes=(1,))
+    again = benchmark(small(tmp_path, resume=True), backbone=stopping(base, 0), timing_batch_sizes=(1,))
+    assert again.rows == first.rows
+    more = small(tmp_path, resume=True, steps=(1, 2, 4))
+    grown = benchmark(more, backbone=stopping(base, 6), timing_batch_sizes=(1,))  # student-4 and base-4
+    assert {arm.arm.id for arm in grown.arms} == {arm.arm.id for arm in first.arms} | {"student-4", "base-4"}
+    for name, arm in first.record.summary.items():
+        assert grown.record.summary[name] == arm
+
+
+def test_a_cell_that_is_not_whole_is_drawn_again(base: Backbone, whole: BenchmarkResult, tmp_path: Path) -> None:
+    benchmark(small(tmp_path), backbone=base, timing_batch_sizes=(1,))
+    broken = tmp_path / "out" / "cells" / "student-2" / "000001.safetensors"
+    broken.write_bytes(broken.read_bytes()[:100])
+    result = benchmark(small(tmp_path, resume=True), backbone=stopping(base, 1), timing_batch_sizes=(1,))
+    assert without_times(result.outdir / "results.csv") == without_times(whole.outdir / "results.csv")
+
+
+def test_what_was_stopped_is_not_thrown_away_unasked(base: Backbone, tmp_path: Path) -> None:
+    with pytest.raises(Interrupted):
+        benchmark(small(tmp_path), backbone=stopping(base, 4), timing_batch_sizes=(1,))
+    with pytest.raises(InputError, match=r"holds a benchmark that was stopped.*--resume"):
+        benchmark(small(tmp_path), backbone=base, timing_batch_sizes=(1,))
+    assert len(list((tmp_path / "out" / "cells").rglob("*.safetensors"))) == 4
+
+
+def test_a_crash_keeps_what_was_drawn(base: Backbone, tmp_path: Path) -> None:
+    with pytest.raises(ZeroDivisionError):
+        benchmark(small(tmp_path), backbone=stopping(base, 4, ZeroDivisionError), timing_batch_sizes=(1,))
+    lora.detach(base.unet)
+    benchmark(small(tmp_path, resume=True), backbone=stopping(base, 17), timing_batch_sizes=(1,))
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"seed": 3}, "seed 3 came"),
+        ({"batch_size": 2}, "batch_size 2 came"),
+        ({"num_images": 1}, "num_images 1 came"),
+        ({"clip_model_id": "none"}, "alignment_model None came"),
+        ({"baseline_guidance": 3.0}, r"arm teacher-3 came with guidance 3\.0"),
+    ],
+)
+def test_settings_are_not_mixed(
+    base: Backbone, whole: BenchmarkResult, tmp_path: Path, change: dict[str, object], words: str
+) -> None:
+    before = {path: path.read_bytes() for path in whole.outdir.iterdir() if path.is_file()}
+    asked = small(tmp_path, resume=True, **change).replace(outdir=whole.outdir)
+    with pytest.raises(InputError, match=words) as caught:
+        benchmark(asked, backbone=base, timing_batch_sizes=(1,))
+    assert "\n" not in str(caught.value) and "--outdir" in str(caught.value)
+    assert {path: path.read_bytes() for path in whole.outdir.iterdir() if path.is_file()} == before
+
+
+def test_another_adapter_is_not_taken_for_the_first_one(base: Backbone, whole: BenchmarkResult, tmp_path: Path) -> None:
+    other = make_adapter(tmp_path / "other", base, scale=0.02)
+    asked = small(tmp_path, resume=True, lora_path=other).replace(outdir=whole.outdir)
+    with pytest.raises(InputError, match="arm student-1 came with weights"):
+        benchmark(asked, backbone=base, timing_batch_sizes=(1,))
+
+
+@pytest.mark.slow
+def test_two_processes_share_the_work(shared_base: Backbone, whole: BenchmarkResult, tmp_path: Path) -> None:
+    own: Any = shared_base.abilities
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    done = subprocess.run(
+        [*command, str(SCRIPT), str(tmp_path), str(own.clip), str(own.shipped)],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+        env=os.environ
+        | {"ACCELERATE_USE_CPU": "1", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+        | {"PYTHONPATH": str(SCRIPT.parents[2])},
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    assert {file.name: file.read_text() for file in tmp_path.glob("rank-*.txt")} == {
+        "rank-0.txt": "world size 2, 14 of 21 batches, 28 rows",
+        "rank-1.txt": "world size 2, 7 of 21 batches, 0 rows",
+    }
+    assert without_times(tmp_path / "out" / "results.csv") == without_times(whole.outdir / "results.csv")
+    assert contents(tmp_path / "out") == contents(whole.outdir)
