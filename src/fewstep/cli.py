@@ -22,10 +22,11 @@ from cyclopts import App, CycloptsError, Group, MissingArgumentError, Parameter,
 from fewstep import __version__
 from fewstep.config import (
     BenchSettings,
+    Checked,
     DemoSettings,
     GenerateSettings,
     PretrainSettings,
-    Settings,
+    ReportSettings,
     TrainSettings,
     allowed,
     merged,
@@ -42,7 +43,7 @@ TRACEBACK = "FEWSTEP_TRACEBACK"
 class Command:
     """A command: the settings it fills and the procedure that it hands them to."""
 
-    settings: type[Settings]
+    settings: type[Checked]
     procedure: str
     """``module:function``, imported when the command runs."""
 
@@ -52,6 +53,7 @@ COMMANDS = {
     "train": Command(TrainSettings, "fewstep.train:distill"),
     "bench": Command(BenchSettings, "fewstep.benchmark:benchmark"),
     "generate": Command(GenerateSettings, "fewstep.generate:generate"),
+    "report": Command(ReportSettings, "fewstep.redraw:report"),
     "pretrain": Command(PretrainSettings, "fewstep.pretrain:pretrain"),
 }
 
@@ -67,7 +69,8 @@ SECTIONS = {
     "Method": "guidance_scale num_ddim_steps num_inference_steps pure_noise_share pairs_per_rollout "
     "teacher_rollouts teacher_cache loss loss_weighting",
     "Base model": "base_model default_base revision prediction_type resolution allow_pickle",
-    "Results": "output_dir run_name outdir log_file checkpoint_every validate_every log_every oracle_images resume",
+    "Results": "runs output_dir run_name outdir resume log_file checkpoint_every validate_every log_every "
+    "oracle_images",
     "Running": "seed batch_size device mixed_precision config",
 }
 
@@ -105,7 +108,8 @@ def _tagline() -> str:
 def _function(command: Command, defaults: Mapping[str, Any]) -> Callable[..., None]:
     """What cyclopts calls: its signature has one keyword a setting, and ``config``."""
 
-    def run(**flags: Any) -> None:
+    def run(*words: Any, **flags: Any) -> None:
+        flags |= dict(zip(run.__signature__.parameters, words, strict=False))  # type: ignore[attr-defined]
         given = {name: value for name, value in flags.items() if value is not None}
         config = given.pop("config", None)
         _call(command, merged(command.settings, given, config=config, defaults=defaults))
@@ -118,6 +122,7 @@ def _function(command: Command, defaults: Mapping[str, Any]) -> Callable[..., No
         help="TOML file of settings, keys as the flags; flags win.", metavar="FILE", group=groups[sections["config"]]
     )
     parameters.append(_keyword("config", str, config))
+    parameters.sort(key=lambda parameter: parameter.kind)
     run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
     run.settings = command.settings  # type: ignore[attr-defined]
     run.__doc__ = command.settings.__doc__
@@ -130,9 +135,9 @@ def _keyword(name: str, kind: Any, parameter: Parameter) -> inspect.Parameter:
     )
 
 
-def _flag(name: str, settings: type[Settings], group: Group, defaults: Mapping[str, Any]) -> inspect.Parameter:
+def _flag(name: str, settings: type[Checked], group: Group, defaults: Mapping[str, Any]) -> inspect.Parameter:
     field = settings.model_fields[name]
-    default = defaults.get(name, field.default)
+    default = defaults.get(name, None if field.is_required() else field.default)
     words = field.description or ""
     if field.annotation is bool:
         return _keyword(name, bool, Parameter(help=words, group=group, negative=f"--no_{name}"))
@@ -148,6 +153,10 @@ def _flag(name: str, settings: type[Settings], group: Group, defaults: Mapping[s
     shown["show"] = name != "default_base"
     kind = allowed(field)
     if kind.startswith("one or several"):
+        if field.is_required():  # what the command is about stands without a flag's name
+            bare = Parameter(metavar=_metavar(kind), required=False, **shown)
+            either = inspect.Parameter.POSITIONAL_OR_KEYWORD
+            return inspect.Parameter(name, either, default=None, annotation=Annotated[list[str] | None, bare])
         # A minimum of one: else a flag without values would be an empty list.
         return _keyword(name, list[str], Parameter(consume_multiple=(1, None), metavar=_metavar(kind), **shown))
     return _keyword(name, str, Parameter(allow_leading_hyphen=False, metavar=_metavar(kind), **shown))
@@ -167,7 +176,7 @@ def _metavar(kind: str) -> str:
 # ------------------------------------------------------------------------------------------------------ running, ending
 
 
-def _call(command: Command, settings: Settings) -> None:
+def _call(command: Command, settings: Checked) -> None:
     from fewstep.ui import ConsoleReporter
 
     # torchrun and accelerate give each process its number: the first one speaks for all.

@@ -12,6 +12,7 @@ from __future__ import annotations
 import difflib
 import json
 import re
+import shlex
 import tomllib
 import types
 import typing
@@ -42,7 +43,7 @@ STABLE_DIFFUSION = "stable-diffusion-v1-5/stable-diffusion-v1-5"
 MOST_STUDENT_STEPS = 50
 """LCMScheduler and TCDScheduler pick a student's steps out of 50: no student takes more."""
 
-SettingsT = TypeVar("SettingsT", bound="Settings")
+SettingsT = TypeVar("SettingsT", bound="Checked")
 
 Precision = Literal["auto", "no", "fp16", "bf16"]
 
@@ -102,6 +103,7 @@ SolverSteps = Annotated[
     AfterValidator(_solvable),
 ]
 Names = Annotated[tuple[Text, ...], BeforeValidator(_as_list), Field(min_length=1), AfterValidator(_distinct)]
+Folders = Annotated[tuple[Folder, ...], BeforeValidator(_as_list), Field(min_length=1), AfterValidator(_distinct)]
 Device = Annotated[str, AfterValidator(_device)]
 
 
@@ -414,6 +416,22 @@ class GenerateSettings(SamplingSettings):
         return self
 
 
+class ReportSettings(Checked):
+    """Draw a benchmark's report again, or set several benchmarks side by side."""
+
+    runs: Folders = Field(description="Folders of finished benchmarks; the first one's teacher is the teacher.")
+    outdir: Folder | None = Field(None, description="Folder for report.html. Unset: the first run's.")
+
+    @model_validator(mode="after")
+    def _somewhere(self) -> Self:
+        if len(self.runs) > 1 and self.outdir is None:
+            raise ValueError(
+                f"{len(self.runs)} runs came without outdir; allowed is a folder of its own for what they share; add "
+                "--outdir FOLDER"
+            )
+        return self
+
+
 class PretrainSettings(Settings):
     """Rebuild the embedded base and its judges from nothing."""
 
@@ -515,6 +533,21 @@ def settings_toml(settings: Settings) -> str:
     """The settings as flat TOML, ``None`` left out: reading it back gives equal settings."""
     lines = [f"{name} = {_toml_value(value)}" for name, value in dict(settings).items() if value is not None]
     return "\n".join(lines) + "\n"
+
+
+def command_line(command: str, settings: type[Checked], values: Mapping[str, Any]) -> str:
+    """The command that these settings came from, or one like it: the flags whose values are not the defaults."""
+    words, defaults = ["fewstep", command], settings.model_construct().model_dump(mode="json")
+    for name in settings.model_fields:
+        value = values.get(name)
+        if value is None or value == defaults.get(name):
+            continue
+        if isinstance(value, bool):
+            words.append(f"--{name}" if value else f"--no_{name}")
+        else:
+            several = value if isinstance(value, list | tuple) else [value]
+            words += [f"--{name}", *(shlex.quote(str(one)) for one in several)]
+    return " ".join(words)
 
 
 def _toml_value(value: Any) -> str:

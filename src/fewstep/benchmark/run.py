@@ -27,6 +27,7 @@ from fewstep.pictures import Evaluation, encode_prompts
 from fewstep.processes import join_processes, own_device
 from fewstep.records import ArmSummary, ArmTiming, BenchmarkRecord, Row
 from fewstep.report import (
+    RECORD_FILE,
     RESULT_FILES,
     arm_folder,
     markdown,
@@ -151,7 +152,7 @@ def benchmark(
         processes.wait_for_everyone()
         if not main:
             processes.wait_for_everyone()
-            record = BenchmarkRecord.from_json((outdir / RESULT_FILES[2]).read_text(encoding="utf-8"))
+            record = BenchmarkRecord.from_json((outdir / RECORD_FILE).read_text(encoding="utf-8"))
             return BenchmarkResult(outdir=outdir, record=record, rows=(), folders=folders)
         if processes.num_processes > 1:
             evaluations = {arm.id: drawn(arm, (0, 1)) for arm in arms}  # the others' batches are read

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from fewstep.report.grids import save_grids
-from fewstep.report.layout import RESULT_FILES, arm_folder, picture_path, save_picture
+from fewstep.report.layout import RECORD_FILE, RESULT_FILES, arm_folder, picture_path, save_picture
+from fewstep.report.merge import side_by_side
 from fewstep.report.page import page
 from fewstep.report.tables import markdown, results_csv, timing_csv
 from fewstep.report.verdict import verdict
 
 __all__ = [
+    "RECORD_FILE",
     "RESULT_FILES",
     "arm_folder",
     "markdown",
@@ -17,6 +19,7 @@ __all__ = [
     "results_csv",
     "save_grids",
     "save_picture",
+    "side_by_side",
     "timing_csv",
     "verdict",
 ]

@@ -11,7 +11,10 @@ from PIL import Image
 
 from fewstep.files import write_bytes_atomic
 
-RESULT_FILES = ("results.csv", "timing.csv", "clipscore_results.json", "report.html")
+RECORD_FILE = "clipscore_results.json"
+"""Everything that a benchmark found."""
+
+RESULT_FILES = ("results.csv", "timing.csv", RECORD_FILE, "report.html")
 """What a finished benchmark writes last, in this order."""
 
 

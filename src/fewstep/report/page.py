@@ -12,6 +12,7 @@ import jinja2
 from markupsafe import Markup
 from PIL import Image
 
+from fewstep.config import BenchSettings, command_line
 from fewstep.records import ArmSummary, BenchmarkRecord
 from fewstep.report.bars import attribute_bars, time_bars
 from fewstep.report.columns import attribute_columns, columns
@@ -56,6 +57,7 @@ def page(record: BenchmarkRecord, folders: Mapping[str, Path]) -> str:
         time_bars=Markup(time_bars(arms)),
         roles=[role for role in ROLES if any(arm.arm.role == role for arm in arms)],
         notes=_notes(record),
+        command=command_line("bench", BenchSettings, record.settings),
         gallery_arms=shown,
         gallery=_gallery(record, {arm.arm.id: folders[arm.arm.id] for arm in shown}),
         gallery_left_out=max(0, len(record.prompts) - GALLERY_PROMPTS),
