@@ -591,7 +591,7 @@ def one_line(error: ValidationError, settings: type[Checked]) -> str:
         reason = str(first["ctx"]["error"])
         message = f"{name}: {reason}" if name else reason
     else:
-        message = refusal(name, first["input"], settings)
+        message = refusal(name, "" if first["type"] == "missing" else first["input"], settings)
     others = len({detail["loc"][:1] for detail in details}) - 1
     return " ".join(message.split()) + (f" (and {others} more)" if others else "")
 
@@ -600,7 +600,7 @@ def refusal(name: str, came: Any, settings: type[Checked]) -> str:
     """What came for a field, what is allowed there, and an example of it."""
     field = settings.model_fields[name]
     message = f"{name}: {_came(came)} came; allowed: {allowed(field)}"
-    if field.default is not None and not isinstance(field.default, bool):
+    if not field.is_required() and field.default is not None and not isinstance(field.default, bool):
         message += f"; for example --{name} {spell(field.default)}"
     return message
 

@@ -65,7 +65,7 @@ def test_from_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str
     assert main(["report", str(one), str(two)]) == 2
     assert "2 runs came without outdir" in capsys.readouterr().err
     assert main(["report"]) == 2
-    assert "runs" in capsys.readouterr().err
+    assert capsys.readouterr().err == "error: runs: nothing came; allowed: one or several, each a path\n"
     assert main(["report", str(tmp_path / "nothing")]) == 2
     error = capsys.readouterr().err
     assert "cannot be read" in error and error.count("\n") == 1
