@@ -95,6 +95,7 @@ TeacherSteps = Annotated[int, Field(ge=1, le=1000)]
 StepCounts = Annotated[
     tuple[StudentSteps, ...], BeforeValidator(_as_list), Field(min_length=1), AfterValidator(_distinct)
 ]
+Counts = Annotated[tuple[Count, ...], BeforeValidator(_as_list), Field(min_length=1), AfterValidator(_distinct)]
 SolverSteps = Annotated[
     tuple[Annotated[int, Field(ge=0, le=MOST_STUDENT_STEPS)], ...],
     BeforeValidator(_as_list),
@@ -359,6 +360,7 @@ class BenchSettings(SamplingSettings):
         "openai/clip-vit-base-patch32",
         description="CLIP model of the alignment metric, for bases that bring none of their own; none leaves it out.",
     )
+    batch_sizes: Counts | None = Field(None, description="Pictures a timed batch. Unset: 1 and batch_size.")
     timing_repeats: Count = Field(5, description="Timed runs after the warm-up; the median is reported.")
     frechet_images: CountOrNone | None = Field(
         None,

@@ -15,7 +15,7 @@ from pydantic import TypeAdapter, ValidationError
 from fewstep.arms import Arm
 from fewstep.errors import InputError
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 """Of `clipscore_results.json`; goes up whenever a reader of the old shape would misread the new one."""
 
 
@@ -67,6 +67,7 @@ class ArmTiming:
 
     ``end_to_end``: from the prompts' text to finished pictures in main memory.
     ``unet_forward``: one forward of the network at this arm's shape (2 x batch under guidance), of ``unet_calls``.
+    ``flops``: operations of the batch, counted. ``peak_memory_bytes``: allocated on a GPU, resident on a CPU.
     """
 
     batch_size: int
@@ -75,10 +76,16 @@ class ArmTiming:
     unet_forward: Spread
     unet_calls: int
     decode: Spread
+    flops: int
+    peak_memory_bytes: int | None
 
     @property
     def time_per_image(self) -> float:
         return self.end_to_end.median / self.batch_size
+
+    def floor(self, matrix_rate: float) -> float:
+        """Seconds that the batch's operations take where all of them run as fast as a large matrix product."""
+        return self.flops / matrix_rate
 
     @property
     def unet_total(self) -> float:
@@ -176,13 +183,17 @@ class FloorRecord:
 
 @dataclass(frozen=True, kw_only=True)
 class BenchmarkRecord:
-    """Everything a benchmark found: the whole of `clipscore_results.json`."""
+    """Everything a benchmark found: the whole of `clipscore_results.json`.
+
+    ``matrix_rate``: operations a second of a large matrix product on this machine, in the networks' precision.
+    """
 
     schema_version: int
     created: str
     settings: dict[str, Any]
     versions: dict[str, str]
     machine: dict[str, str]
+    matrix_rate: float
     base: dict[str, str]
     adapter: dict[str, str] | None
     adapters: dict[str, dict[str, str]]

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from torch import Tensor
 
 
 @dataclass(frozen=True)
@@ -56,6 +57,19 @@ def measure(
         synchronise(device)
         seconds.append(time.perf_counter() - started)
     return Timing(tuple(seconds))
+
+
+@torch.no_grad()
+def matrix_rate(device: torch.device, dtype: torch.dtype) -> float:
+    """Operations a second of one large square matrix product, the best of ten: what the machine can do at all."""
+    side = 1536 if device.type == "cpu" else 8192
+    a, b = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
+    out = torch.empty_like(a)
+
+    def product() -> Tensor:
+        return torch.mm(a, b, out=out)
+
+    return 2 * side**3 / min(measure(product, repeats=10, warmup=3, device=device).seconds)
 
 
 def machine(device: torch.device | str, precision: str) -> dict[str, str]:

@@ -62,7 +62,7 @@ def walkthrough(
         if (settings.outdir / TRAINING).exists():
             write_text_atomic(record, text)
     try:
-        measured = benchmark(_measuring(settings, trained.adapter), reporter=reporter, timing_batch_sizes=(1,))
+        measured = benchmark(_measuring(settings, trained.adapter), reporter=reporter)
     except Interrupted:
         raise Interrupted(
             f"stopped; what was drawn is kept in {settings.outdir}; go on with the same command"
@@ -111,6 +111,7 @@ def _measuring(settings: DemoSettings, adapter: Path) -> BenchSettings:
         compare_baseline=True,
         baseline_steps=settings.baseline_steps,
         solver_steps=SOLVER_STEPS,
+        batch_sizes=(1,),
         resume=True,
     )
 

@@ -24,7 +24,7 @@ def main() -> None:
     state.wait_for_everyone()  # both have written the same prompts
     drawn, draw = [], pictures.draw_pictures
     pictures.draw_pictures = lambda *args, **options: drawn.append(1) or draw(*args, **options)
-    result = benchmark(settings, backbone=base, timing_batch_sizes=(1,))
+    result = benchmark(settings, backbone=base)
     said = f"world size {state.num_processes}, {len(drawn)} of 21 batches, {len(result.rows)} rows"
     (folder / f"rank-{state.process_index}.txt").write_text(said)
     torch.distributed.destroy_process_group()

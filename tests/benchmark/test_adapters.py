@@ -27,7 +27,7 @@ def listed(folder: Path, text: str) -> Path:
 def run(folder: Path, base: Backbone, text: str, **changes: object) -> BenchmarkResult:
     plain = {"num_images": 1, "steps": (1, 2), "clip_model_id": "none", "frechet_images": 0, "solver_steps": 0}
     asked = settings(folder, adapters_file=listed(folder, text), **(plain | changes))
-    return benchmark(asked, backbone=base, timing_batch_sizes=(1,))
+    return benchmark(asked, backbone=base)
 
 
 @pytest.fixture
@@ -81,7 +81,7 @@ def test_every_adapter_draws_as_it_does_alone(base: Backbone, other: Path, tmp_p
     alone = benchmark(
         settings(tmp_path, outdir=tmp_path / "alone", num_images=1, steps=(2,), compare_baseline=False,
                  clip_model_id="none", frechet_images=0),
-        backbone=base, timing_batch_sizes=(1,),
+        backbone=base,
     )  # fmt: skip
     assert np.array_equal(picture("weak-2"), pixels(picture_path(alone.folders["student-2"], 0, 0)))
 
@@ -140,6 +140,6 @@ def test_the_settings_are_reported(base: Backbone, other: Path, tmp_path: Path) 
     file = listed(tmp_path, f'[[adapter]]\nid = "mine"\nlora_path = "{other}"\nsteps = 1\n')
     benchmark(
         settings(tmp_path, adapters_file=file, num_images=1, clip_model_id="none", frechet_images=0, solver_steps=0),
-        reporter=notes, backbone=base, timing_batch_sizes=(1,),
+        reporter=notes, backbone=base,
     )  # fmt: skip
     assert any(line.startswith("adapter mine: ") and "scale 1" in line for line in notes.said)

@@ -48,6 +48,7 @@ def settings(folder: Path, **changes: object) -> BenchSettings:
         "solver_steps": (3,),
         "frechet_images": 5,
         "device": "cpu",
+        "batch_sizes": (1,),
     }
     return BenchSettings(**values | changes)
 
@@ -65,7 +66,7 @@ def table(path: Path) -> list[dict[str, str]]:
 def run(shared_base: Backbone, tmp_path_factory: pytest.TempPathFactory) -> tuple[BenchmarkResult, Notes]:
     notes = Notes()
     folder = tmp_path_factory.mktemp("run")
-    result = benchmark(settings(folder), reporter=notes, backbone=shared_base, timing_batch_sizes=(1, 2))
+    result = benchmark(settings(folder, batch_sizes=(1, 2)), reporter=notes, backbone=shared_base)
     lora.detach(shared_base.unet)
     return result, notes
 
@@ -185,7 +186,6 @@ def test_pictures_depend_neither_on_the_batch_nor_on_the_other_arms(
     alone = benchmark(
         settings(tmp_path, batch_size=1, steps=(2,), compare_baseline=False, clip_model_id="none", frechet_images=0),
         backbone=base,
-        timing_batch_sizes=(1,),
     )
     for prompt in range(4):
         for picture in range(2):
@@ -208,7 +208,6 @@ def test_one_picture_of_one_prompt_has_no_spread_and_no_floor(base: Backbone, tm
     result = benchmark(
         settings(tmp_path, prompts_file=None, prompt="a house", num_images=1, steps=(1,)),
         backbone=base,
-        timing_batch_sizes=(1,),
     )
     row = table(result.outdir / "results.csv")[0]
     assert row["std_clip_align_x100"] == "" and row["clip_floor_x100"] == "" and row["avg_clip_align_x100"] != ""
@@ -221,7 +220,6 @@ def test_the_base_brings_prompts_where_none_are_given(base: Backbone, tmp_path: 
     result = benchmark(
         settings(tmp_path, prompts_file=None, num_prompts=2, num_images=1, steps=(1,), compare_baseline=False),
         backbone=base,
-        timing_batch_sizes=(1,),
     )
     assert result.record.prompts == ("caption 42-0", "caption 42-1")
 
@@ -236,7 +234,6 @@ def test_a_base_without_abilities_is_measured_by_alignment_alone(base: Backbone,
         ),
         reporter=notes,
         backbone=bare,
-        timing_batch_sizes=(1,),
     )  # fmt: skip
     summary = result.record.summary["student-1"]
     assert summary.all_right is None and summary.frechet is None and summary.alignment is not None
@@ -248,7 +245,6 @@ def test_the_baseline_may_lie_elsewhere(base: Backbone, tmp_path: Path) -> None:
     result = benchmark(
         settings(tmp_path, baseline_outdir=tmp_path / "apart", steps=(1,), num_images=1, clip_model_id="none"),
         backbone=base,
-        timing_batch_sizes=(1,),
     )
     assert (tmp_path / "apart" / "images" / "teacher-5" / "000" / "000.png").is_file()
     assert not (result.outdir / "images" / "teacher-5").exists()
@@ -259,7 +255,6 @@ def test_own_arms_can_be_measured_without_an_adapter(base: Backbone, tmp_path: P
         settings(tmp_path, clip_model_id="none", num_images=1),
         backbone=base,
         arms=[teacher_arm(3, 7.5), base_arm(2)],
-        timing_batch_sizes=(1,),
     )
     assert [arm.arm.id for arm in result.arms] == ["teacher-3", "base-2"] and result.record.adapter is None
     assert result.verdict == ["No student was drawn: there is nothing to compare."]
@@ -267,9 +262,9 @@ def test_own_arms_can_be_measured_without_an_adapter(base: Backbone, tmp_path: P
 
 def test_an_earlier_run_is_said_and_replaced(base: Backbone, tmp_path: Path) -> None:
     plain = settings(tmp_path, steps=(1,), num_images=1, compare_baseline=False, clip_model_id="none", frechet_images=0)
-    benchmark(plain.replace(num_images=2), backbone=base, timing_batch_sizes=(1,))
+    benchmark(plain.replace(num_images=2), backbone=base)
     notes = Notes()
-    benchmark(plain, reporter=notes, backbone=base, timing_batch_sizes=(1,))
+    benchmark(plain, reporter=notes, backbone=base)
     assert any("earlier benchmark" in line for line in notes.warned)
     assert len(list((tmp_path / "out" / "images").rglob("*.png"))) == 4
 
@@ -280,7 +275,6 @@ def test_a_step_count_that_is_not_promised_is_named(base: Backbone, tmp_path: Pa
         settings(tmp_path, steps=(2, 3), num_images=1, compare_baseline=False, clip_model_id="none"),
         reporter=notes,
         backbone=base,
-        timing_batch_sizes=(1,),
     )
     assert any("not trained for 3 steps; it promises 1 2 4" in line for line in notes.warned)
 
@@ -341,7 +335,6 @@ def test_repeated_and_overlong_prompts_are_named(base: Backbone, tmp_path: Path)
         ),
         reporter=notes,
         backbone=base,
-        timing_batch_sizes=(1,),
     )  # fmt: skip
     assert any("more than once" in line for line in notes.warned)
     assert any("prompt 2 is" in line and "longer" in line for line in notes.warned)
@@ -351,7 +344,7 @@ def test_two_arms_that_are_the_same_model_do_not_differ(base: Backbone, tmp_path
     teacher = teacher_arm(2, 1.0)
     twin = replace(teacher, id="twin", is_baseline=False)
     result = benchmark(
-        settings(tmp_path, num_images=1), backbone=base, arms=[teacher, twin], timing_batch_sizes=(1,)
+        settings(tmp_path, num_images=1), backbone=base, arms=[teacher, twin]
     )  # fmt: skip
     found = result.record.summary["twin"]
     assert found.delta_alignment is not None and found.delta_alignment.value == 0

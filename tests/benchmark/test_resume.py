@@ -46,7 +46,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 @pytest.fixture(scope="module")
 def whole(shared_base: Backbone, tmp_path_factory: pytest.TempPathFactory) -> BenchmarkResult:
     """Seven arms of three batches, never stopped."""
-    result = benchmark(small(tmp_path_factory.mktemp("whole")), backbone=shared_base, timing_batch_sizes=(1,))
+    result = benchmark(small(tmp_path_factory.mktemp("whole")), backbone=shared_base)
     lora.detach(shared_base.unet)
     return result
 
@@ -77,49 +77,49 @@ def test_stopped_at_three_places_and_resumed_it_is_the_same_benchmark(
     for place in places:
         with pytest.raises(Interrupted, match="go on with --resume"):
             benchmark(
-                small(tmp_path, resume=True), backbone=stopping(base, place - done), timing_batch_sizes=(1,)
+                small(tmp_path, resume=True), backbone=stopping(base, place - done)
             )  # fmt: skip
         lora.detach(base.unet)
         done = place
         assert len(list((tmp_path / "out" / "cells").rglob("*.safetensors"))) == done
         assert not (tmp_path / "out" / "results.csv").exists()
-    result = benchmark(small(tmp_path, resume=True), backbone=stopping(base, 21 - done), timing_batch_sizes=(1,))
+    result = benchmark(small(tmp_path, resume=True), backbone=stopping(base, 21 - done))
     assert without_times(result.outdir / "results.csv") == without_times(whole.outdir / "results.csv")
     assert contents(result.outdir) == contents(whole.outdir)
 
 
 def test_a_finished_one_is_drawn_no_more_and_may_grow(base: Backbone, tmp_path: Path) -> None:
-    first = benchmark(small(tmp_path), backbone=base, timing_batch_sizes=(1,))
-    again = benchmark(small(tmp_path, resume=True), backbone=stopping(base, 0), timing_batch_sizes=(1,))
+    first = benchmark(small(tmp_path), backbone=base)
+    again = benchmark(small(tmp_path, resume=True), backbone=stopping(base, 0))
     assert again.rows == first.rows
     more = small(tmp_path, resume=True, steps=(1, 2, 4))
-    grown = benchmark(more, backbone=stopping(base, 6), timing_batch_sizes=(1,))  # student-4 and base-4
+    grown = benchmark(more, backbone=stopping(base, 6))  # student-4 and base-4
     assert {arm.arm.id for arm in grown.arms} == {arm.arm.id for arm in first.arms} | {"student-4", "base-4"}
     for name, arm in first.record.summary.items():
         assert grown.record.summary[name] == arm
 
 
 def test_a_cell_that_is_not_whole_is_drawn_again(base: Backbone, whole: BenchmarkResult, tmp_path: Path) -> None:
-    benchmark(small(tmp_path), backbone=base, timing_batch_sizes=(1,))
+    benchmark(small(tmp_path), backbone=base)
     broken = tmp_path / "out" / "cells" / "student-2" / "000001.safetensors"
     broken.write_bytes(broken.read_bytes()[:100])
-    result = benchmark(small(tmp_path, resume=True), backbone=stopping(base, 1), timing_batch_sizes=(1,))
+    result = benchmark(small(tmp_path, resume=True), backbone=stopping(base, 1))
     assert without_times(result.outdir / "results.csv") == without_times(whole.outdir / "results.csv")
 
 
 def test_what_was_stopped_is_not_thrown_away_unasked(base: Backbone, tmp_path: Path) -> None:
     with pytest.raises(Interrupted):
-        benchmark(small(tmp_path), backbone=stopping(base, 4), timing_batch_sizes=(1,))
+        benchmark(small(tmp_path), backbone=stopping(base, 4))
     with pytest.raises(InputError, match=r"holds a benchmark that was stopped.*--resume"):
-        benchmark(small(tmp_path), backbone=base, timing_batch_sizes=(1,))
+        benchmark(small(tmp_path), backbone=base)
     assert len(list((tmp_path / "out" / "cells").rglob("*.safetensors"))) == 4
 
 
 def test_a_crash_keeps_what_was_drawn(base: Backbone, tmp_path: Path) -> None:
     with pytest.raises(ZeroDivisionError):
-        benchmark(small(tmp_path), backbone=stopping(base, 4, ZeroDivisionError), timing_batch_sizes=(1,))
+        benchmark(small(tmp_path), backbone=stopping(base, 4, ZeroDivisionError))
     lora.detach(base.unet)
-    benchmark(small(tmp_path, resume=True), backbone=stopping(base, 17), timing_batch_sizes=(1,))
+    benchmark(small(tmp_path, resume=True), backbone=stopping(base, 17))
 
 
 @pytest.mark.parametrize(
@@ -138,7 +138,7 @@ def test_settings_are_not_mixed(
     before = {path: path.read_bytes() for path in whole.outdir.iterdir() if path.is_file()}
     asked = small(tmp_path, resume=True, **change).replace(outdir=whole.outdir)
     with pytest.raises(InputError, match=words) as caught:
-        benchmark(asked, backbone=base, timing_batch_sizes=(1,))
+        benchmark(asked, backbone=base)
     assert "\n" not in str(caught.value) and "--outdir" in str(caught.value)
     assert {path: path.read_bytes() for path in whole.outdir.iterdir() if path.is_file()} == before
 
@@ -147,7 +147,7 @@ def test_another_adapter_is_not_taken_for_the_first_one(base: Backbone, whole: B
     other = make_adapter(tmp_path / "other", base, scale=0.02)
     asked = small(tmp_path, resume=True, lora_path=other).replace(outdir=whole.outdir)
     with pytest.raises(InputError, match="arm student-1 came with weights"):
-        benchmark(asked, backbone=base, timing_batch_sizes=(1,))
+        benchmark(asked, backbone=base)
 
 
 @pytest.mark.slow

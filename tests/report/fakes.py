@@ -41,6 +41,8 @@ def timing(seconds: float, arm: Arm) -> ArmTiming:
         unet_forward=spread(seconds / (2 * arm.steps)),
         unet_calls=arm.steps,
         decode=spread(seconds / 4),
+        flops=round(1e9 * seconds),
+        peak_memory_bytes=321_000_000,
     )
 
 
@@ -90,6 +92,7 @@ def record() -> BenchmarkRecord:
         created="2026-01-01T00:00:00+00:00",
         settings={"seed": 42, "prompt": "<b>bold</b>"},
         versions={"torch": "2.13.0"},
+        matrix_rate=4e9,
         machine={"device": "A CPU of 2 cores", "precision": "float32", "threads": "2"},
         base={"name": "a base", "why": "asked for", "fingerprint": "00"},
         adapter={"source": "lora/final"},

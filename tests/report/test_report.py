@@ -246,7 +246,7 @@ def test_empty_cells_and_attributes_in_results_csv() -> None:
 
 
 def test_timing_csv(found: BenchmarkRecord) -> None:
-    lines = timing_csv(found.summary.values(), found.machine).splitlines()
+    lines = timing_csv(found.summary.values(), found.machine, found.matrix_rate).splitlines()
     assert len(lines) == 4 and lines[2].startswith("student-4,4,1,5,0.1,0.01,0.1,")
 
 

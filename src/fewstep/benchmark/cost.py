@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from fewstep.arithmetic import flops, peak_memory
 from fewstep.arms import Arm
 from fewstep.backbone import Backbone
 from fewstep.config import BenchSettings
@@ -44,6 +45,13 @@ def time_arm(
     def spread(timing: Timing) -> Spread:
         return Spread(median=timing.median, iqr=timing.iqr, repeats=len(timing.seconds))
 
+    def operations() -> int:
+        """Of one batch: a picture's text, forwards and decoding, each counted once in this thread."""
+        one = slice(0, 1)
+        text = flops(lambda: backbone.embed(texts[:1])) * batch_size * (2 if arm.guided else 1)
+        forward = flops(lambda: denoise(latents[one], t[one], cond[one])) * batch_size * arm.evaluations
+        return text + forward + flops(lambda: backbone.decode(latents[one])) * batch_size
+
     repeats, device = settings.timing_repeats, backbone.device
     found = ArmTiming(
         batch_size=batch_size,
@@ -51,6 +59,8 @@ def time_arm(
         text=spread(measure(encode, repeats=repeats, device=device)),
         unet_forward=spread(measure(lambda: denoise(latents, t, cond), repeats=repeats, device=device)),
         unet_calls=arm.steps,
+        flops=operations(),
+        peak_memory_bytes=peak_memory(draw, device),
         decode=spread(measure(lambda: as_bytes(backbone.decode(latents[:batch_size])), repeats=repeats, device=device)),
     )
     bar.advance()

@@ -74,7 +74,6 @@ def benchmark(
     reporter: Reporter = SILENT,
     backbone: Backbone | None = None,
     arms: Sequence[Arm] | None = None,
-    timing_batch_sizes: Sequence[int] | None = None,
 ) -> BenchmarkResult:
     """Draw, judge, time, and write the files of contracts.md to ``settings.outdir``.
 
@@ -83,7 +82,6 @@ def benchmark(
         reporter: told what happens.
         backbone: a base that is loaded already; with an adapter attached, that is the student.
         arms: other arms than the settings describe.
-        timing_batch_sizes: pictures a timed batch; by default 1 and ``settings.batch_size``.
 
     Raises:
         InputError: prompts, arms or a base that cannot be used; no adapter to measure.
@@ -138,7 +136,7 @@ def benchmark(
     conditioning = encode_prompts(backbone, prompts, settings.negative_prompt)
     judges = judges_of(backbone, conditioning, alignment, with_features=bool(settings.frechet_images))
     timings: dict[str, tuple[ArmTiming, ...]] = {}
-    sizes = sorted(set(timing_batch_sizes or (1, settings.batch_size)))
+    sizes = sorted(settings.batch_sizes or {1, settings.batch_size})
 
     def drawn(arm: Arm, share: tuple[int, int]) -> Evaluation:
         with adapters.on(arm):
@@ -184,7 +182,7 @@ def benchmark(
         save_grids(grids, folders, prompts, settings.num_images, bar.advance)
     texts = (
         results_csv(rows),
-        timing_csv(record.summary.values(), record.machine),
+        timing_csv(record.summary.values(), record.machine, record.matrix_rate),
         record.to_json(),
         page(record, folders),
     )

@@ -29,7 +29,7 @@ from fewstep.records import (
     PictureScore,
     Row,
 )
-from fewstep.timing import machine
+from fewstep.timing import machine, matrix_rate
 
 
 def sum_up(
@@ -85,6 +85,7 @@ def sum_up(
         settings=settings.model_dump(mode="json", exclude_none=True),
         versions=versions(),
         machine=machine(backbone.device, str(backbone.dtype).removeprefix("torch.")),
+        matrix_rate=matrix_rate(backbone.device, backbone.dtype),
         base={"name": backbone.name, "why": backbone.why, "fingerprint": backbone.fingerprint},
         adapter=dict(adapter) if adapter else None,
         adapters={name: dict(facts) for name, facts in adapters.items()},

@@ -64,6 +64,10 @@ def _scaled(name: str, scale: float = 1.0) -> Callable[[ArmSummary], str]:
     return cell
 
 
+def _megabytes(count: int | None) -> str:
+    return "" if count is None else f"{count / 1e6:,.0f} MB"
+
+
 def _saturation(arm: ArmSummary) -> str:
     return "" if arm.saturation is None else f"{sum(arm.saturation) / len(arm.saturation):.3f}"
 
@@ -127,6 +131,11 @@ _TABLE: list[tuple[str, str, Callable[[ArmSummary], str]]] = [
     ),
     ("Saturation", "spread of the latents over the teacher's, mean over channels", _saturation),
     ("Time a picture", "median, end to end, at the smallest timed batch", lambda a: seconds(a.time_per_image_s)),
+    (
+        "Peak memory",
+        "at the smallest timed batch: allocated on a GPU, resident on a CPU",
+        lambda a: _megabytes(a.timings[0].peak_memory_bytes if a.timings else None),
+    ),
     (
         "Speed-up",
         "over the teacher",

@@ -101,6 +101,12 @@ def _notes(record: BenchmarkRecord) -> list[str]:
             f"Times are medians of {timing.end_to_end.repeats} repeats at batch {timing.batch_size}, warmed up and "
             f"synchronised, from text to finished picture, on {record.machine.get('device', '?')}."
         )
+        reached = [arm.timings[0].floor(record.matrix_rate) / arm.timings[0].end_to_end.median for arm in arms]
+        notes.append(
+            f"A large matrix product runs at {record.matrix_rate / 1e9:,.0f} GFLOP/s here; at that rate the arms' "
+            f"operations alone would take {100 * min(reached):.0f} to {100 * max(reached):.0f} % of their times "
+            "(timing.csv)."
+        )
     return notes
 
 

@@ -39,12 +39,17 @@ def markdown(arms: Sequence[ArmSummary]) -> str:
     return "\n".join(f"| {line} |" for line in lines)
 
 
-def timing_csv(arms: Iterable[ArmSummary], machine: Mapping[str, str]) -> str:
-    """One line an arm and batch size; seconds a batch, but for ``time_per_image_s``."""
+def timing_csv(arms: Iterable[ArmSummary], machine: Mapping[str, str], matrix_rate: float) -> str:
+    """One line an arm and batch size; seconds a batch, but for ``time_per_image_s``.
+
+    ``floor_s`` is what the operations alone would take at the machine's measured ``matrix_rate``; ``share_of_floor``
+    is it over the time taken, 1 where nothing is lost.
+    """
     names = [
         "arm", "steps", "batch_size", "repeats", "end_to_end_median_s", "end_to_end_iqr_s", "time_per_image_s",
         "text_median_s", "text_iqr_s", "unet_calls", "unet_forward_median_s", "unet_forward_iqr_s", "unet_total_s",
         "decode_median_s", "decode_iqr_s", "network_evaluations_per_image", "device", "precision", "threads",
+        "peak_memory_mb", "gflop", "floor_s", "share_of_floor",
     ]  # fmt: skip
     lines = [
         [
@@ -53,6 +58,8 @@ def timing_csv(arms: Iterable[ArmSummary], machine: Mapping[str, str]) -> str:
             timing.unet_forward.median, timing.unet_forward.iqr, timing.unet_total, timing.decode.median,
             timing.decode.iqr, arm.arm.evaluations, machine.get("device"), machine.get("precision"),
             machine.get("threads"),
+            None if timing.peak_memory_bytes is None else timing.peak_memory_bytes / 1e6, timing.flops / 1e9,
+            timing.floor(matrix_rate), timing.floor(matrix_rate) / timing.end_to_end.median,
         ]
         for arm in arms
         for timing in arm.timings

@@ -1,0 +1,44 @@
+"""Counted operations, measured rate, peak memory."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from fewstep.arithmetic import flops, peak_memory
+from fewstep.backbone import random_backbone
+from fewstep.timing import matrix_rate
+
+
+def test_products_convolutions_and_attention_are_counted() -> None:
+    a, b = torch.randn(3, 5), torch.randn(5, 7)
+    assert flops(lambda: a @ b) == 2 * 3 * 5 * 7
+    assert flops(lambda: nn.Conv2d(2, 4, 3, padding=1)(torch.randn(1, 2, 8, 8))) == 2 * 4 * 2 * 9 * 64
+    q, k = torch.randn(1, 2, 6, 8), torch.randn(1, 2, 9, 8)
+    # Scores and their product with the values: 2 heads, 6 × 9 of them, 8 wide each time.
+    assert flops(lambda: nn.functional.scaled_dot_product_attention(q, k, k)) == 2 * (2 * 2 * 6 * 9 * 8)
+
+
+def test_a_network_costs_in_proportion_to_its_batch() -> None:
+    torch.set_num_threads(1)
+    base = random_backbone("tiny")
+    network = base.denoiser()
+
+    def forward(batch: int) -> int:
+        shape = torch.randn(batch, 4, 8, 8), torch.full((batch,), 9), torch.randn(batch, 77, 32)
+        return flops(lambda: network(*shape))
+
+    assert forward(3) == 3 * forward(1) > 0
+
+
+def test_the_rate_is_one_a_machine_can_have() -> None:
+    assert 1e8 < matrix_rate(torch.device("cpu"), torch.float32) < 1e15
+
+
+def test_peak_memory_sees_what_is_gone_again() -> None:
+    def work() -> float:
+        return float(torch.ones(50_000_000).sum())  # 200 MB
+
+    peak, again = peak_memory(work, torch.device("cpu")), peak_memory(lambda: None, torch.device("cpu"))
+    if peak is not None and again is not None:  # Linux, where the peak may be reset
+        assert peak - again > 150_000_000
