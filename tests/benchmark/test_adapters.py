@@ -98,6 +98,26 @@ def test_the_sampler_is_the_saved_schedulers(base: Backbone, other: Path, tmp_pa
     assert {arm.arm.sampler for arm in found.arms} == {"tcd"} and {arm.arm.steps for arm in found.arms} == {1, 2}
 
 
+def test_a_sampler_with_other_timesteps_than_the_trained_ones_is_named(base: Backbone, tmp_path: Path) -> None:
+    shipped = base.abilities.adapter()  # type: ignore[union-attr]
+    text = f"""
+        [[adapter]]
+        id = "elsewhere"
+        lora_path = "{shipped}"
+        sampler = "ddim"
+        steps = 4
+        [[adapter]]
+        id = "there"
+        lora_path = "{shipped}"
+        steps = 4
+    """
+    notes = Notes()
+    asked = settings(tmp_path, adapters_file=listed(tmp_path, text), compare_baseline=False, num_images=1)
+    benchmark(asked.replace(clip_model_id="none", frechet_images=0), backbone=base, reporter=notes)
+    (warned,) = [line for line in notes.warned if "was not trained" in line]
+    assert warned.startswith("arm elsewhere-4 samples at timesteps 749 249, where") and "759 499 259" in warned
+
+
 def test_an_adapter_without_effect_is_refused_before_anything_is_written(base: Backbone, tmp_path: Path) -> None:
     empty = make_adapter(tmp_path / "empty", base, scale=0)
     with pytest.raises(CheckpointError, match="changes nothing"):

@@ -15,6 +15,7 @@ from fewstep.config import AdapterEntry, BenchSettings, load_adapters
 from fewstep.errors import InputError
 from fewstep.opening import describe_adapter
 from fewstep.reporting import Reporter
+from fewstep.timesteps import promised_points
 
 SCHEDULERS: dict[str, Sampler] = {"LCMScheduler": "lcm", "TCDScheduler": "tcd", "DDIMScheduler": "ddim"}
 """Which sampler stands for the scheduler that an adapter was saved with."""
@@ -105,6 +106,21 @@ class Adapters:
         else:
             with adapters_off(self._backbone.unet):
                 yield
+
+    def warn_of_timesteps(self, arms: Sequence[Arm], reporter: Reporter) -> None:
+        """Name each arm of a further adapter that samples where, by its own record, it was never trained."""
+        for arm in arms:
+            promised = recorded_steps(self._sources[arm.source][0].folder) if arm.source in self._sources else None
+            if promised is None or arm.source is None:  # the run's own adapter is compared with its record elsewhere
+                continue
+            trained = promised_points(promised, self._backbone.schedule.num_train_timesteps)
+            strange = [t for t in arm.timesteps if t not in trained]
+            if strange:
+                reporter.warn(
+                    f"arm {arm.id} samples at timesteps {' '.join(map(str, strange))}, where its adapter was not "
+                    f"trained ({' '.join(map(str, trained))}): expect worse pictures; sample with lcm at "
+                    f"{' '.join(map(str, promised))} steps"
+                )
 
     def arms(self) -> list[Arm]:
         """The arms of the further adapters, in the order of the file."""

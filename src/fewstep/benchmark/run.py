@@ -110,6 +110,7 @@ def benchmark(
     arms = tuple(arms or _arms(settings, backbone, adapters, with_student=wants_adapter))
     check_arms(arms, settings.negative_prompt)
     warn_of_prompts(prompts, backbone, reporter)
+    adapters.warn_of_timesteps(arms, reporter)
     alignment = _alignment(settings, backbone, reporter)
     if settings.timing_repeats < 5:
         reporter.warn(f"timing_repeats {settings.timing_repeats} came; below 5, medians and spreads mean little")
