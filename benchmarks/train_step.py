@@ -1,0 +1,215 @@
+"""One update of K-step distillation: the naive form against ours, paired in one run, each gain switched on in turn.
+
+    python benchmarks/train_step.py --base scenes --batch_size 8 --k 8
+    python benchmarks/train_step.py --base sd15 --device cuda --mixed_precision bf16     # random weights: same speed
+
+The naive form is what one writes first: a second UNet for the teacher, one sample at a time through it, guidance in two
+forwards, VAE, caption and empty caption encoded for every sample. All forms are first shown to give the same loss and
+the same gradients (fp32), then timed in alternation; the table gives medians, and ratios to the naive form of the same
+repeat.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from itertools import pairwise
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import torch
+from torch import Tensor, nn
+
+from fewstep import lora
+from fewstep.arithmetic import flops, peak_memory
+from fewstep.backbone import Backbone, load_backbone, random_backbone
+from fewstep.backbone import threads as cores
+from fewstep.data import Batch, Slices
+from fewstep.data.loader import to_pixels
+from fewstep.methods.kstep import Draws, KStep
+from fewstep.solver import ddim_step
+from fewstep.timesteps import rollout_grid
+from fewstep.timing import machine, matrix_rate, synchronise
+from fewstep.train.rollouts import Lesson, RolloutStore, Teacher, kept_lessons
+
+TOLERANCE = 1e-3
+"""Largest difference of a gradient, over the gradients' largest value."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """What all forms work on."""
+
+    backbone: Backbone
+    method: KStep
+    batch: Batch
+    parameters: list[nn.Parameter]
+    second_unet: nn.Module
+
+    @property
+    def draws(self) -> Draws:
+        return self.method.draw(0, 0, self.batch.positions, self.backbone.latent_shape(self.batch.pictures.shape[1]))
+
+
+def naive(job: Job) -> None:
+    """One sample at a time, everything computed where it is needed."""
+    backbone, method, draws = job.backbone, job.method, job.draws
+    schedule, device = backbone.schedule, backbone.device
+    for row, caption in enumerate(job.batch.captions):
+        with torch.no_grad(), backbone.autocast():
+            x0 = backbone.encode(to_pixels(job.batch.pictures[row : row + 1].to(device)))
+            cond, uncond = backbone.embed([caption]), backbone.embed([""])
+            own = Draws(*(part[row : row + 1] for part in (draws.t, draws.noise, draws.pure, draws.order)))
+            x_t = x = method.start(x0, own)
+            for t, t_next in pairwise(rollout_grid(int(own.t), method.num_ddim_steps, method.points)):
+                at, to = torch.tensor([t], device=device), torch.tensor([t_next], device=device)
+                u, c = (job.second_unet(x, at, text).sample.float() for text in (uncond, cond))
+                x = ddim_step(schedule, u + method.guidance * (c - u), x, at, to)
+        loss = method.loss(backbone.denoiser(), x_t, own.t, cond, x)
+        (loss.sum() / len(job.batch.captions)).backward()
+
+
+def learn(job: Job, lesson: Lesson) -> None:
+    """The student's part of an update."""
+    pairs = lesson.pairs
+    cond = lesson.cond[pairs.rows.to(job.backbone.device)]
+    loss = job.method.loss(job.backbone.denoiser(), pairs.x_t, pairs.t, cond, pairs.target)
+    ((pairs.weight * loss).sum() / len(lesson.cond)).backward()
+
+
+def ours(job: Job, *, parts: bool = True, pairs: int = 1) -> None:
+    """The whole batch at once, in one UNet; with `parts`, on the CPU, a part of it a thread."""
+    method = replace(job.method, pairs_per_rollout=pairs)
+    small = cores.SMALL
+    cores.SMALL = small if parts else 0
+    try:
+        shape = job.backbone.latent_shape(job.batch.pictures.shape[1])
+        learn(replace(job, method=method), Teacher(job.backbone, method, 0, shape)(job.batch))
+    finally:
+        cores.SMALL = small
+
+
+def gradients(job: Job, form: Callable[[Job], None]) -> Tensor:
+    for parameter in job.parameters:
+        parameter.grad = None
+    form(job)
+    return torch.cat([parameter.grad.flatten() for parameter in job.parameters if parameter.grad is not None])
+
+
+def check(job: Job, forms: dict[str, Callable[[Job], None]]) -> None:
+    """All forms give the naive form's gradients."""
+    wanted = gradients(job, naive)
+    for name, form in forms.items():
+        error = float((gradients(job, form) - wanted).abs().max() / wanted.abs().max())
+        print(f"gradients of {name!r}: largest difference {error:.1e} of the largest gradient")
+        if job.backbone.dtype == torch.float32 and error > TOLERANCE:
+            raise SystemExit(f"error: {name!r} does not compute what the naive form does")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--base", choices=["scenes", "sd15"], default="scenes")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--mixed_precision", default="no")
+    parser.add_argument("--resolution", type=int)
+    parser.add_argument("--batch_size", type=int, default=8)
+    parser.add_argument("--k", type=int, default=8)
+    parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--epochs", type=int, default=4, help="how often kept rollouts are learnt from")
+    args = parser.parse_args()
+
+    if args.base == "scenes":
+        backbone = load_backbone("scenes", device=args.device, dtype=args.mixed_precision)
+    else:
+        backbone = random_backbone("sd15", device=args.device, dtype=args.mixed_precision)
+    side = args.resolution or backbone.resolution
+    method = KStep(
+        schedule=backbone.schedule,
+        step_counts=(1, 2, 4, 8),
+        num_ddim_steps=args.k,
+        guidance=backbone.guidance_scale,
+    )
+    second = copy.deepcopy(backbone.unet)
+    parameters = lora.attach(backbone.unet, 4, 32, ["to_q", "to_k", "to_v", "to_out.0"], 0)
+    random = torch.Generator().manual_seed(0)
+    for parameter in parameters:  # B is zero at first: without this half of the gradients would be
+        parameter.data.add_(0.01 * torch.randn(parameter.shape, generator=random).to(parameter.device))
+    count = args.batch_size
+    batch = Batch(
+        update=0,
+        micro=0,
+        positions=tuple(range(count)),
+        items=tuple(range(count)),
+        pictures=torch.randint(256, (count, side, side, 3), generator=random, dtype=torch.uint8),
+        captions=tuple(f"a picture of {number} things" for number in range(count)),
+        replaced=(),
+    )
+    job = Job(backbone, method, batch, parameters, second)
+
+    with TemporaryDirectory() as folder:
+        store = RolloutStore(Path(folder), {}, writes_key=True)
+        shape = backbone.latent_shape(side)
+
+        def kept(job: Job) -> None:
+            """One rollout, then as many updates on it as there are epochs: read back from disk each time."""
+            store.put(0, Teacher(backbone, method, 0, shape)(batch))
+            store.refresh()
+            slices = Slices(batch_size=count)
+            for _ in range(args.epochs):
+                for lesson in kept_lessons(store, backbone, slices, count=count, seed=0, start=0, end=1):
+                    learn(job, lesson)
+
+        # Form, samples an update, pairs an update.
+        reused = replace(method, pairs_per_rollout=4)
+        lesson = Teacher(backbone, reused, 0, shape)(batch)
+        forms: dict[str, tuple[Callable[[Job], None], int, int]] = {
+            "naive": (naive, count, count),
+            "whole batch, one UNet": (lambda job: ours(job, parts=False), count, count),
+            "+ a part a thread (CPU)": (ours, count, count),
+            "+ up to 4 pairs a rollout": (lambda job: ours(job, pairs=4), count, len(lesson.pairs.t)),
+            f"or rollouts kept for {args.epochs} epochs": (kept, count * args.epochs, count * args.epochs),
+        }
+        same = ("whole batch, one UNet", "+ a part a thread (CPU)")
+        check(job, {name: forms[name][0] for name in same})
+
+        seconds: dict[str, list[float]] = {name: [] for name in forms}
+        memory: dict[str, int | None] = {}
+        for name, (form, _, _) in forms.items():
+            memory[name] = peak_memory(lambda form=form: gradients(job, form), backbone.device)  # and warmed up
+        for _ in range(args.repeats):
+            for name, (form, _, _) in forms.items():
+                synchronise(backbone.device)
+                started = time.perf_counter()
+                gradients(job, form)
+                synchronise(backbone.device)
+                seconds[name].append(time.perf_counter() - started)
+
+    one = torch.zeros(1, *shape, device=backbone.device), torch.tensor([999], device=backbone.device)
+    forward = flops(lambda: backbone.denoiser(adapter=False)(*one, backbone.embed([""])))
+    rate = matrix_rate(backbone.device, backbone.dtype)
+    floor = forward * count * (2 * args.k + 3) / rate
+    facts = machine(backbone.device, str(backbone.dtype).removeprefix("torch."))
+    print(
+        f"\n{args.base}, K = {args.k}, batch {count}, {side} pixels; {facts['device']}, {facts['precision']}, ", end=""
+    )
+    print(f"{facts['threads']} threads, torch {torch.__version__}; medians of {args.repeats}")
+    print(f"matrix rate {rate / 1e9:,.0f} GFLOP/s; one forward {forward / 1e9:.3f} GFLOP\n")
+    print("| form | samples/s | × naive | pairs/s | × naive | peak memory | share of the floor |")
+    print("|---|---|---|---|---|---|---|")
+    for name, (_, samples, pairs) in forms.items():
+        ratios = [theirs / mine for theirs, mine in zip(seconds["naive"], seconds[name], strict=True)]
+        ratio, median = statistics.median(ratios), statistics.median(seconds[name])
+        peak = memory[name]
+        share = f"{100 * floor / median:.0f} %" if (samples, pairs) == (count, count) else ""
+        print(
+            f"| {name} | {samples / median:.2f} | {ratio * samples / count:.1f} | {pairs / median:.2f} | "
+            f"{ratio * pairs / count:.1f} | {'' if peak is None else f'{peak / 1e6:,.0f} MB'} | {share} |"
+        )
+
+
+if __name__ == "__main__":
+    main()
