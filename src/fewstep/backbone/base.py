@@ -101,7 +101,14 @@ class Backbone:
             pixels: [B, 3, H, W] in -1..1.
             noise: standard normal [B, 4, h, w] with which to draw from the VAE's posterior; its mean without.
         """
-        posterior = self.vae.encode(pixels.to(self.device, self.dtype)).latent_dist
+        from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
+
+        def forward(pixels: Tensor) -> Tensor:
+            moments: Tensor = self.vae.encode(pixels).latent_dist.parameters
+            return moments
+
+        run = in_parts if is_small(self.vae) else whole
+        posterior = DiagonalGaussianDistribution(run(forward, (pixels.to(self.device, self.dtype),)))
         latents: Tensor = posterior.mean.float()
         if noise is not None:
             latents = latents + posterior.std.float() * noise.to(self.device)
