@@ -26,7 +26,7 @@ LAYERS = [
         # 2: plain functions over a denoiser, and the shapes of what goes in and comes out
         "arms records sampling solver",
         # 3: one concept a module
-        "arithmetic backbone checkpoint data ema lora methods metrics pictures processes quiet "
+        "arithmetic backbone checkpoint data ema locks lora methods metrics pictures processes quiet "
         "report safety scenes sd15 telemetry timing",
         # 4: one readable procedure each, and the parts that procedures share
         "benchmark export generate pretrain train ui walkthrough opening oracle previews proving redraw",

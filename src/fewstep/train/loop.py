@@ -32,6 +32,7 @@ from fewstep.data import Batches, Slices, open_data
 from fewstep.ema import EMA
 from fewstep.errors import InputError, Interrupted
 from fewstep.files import write_text_atomic
+from fewstep.locks import alone_in
 from fewstep.methods.kstep import KStep
 from fewstep.oracle import Oracle, describe, measure_oracle
 from fewstep.previews import Previews
@@ -162,6 +163,7 @@ def distill(
         for line in start.plan(settings, method, slices, lora.trainable_parameters(backbone.unet), device):
             reporter.say(line)
         if main:
+            cleanup.enter_context(alone_in(settings.run_dir))
             write_text_atomic(settings.run_dir / "settings.toml", settings_toml(settings))
         telemetry = cleanup.enter_context(
             Telemetry(settings.run_dir, resumed_at=None if resumed is None else step, active=main)
