@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+
+import pytest
 import torch
+from diffusers import AutoencoderKL, UNet2DConditionModel
 from torch import nn
 
+from fewstep import sd15
 from fewstep.arithmetic import flops, peak_memory
 from fewstep.backbone import random_backbone
 from fewstep.timing import matrix_rate
@@ -17,6 +23,17 @@ def test_products_convolutions_and_attention_are_counted() -> None:
     q, k = torch.randn(1, 2, 6, 8), torch.randn(1, 2, 9, 8)
     # Scores and their product with the values: 2 heads, 6 × 9 of them, 8 wide each time.
     assert flops(lambda: nn.functional.scaled_dot_product_attention(q, k, k)) == 2 * (2 * 2 * 6 * 9 * 8)
+
+
+def test_stable_diffusions_counts_are_the_known_ones() -> None:
+    parts = Path(sd15.__file__).parent
+    with torch.device("meta"):
+        unet = UNet2DConditionModel.from_config(json.loads((parts / "unet" / "config.json").read_text()))
+        vae = AutoencoderKL.from_config(json.loads((parts / "vae" / "config.json").read_text()))
+        latents, text, t = torch.zeros(1, 4, 64, 64), torch.zeros(1, 77, 768), torch.zeros(1, dtype=torch.long)
+        assert flops(lambda: unet(latents, t, text)) == pytest.approx(0.803e12, rel=1e-3)
+        assert flops(lambda: vae.decode(latents)) == pytest.approx(2.515e12, rel=1e-3)
+        assert flops(lambda: vae.encode(torch.zeros(1, 3, 512, 512))) == pytest.approx(1.117e12, rel=1e-3)
 
 
 def test_a_network_costs_in_proportion_to_its_batch() -> None:
