@@ -352,6 +352,29 @@ def resolve(run_folder: Path, which: str | Path, *, warn: Callable[[str], None] 
     )
 
 
+def prune(run_folder: Path, *, keep_last: int, keep_every: int = 0) -> list[Path]:
+    """Remove a run's checkpoints beyond the newest `keep_last`; the finished adapter is none of them.
+
+    Args:
+        keep_last: 0 keeps all.
+        keep_every: those whose step is a multiple of it stay as well; 0 for none.
+
+    Returns:
+        What was removed. Each goes at once: it is renamed before it is emptied, so that none is ever half there.
+    """
+    removed = []
+    for folder in checkpoints(run_folder)[keep_last:] if keep_last else []:
+        step = int(folder.name.removeprefix("checkpoint-"))
+        if keep_every and step % keep_every == 0:
+            continue
+        going = folder.with_name(f".{folder.name}.old")
+        shutil.rmtree(going, ignore_errors=True)
+        folder.rename(going)
+        shutil.rmtree(going, ignore_errors=True)
+        removed.append(folder)
+    return removed
+
+
 def checkpoints(run_folder: Path) -> list[Path]:
     """The checkpoint-N folders of a run, whole or not, the newest first."""
     numbered = {

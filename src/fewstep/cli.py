@@ -69,8 +69,8 @@ SECTIONS = {
     "Method": "guidance_scale num_ddim_steps num_inference_steps pure_noise_share pairs_per_rollout "
     "teacher_rollouts teacher_cache loss loss_weighting",
     "Base model": "base_model default_base revision prediction_type resolution allow_pickle",
-    "Results": "runs output_dir run_name outdir resume log_file checkpoint_every validate_every log_every "
-    "oracle_images",
+    "Results": "runs output_dir run_name outdir resume log_file checkpoint_every keep_last keep_every "
+    "validate_every log_every oracle_images",
     "Running": "seed batch_size device mixed_precision config",
 }
 

@@ -258,6 +258,10 @@ class TrainSettings(BaseModelSettings):
     resolution: Side | None = Field(None, description="Side in pixels. Unset: the base's own, else sample_size x 8.")
 
     checkpoint_every: CountOrNone = Field(500, description="Updates between checkpoints; 0 saves the end alone.")
+    keep_last: CountOrNone = Field(0, description="Newest checkpoints to keep; 0 keeps all.")
+    keep_every: CountOrNone = Field(
+        0, description="With keep_last: those at multiples of this stay too; 0: none."
+    )
     validate_every: CountOrNone = Field(500, description="Updates between grids of previews; 0 is off.")
     log_every: Count = Field(10, description="Updates between lines of metrics.jsonl.")
     oracle_images: CountOrNone | None = Field(
@@ -446,9 +450,12 @@ class DemoSettings(BaseModelSettings):
     """Distil the base into a LoRA, measure it against its teacher, and show both."""
 
     outdir: Folder = Field(Path("./demo_outputs"), description="Folder for the adapter, pictures and tables.")
-    max_steps: Count = Field(200, description="Optimizer updates.")
+    teacher_rollouts: Count = Field(1280, description="Rollouts of the teacher, gone through again and again.")
+    max_steps: Count = Field(400, description="Optimizer updates.")
     batch_size: Count = Field(16, description="Pictures a micro-batch.")
-    learning_rate: Annotated[float, Field(gt=0, le=1)] = Field(3e-4, description="AdamW's learning rate.")
+    learning_rate: Annotated[float, Field(gt=0, le=1)] = Field(
+        1e-3, description="AdamW's learning rate, falling to 0 by half a cosine."
+    )
     lora_rank: Count = Field(4, description="Rank of the adapter.")
     lora_alpha: Count | None = Field(None, description="Alpha of the adapter. Unset: 8 x lora_rank.")
     num_ddim_steps: StudentSteps = Field(8, description="DDIM steps K of the teacher from t to x0.")

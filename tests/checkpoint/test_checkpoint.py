@@ -287,6 +287,24 @@ def test_resolving(tmp_path: Path) -> None:
             resolve(tmp_path, which, warn=heard.append)
 
 
+@pytest.mark.parametrize(
+    ("keep_last", "keep_every", "left"),
+    [(0, 0, [5, 10, 15, 20, 25]), (1, 0, [25]), (2, 10, [10, 20, 25]), (9, 0, [5, 10, 15, 20, 25])],
+)
+def test_old_checkpoints_go_and_the_finished_adapter_stays(
+    tmp_path: Path, keep_last: int, keep_every: int, left: list[int]
+) -> None:
+    for step in (5, 10, 15, 20, 25):
+        make(tmp_path / "lora" / f"checkpoint-{step}")
+    make(tmp_path / "lora" / "final")
+    removed = checkpoint.prune(tmp_path, keep_last=keep_last, keep_every=keep_every)
+    assert sorted(path.name for path in (tmp_path / "lora").iterdir()) == sorted(
+        ["final", *(f"checkpoint-{step}" for step in left)]
+    )
+    assert len(removed) == 5 - len(left)
+    assert resolve(tmp_path, "latest") == tmp_path / "lora" / "checkpoint-25"
+
+
 def test_an_adapter_remembers_its_base_and_its_step_counts(tmp_path: Path) -> None:
     folder = make(tmp_path / "final")
     assert recorded_base(folder) == "someone/base" and recorded_steps(folder) == (1, 2, 4, 8)

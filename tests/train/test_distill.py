@@ -231,6 +231,12 @@ def test_a_run_that_was_stopped_and_resumed_is_the_same_run_bit_for_bit(
             assert mine | {"pictures_per_second": 0} == theirs | {"pictures_per_second": 0}
 
 
+def test_a_run_keeps_as_many_checkpoints_as_it_is_told(settings: TrainSettings, tmp_path: Path) -> None:
+    few = settings.replace(output_dir=tmp_path, max_steps=4, checkpoint_every=1, keep_last=2, validate_every=0)
+    run = distill(few)
+    assert sorted(path.name for path in (run.folder / "lora").iterdir()) == ["checkpoint-3", "checkpoint-4", "final"]
+
+
 def test_a_bar_that_is_interrupted_stops_the_run_after_the_update(settings: TrainSettings, tmp_path: Path) -> None:
     class Signalled(Heard):
         def progress(self, name: str, total: int) -> Any:

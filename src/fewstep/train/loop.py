@@ -208,6 +208,7 @@ def distill(
             folder = settings.run_dir / "lora" / name
             if main:
                 checkpoint.save(folder, publish, settings=settings_toml(settings), record=record, stateful=state)
+                checkpoint.prune(settings.run_dir, keep_last=settings.keep_last, keep_every=settings.keep_every)
             processes.wait_for_everyone()
             return folder
 

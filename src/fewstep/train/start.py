@@ -24,6 +24,7 @@ ORACLE_PICTURES = 16
 
 MAY_CHANGE = {
     *("output_dir", "run_name", "log_file", "checkpoint_every", "validate_every", "log_every", "oracle_images"),
+    *("keep_last", "keep_every"),
     *("device", "default_base", "revision", "allow_pickle"),
     "teacher_cache",  # its own key tells
     *("base_model", "data_dir", "dataset_name", "image_column", "caption_column", "max_dropped"),  # fingerprints tell
