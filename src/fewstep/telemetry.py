@@ -113,12 +113,14 @@ class LossByTimestep:
     def means(self, over_processes: Callable[[Tensor], Tensor]) -> dict[str, float]:
         """Mean loss since the last call, "loss" over all samples and "loss/t999" over those of a timestep; starts anew.
 
+        What no sample was added for is left out.
+
         Args:
             over_processes: sums a tensor over all processes.
         """
         sums, counts = over_processes(self._sums).T.tolist()
         self._sums.zero_()
-        means = {"loss": sum(sums) / max(sum(counts), 1)}
+        means = {"loss": sum(sums) / sum(counts)} if sum(counts) else {}
         return means | {
             f"loss/t{t}": total / count for t, total, count in zip(self._points, sums, counts, strict=True) if count > 0
         }

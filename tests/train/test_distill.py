@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import tomllib
 from pathlib import Path
 from typing import Any
@@ -20,9 +21,11 @@ from fewstep.backbone import load_backbone
 from fewstep.checkpoint import load, verify
 from fewstep.config import TrainSettings
 from fewstep.errors import CheckpointError, InputError, Interrupted
+from fewstep.methods.kstep import KStep
 from fewstep.pictures import encode_prompts, make_pictures
 from fewstep.randomness import generator
 from fewstep.train import DistillResult, distill, learning_rate
+from fewstep.train.loop import MOST_SKIPPED
 from tests.train.conftest import Heard
 
 WEIGHTS = "pytorch_lora_weights.safetensors"
@@ -378,9 +381,38 @@ def test_a_loss_that_is_not_finite_ends_the_run_before_anything_is_saved(
     settings: TrainSettings, tmp_path: Path
 ) -> None:
     diverging = few_updates(settings, tmp_path).replace(learning_rate=1.0, lora_alpha=10**30, max_steps=50)
+    heard = Heard()
     with pytest.raises(InputError, match="not finite at step"):
-        distill(diverging)
+        distill(diverging, reporter=heard)
+    assert len(heard.warned) == MOST_SKIPPED
     assert not (tmp_path / "whole" / "lora").exists()
+
+
+def test_an_update_that_is_not_finite_is_skipped_and_named(
+    settings: TrainSettings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    honest, calls = KStep.loss, []
+
+    def broken_once(self: KStep, *inputs: torch.Tensor) -> torch.Tensor:
+        calls.append(1)
+        return honest(self, *inputs) * (float("nan") if len(calls) == 2 else 1.0)
+
+    monkeypatch.setattr(KStep, "loss", broken_once)
+    heard = Heard()
+    result = distill(few_updates(settings, tmp_path).replace(log_every=1, checkpoint_every=1), reporter=heard)
+    assert result.steps == 3
+    (warned,) = [line for line in heard.warned if "skipped" in line]
+    assert warned.startswith("update 2 is skipped: its gradient is not finite; 1 in a row, 8 end the run; it was made")
+    assert [row["skipped_updates"] for row in result.history] == [0, 1, 0]
+    assert ["loss" in row for row in result.history] == [True, False, True]
+    assert all(math.isfinite(value) for row in result.history for value in row.values())
+    first, second, third = (
+        saved_state(result.folder / "lora" / f"checkpoint-{step}", "adapter", "optimizer")["adapter"]
+        for step in (1, 2, 3)
+    )
+    kept = [torch.equal(first[name], second[name]) for name in first]
+    moved = [torch.equal(third[name], second[name]) for name in first]
+    assert all(kept) and not all(moved)
 
 
 def test_half_precision_trains_fp32_weights_on_a_half_base(settings: TrainSettings, tmp_path: Path) -> None:

@@ -49,6 +49,10 @@ MOST_OVERFLOWS = 24
 """Overflows of fp16 in a row, each of which halves the loss scale, after which the loss itself must be infinite."""
 
 
+MOST_SKIPPED = 8
+"""Updates in a row without a finite gradient, after which the run ends."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class DistillResult:
     """A finished run.
@@ -240,7 +244,7 @@ def distill(
         student = backbone.denoiser()
         losses, speed = LossByTimestep(method.points, device), Throughput()
         update: list[Lesson] = []
-        overflows, cut_captions, stopping = 0, False, False
+        overflows, skipped, skipped_since_logged, cut_captions, stopping = 0, 0, 0, False, False
 
         with reporter.progress("training", settings.max_steps - step) as bar:
             while step < settings.max_steps and not stopping:
@@ -258,19 +262,30 @@ def distill(
                     seen.append((pairs.t, loss.detach()))
                 _average_gradients(accelerator, parameters)
                 norm = accelerator.clip_grad_norm_(parameters, settings.max_grad_norm)  # unscales first
-                optimizer.step()
+                # Under fp16 the scaler sees to it: it skips, and the update is made again. Else this is the one number
+                # that is waited for.
+                sound = accelerator.scaler is not None or math.isfinite(float(norm))
+                if sound:
+                    optimizer.step()
                 optimizer.zero_grad()
                 overflows = overflows + 1 if optimizer.step_was_skipped else 0
                 if overflows > MOST_OVERFLOWS:
-                    raise _not_finite(step)
+                    raise _not_finite(step, checkpoint.checkpoints(settings.run_dir))
                 if overflows:
                     continue
 
-                # The update is made.
+                # The update is made, or skipped: the data goes on, the weights stay.
                 step += 1
-                ema.update(step)
-                for t, values in seen:
-                    losses.add(t, values)
+                if sound:
+                    ema.update(step)
+                    for t, values in seen:
+                        losses.add(t, values)
+                skipped = 0 if sound else skipped + 1
+                skipped_since_logged += not sound
+                if not sound:
+                    reporter.warn(_skipped(step, update, skipped))
+                if skipped == MOST_SKIPPED:
+                    raise _not_finite(step, checkpoint.checkpoints(settings.run_dir))
                 speed.add(slices.global_batch)
                 for lesson in update:
                     for replaced in lesson.replaced:
@@ -285,13 +300,13 @@ def distill(
                 shown: dict[str, float] = {}
                 if step % settings.log_every == 0 or step == settings.max_steps:
                     shown = losses.means(accelerator.reduce)
-                    shown |= {"gradient_norm": float(norm), "learning_rate": learning_rate(settings, step - 1)}
-                    shown |= {"pictures_per_second": speed.read()}
-                    if not math.isfinite(shown["loss"] + shown["gradient_norm"]):
-                        raise _not_finite(step)
+                    shown |= {"gradient_norm": float(norm)} if sound else {}
+                    shown |= {"learning_rate": learning_rate(settings, step - 1)}
+                    shown |= {"pictures_per_second": speed.read(), "skipped_updates": skipped_since_logged}
+                    skipped_since_logged = 0
                     telemetry.record(step, shown)
                 try:
-                    bar.advance(1, **{key: shown[key] for key in ("loss", "pictures_per_second") if shown})
+                    bar.advance(1, **{key: shown[key] for key in ("loss", "pictures_per_second") if key in shown})
                 except KeyboardInterrupt:
                     stopping = True
                 stopping = _any_process(accelerator, stopping or should_stop())
@@ -358,8 +373,17 @@ def _any_process(accelerator: Accelerator, here: bool) -> bool:
     return bool(accelerator.reduce(torch.tensor(float(here), device=accelerator.device)).item())
 
 
-def _not_finite(step: int) -> InputError:
+def _skipped(step: int, update: Sequence[Lesson], in_a_row: int) -> str:
+    items = " ".join(str(item) for lesson in update for item in lesson.items)
+    return (
+        f"update {step} is skipped: its gradient is not finite; {in_a_row} in a row, {MOST_SKIPPED} end the run; it was"
+        f" made from items {items}"
+    )
+
+
+def _not_finite(step: int, saved: Sequence[Path]) -> InputError:
+    way = f"; the last checkpoint is {saved[0]}" if saved else ""
     return InputError(
-        f"the loss or its gradient is not finite at step {step}; allowed is training that converges; lower "
-        "--learning_rate, or use --mixed_precision bf16 or no"
+        f"the loss or its gradient is not finite at step {step}, nor before; allowed is training that converges; lower "
+        f"--learning_rate, or use --mixed_precision bf16 or no{way}"
     )

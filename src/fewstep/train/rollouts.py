@@ -42,12 +42,14 @@ class Lesson:
         pairs: N ≥ B states and where the teacher gets from there; `rows` says whose they are.
         cond: the captions' embeddings, [B, L, D].
         captions: B of them.
+        items: numbers of the B items in the data, or of the kept rollouts.
         replaced: pictures met for the first time here that could not be used.
     """
 
     pairs: Pairs
     cond: Tensor
     captions: tuple[str, ...]
+    items: tuple[int, ...]
     replaced: tuple[Replaced, ...] = ()
 
 
@@ -67,7 +69,7 @@ class Teacher:
         with adapters_off(self.backbone.unet):
             teacher = self.backbone.denoiser(adapter=False)
             pairs = self.method.pairs(teacher, self._noised(batch, draws), draws, cond, self._uncond)
-        return Lesson(pairs=pairs, cond=cond, captions=batch.captions, replaced=batch.replaced)
+        return Lesson(pairs=pairs, cond=cond, captions=batch.captions, items=batch.items, replaced=batch.replaced)
 
     @cached_property
     def _uncond(self) -> Tensor:
@@ -196,8 +198,9 @@ def kept_lessons(
     """The lessons of updates `start` to `end` from the first `count` rollouts of the store."""
     for update in range(start, end):
         for micro in range(slices.accumulation):
-            pairs, captions = store.get(numbers_of(slices, update, micro, count, seed), backbone.device)
-            yield Lesson(pairs=pairs, cond=backbone.embed(captions), captions=captions)
+            numbers = numbers_of(slices, update, micro, count, seed)
+            pairs, captions = store.get(numbers, backbone.device)
+            yield Lesson(pairs=pairs, cond=backbone.embed(captions), captions=captions, items=tuple(numbers))
 
 
 def _opened(path: Path) -> Any:
