@@ -259,9 +259,7 @@ class TrainSettings(BaseModelSettings):
 
     checkpoint_every: CountOrNone = Field(500, description="Updates between checkpoints; 0 saves the end alone.")
     keep_last: CountOrNone = Field(0, description="Newest checkpoints to keep; 0 keeps all.")
-    keep_every: CountOrNone = Field(
-        0, description="With keep_last: those at multiples of this stay too; 0: none."
-    )
+    keep_every: CountOrNone = Field(0, description="With keep_last: those at multiples of this stay too; 0: none.")
     validate_every: CountOrNone = Field(500, description="Updates between grids of previews; 0 is off.")
     log_every: Count = Field(10, description="Updates between lines of metrics.jsonl.")
     oracle_images: CountOrNone | None = Field(
