@@ -133,7 +133,7 @@ def _sample_buildings(rng: np.random.Generator, attributes: Attributes, flaw: Fl
             x=PLACES[places[i]] + rng.uniform(-5, 5),
             base=rng.uniform(90, 98),
             scale=rng.uniform(0.92, 1.1),
-            lit=tuple(bool(rank < int(lit[i])) for rank in rng.permutation(WINDOWS)),
+            lit=tuple(window < int(lit[i]) for window in range(WINDOWS)),  # always the first ones
         )
         for i in range(count)
     )
