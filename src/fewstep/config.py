@@ -448,7 +448,7 @@ class DemoSettings(BaseModelSettings):
     """Distil the base into a LoRA, measure it against its teacher, and show both."""
 
     outdir: Folder = Field(Path("./demo_outputs"), description="Folder for the adapter, pictures and tables.")
-    teacher_rollouts: Count = Field(1280, description="Rollouts of the teacher, gone through again and again.")
+    teacher_rollouts: Count = Field(960, description="Rollouts of the teacher, gone through again and again.")
     max_steps: Count = Field(400, description="Optimizer updates.")
     batch_size: Count = Field(16, description="Pictures a micro-batch.")
     learning_rate: Annotated[float, Field(gt=0, le=1)] = Field(

@@ -60,20 +60,20 @@ def test_a_part_a_thread_gives_what_the_whole_batch_gives(
     parameters = attach(base.unet, 2, 4, TARGETS, seed=0)
     for parameter in parameters:
         torch.nn.init.normal_(parameter.data, std=0.1)
-    x_t, cond, t = torch.randn(7, 4, 8, 8), torch.randn(7, 77, 32), torch.arange(0, 700, 100)
+    x_t, cond, t = torch.randn(13, 4, 8, 8), torch.randn(13, 77, 32), torch.arange(0, 650, 50)
     seen: list[int] = []
     base.unet.register_forward_pre_hook(lambda _unet, inputs: seen.append(len(inputs[0])))
     with torch.no_grad():
         one_thread = [base.denoiser()(x_t, t, cond), base.denoiser(adapter=False)(x_t, t, cond), base.decode(x_t)]
-        assert seen == [7, 7]
+        assert seen == [13, 13]
         monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
         several = [base.denoiser()(x_t, t, cond), base.denoiser(adapter=False)(x_t, t, cond), base.decode(x_t)]
-    assert len(seen) == 2 + 2 * threads and sum(seen) == 28
+    assert len(seen) == 2 + 2 * threads and sum(seen) == 52
     tolerance = {"rtol": 1e-4, "atol": 1e-5} if dtype == "no" else {"rtol": 0.05, "atol": 0.05}
     for mine, theirs in zip(several, one_thread, strict=True):
         torch.testing.assert_close(mine, theirs, **tolerance)
     output = base.denoiser()(x_t, t, cond)  # gradients need the batch whole
-    assert output.requires_grad and seen[-1] == 7
+    assert output.requires_grad and seen[-1] == 13
 
 
 def test_a_thread_that_fails_is_heard(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -81,8 +81,8 @@ def test_a_thread_that_fails_is_heard(monkeypatch: pytest.MonkeyPatch) -> None:
         raise ArithmeticError(f"{len(x)} samples")
 
     monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
-    with torch.no_grad(), pytest.raises(ArithmeticError, match="2 samples"):
-        in_parts(fails, (torch.zeros(4, 1),))
+    with torch.no_grad(), pytest.raises(ArithmeticError, match="4 samples"):
+        in_parts(fails, (torch.zeros(8, 1),))
 
 
 def test_the_denoiser_is_the_unet(tiny: Backbone) -> None:

@@ -17,6 +17,10 @@ SMALL = 50_000_000
 """Parameters below which a network counts as small; at Stable Diffusion's 860 million one operation is work enough."""
 
 
+PER_THREAD = 4
+"""Samples a thread below which its part is too little: one thread a part is then slower than all in every operation."""
+
+
 def is_small(network: nn.Module) -> bool:
     """Whether the network is better run picture by picture than operation by operation."""
     return sum(parameter.numel() for parameter in network.parameters()) < SMALL
@@ -30,14 +34,14 @@ def whole(forward: Callable[..., Tensor], inputs: tuple[Tensor, ...]) -> Tensor:
 def in_parts(forward: Callable[..., Tensor], inputs: tuple[Tensor, ...]) -> Tensor:
     """`forward(*inputs)` of inputs [B, ...], computed as one part a thread where that is possible.
 
-    That is on the CPU, without gradients, and with at least as many samples as threads; else `forward` runs as it is.
+    That is on the CPU, without gradients, and with enough samples for every thread; else `forward` runs as it is.
 
     Args:
         forward: of one sample independently of the others; under autocast only if it enters that itself, for it does
             not pass from thread to thread.
     """
     threads = torch.get_num_threads()
-    if inputs[0].device.type != "cpu" or torch.is_grad_enabled() or not 1 < threads <= len(inputs[0]):
+    if inputs[0].device.type != "cpu" or torch.is_grad_enabled() or not 1 < threads <= len(inputs[0]) // PER_THREAD:
         return forward(*inputs)
 
     def one(part: tuple[Tensor, ...]) -> Tensor:
