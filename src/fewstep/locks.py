@@ -38,8 +38,7 @@ def alone_in(folder: Path) -> Iterator[None]:
         yield
     finally:
         owner.unlink(missing_ok=True)
-        with suppress(OSError):  # Windows keeps open files
-            (folder / LOCK).unlink(
-                missing_ok=True
-            )  # while it is held: filelock looks whether what it got is still there
+        # Removed while it is held: filelock looks whether what it got is still there. Windows keeps open files.
+        with suppress(OSError):
+            (folder / LOCK).unlink(missing_ok=True)
         lock.release()

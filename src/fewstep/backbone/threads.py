@@ -16,7 +16,6 @@ from torch import Tensor, nn
 SMALL = 50_000_000
 """Parameters below which a network counts as small; at Stable Diffusion's 860 million one operation is work enough."""
 
-
 PER_THREAD = 4
 """Samples a thread below which its part is too little: one thread a part is then slower than all in every operation."""
 

@@ -31,7 +31,7 @@ def side_by_side(records: Mapping[str, BenchmarkRecord]) -> tuple[BenchmarkRecor
     summary, scores = dict(first.summary), list(first.scores)
     origins = {arm: (first_name, arm) for arm in summary}
     adapters, warnings = dict(first.adapters), list(first.warnings)
-    drawn = {(record_key(first, arm)): arm for arm in summary}
+    drawn = {_same_pictures(first, arm): arm for arm in summary}
     for name, record in others:
         for what in ALIKE:
             if getattr(record, what) != getattr(first, what):
@@ -41,7 +41,7 @@ def side_by_side(records: Mapping[str, BenchmarkRecord]) -> tuple[BenchmarkRecor
                 )
         if record.machine != first.machine:
             warnings.append(f"{name} was timed on another machine or precision than {first_name}: times differ by that")
-        renamed = {arm: drawn.get(record_key(record, arm)) or f"{_slug(name)}-{arm}" for arm in record.summary}
+        renamed = {arm: drawn.get(_same_pictures(record, arm)) or f"{_slug(name)}-{arm}" for arm in record.summary}
         for arm, found in record.summary.items():
             new = renamed[arm]
             if new in summary:
@@ -57,13 +57,11 @@ def side_by_side(records: Mapping[str, BenchmarkRecord]) -> tuple[BenchmarkRecor
         if record.adapter:
             adapters[_slug(name)] = record.adapter
         warnings += [warning for warning in record.warnings if warning not in warnings]
-    merged = replace(
-        first, summary=summary, scores=tuple(scores), adapters=adapters, warnings=tuple(warnings)
-    )  # fmt: skip
+    merged = replace(first, summary=summary, scores=tuple(scores), adapters=adapters, warnings=tuple(warnings))
     return merged, origins
 
 
-def record_key(record: BenchmarkRecord, arm: str) -> object:
+def _same_pictures(record: BenchmarkRecord, arm: str) -> object:
     """What makes two runs' arms the same pictures; with an adapter they never count as the same."""
     found = record.summary[arm].arm
     names = ("seed", "num_images", "resolution", "negative_prompt")
