@@ -59,14 +59,15 @@ COMMANDS = {
 
 # The order of the help. Names are shared by the commands: each takes the ones that its settings have.
 SECTIONS = {
-    "Pictures": "prompt prompts_file negative_prompt num_prompts num_images steps flash_guidance safety_checker",
+    "Prompts": "prompt prompts_file negative_prompt num_prompts",
+    "Pictures": "num_images steps flash_guidance safety_checker",
     "Adapter": "lora_path lora_id lora_rank lora_alpha lora_targets",
     "Comparison": "compare_baseline baseline_steps baseline_guidance baseline_outdir solver_steps adapters_file "
     "clip_model_id batch_sizes timing_repeats frechet_images",
     "Data": "dataset_name data_dir image_column caption_column max_dropped",
     "Training": "size stage max_steps learning_rate lr_schedule lr_warmup_steps gradient_accumulation_steps "
     "max_grad_norm ema_decay resume_from_checkpoint",
-    "Method": "guidance_scale num_ddim_steps num_inference_steps pure_noise_share pairs_per_rollout "
+    "Method": "guidance_scale num_ddim_steps num_inference_steps pure_noise_share start pairs_per_rollout "
     "teacher_rollouts teacher_cache loss loss_weighting",
     "Base model": "base_model default_base revision prediction_type resolution allow_pickle",
     "Results": "runs output_dir run_name outdir resume log_file checkpoint_every keep_last keep_every "

@@ -17,6 +17,7 @@ import tomllib
 import types
 import typing
 from collections.abc import Iterable, Mapping
+from itertools import combinations
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Self, TypeVar
 
@@ -46,6 +47,7 @@ MOST_STUDENT_STEPS = 50
 SettingsT = TypeVar("SettingsT", bound="Checked")
 
 Precision = Literal["auto", "no", "fp16", "bf16"]
+Start = Literal["data", "teacher"]
 
 
 # ---------------------------------------------------------------------------------------------------- kinds of values
@@ -194,6 +196,9 @@ class TrainSettings(BaseModelSettings):
         description="Folder to train on: COCO 2014/2017, images/ + captions/, picture + .txt, or metadata.jsonl. "
         "Unset, like dataset_name: the base's own data, where it has any.",
     )
+    prompts_file: Folder | None = Field(
+        None, description="Text file with one caption a line to train on, without any pictures."
+    )
     image_column: Text | None = Field(None, description="Column of the pictures. Unset: found by its type.")
     caption_column: Text | None = Field(None, description="Column of the captions. Unset: found by its name.")
     max_dropped: Share = Field(0.01, description="Share of unusable pictures above which training refuses to start.")
@@ -232,6 +237,12 @@ class TrainSettings(BaseModelSettings):
     )
     pure_noise_share: Share = Field(
         1.0, description="Share of the draws at the highest timestep that start from pure noise, as sampling does."
+    )
+    start: Start | None = Field(
+        None,
+        description="What is noised to start a rollout below the highest timestep: data, the pictures of the data set; "
+        "teacher, the teacher's own to the same captions, which takes a second rollout. Unset: data, or teacher where "
+        "there is a prompts_file.",
     )
     pairs_per_rollout: Count = Field(
         1,
@@ -278,6 +289,11 @@ class TrainSettings(BaseModelSettings):
         return self.output_dir / self.run_name
 
     @property
+    def starts_from(self) -> Start:
+        """`start`, resolved."""
+        return self.start or ("data" if self.prompts_file is None else "teacher")
+
+    @property
     def keeps_rollouts(self) -> bool:
         return self.teacher_rollouts is not None or self.teacher_cache is not None
 
@@ -294,7 +310,13 @@ class TrainSettings(BaseModelSettings):
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
-        _forbid_both(self, "dataset_name", "data_dir", "leave one out")
+        for first, second in combinations(("dataset_name", "data_dir", "prompts_file"), 2):
+            _forbid_both(self, first, second, "leave one out")
+        if self.prompts_file is not None and self.start == "data":
+            raise ValueError(
+                f"start data came with prompts_file {spell(self.prompts_file)}, which has no pictures; allowed is "
+                "teacher; leave --start out, or pass pictures with --data_dir or --dataset_name"
+            )
         if self.lr_warmup_steps >= self.max_steps:
             raise ValueError(
                 f"lr_warmup_steps {self.lr_warmup_steps} came with max_steps {self.max_steps}; allowed is a warm-up "

@@ -19,6 +19,7 @@ class Settings:
 
     data_dir: Path | None = None
     dataset_name: str | None = None
+    prompts_file: Path | None = None
     image_column: str | None = None
     caption_column: str | None = None
     max_dropped: float = 0.01

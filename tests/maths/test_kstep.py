@@ -76,6 +76,22 @@ def test_a_draw_depends_on_seed_update_and_position_alone(schedule: NoiseSchedul
         assert not torch.equal(method.draw(seed, update, range(16), SHAPE).noise, whole.noise)
 
 
+def test_the_teachers_own_pictures_begin_from_noise_of_their_own(schedule: NoiseSchedule, toy: Any) -> None:
+    method = kstep(schedule)
+    origins = method.draw_origins(7, 3, range(6), SHAPE)
+    assert torch.equal(method.draw_origins(7, 3, [4, 1], SHAPE), origins[[4, 1]])
+    noise = method.draw(7, 3, range(6), SHAPE).noise
+    others = [method.draw_origins(8, 3, range(6), SHAPE), method.draw_origins(7, 4, range(6), SHAPE), noise]
+    for other in others:
+        assert not any(torch.equal(one, two) for one in origins for two in other)
+    many = method.draw_origins(0, 0, range(500), (64,))
+    assert abs(many.mean().item()) < 0.02 and abs(many.std().item() - 1) < 0.02
+    cond, uncond = torch.randn(6, 2, 6), torch.randn(1, 2, 6)
+    pictures = method.own_pictures(toy, origins, cond, uncond)
+    assert torch.equal(pictures, method.target(toy, origins, torch.full((6,), 999), cond, uncond))
+    assert not pictures.requires_grad
+
+
 @pytest.mark.parametrize("share", [0.0, 0.3, 1.0])
 def test_the_share_of_pure_noise_is_among_the_noisiest_draws(schedule: NoiseSchedule, share: float) -> None:
     draws = kstep(schedule, pure_noise_share=share).draw(0, 0, range(4000), (1,))

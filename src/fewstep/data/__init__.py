@@ -15,6 +15,7 @@ from fewstep.data.generated import DrawsPictures, GeneratedPictures
 from fewstep.data.hub import scan_hub
 from fewstep.data.loader import Batch, Batches, Slices
 from fewstep.data.pairs import LocalPictures, PictureData, keep_readable
+from fewstep.data.prompts import scan_prompts
 from fewstep.data.report import DataReport, Drops
 from fewstep.errors import InputError
 from fewstep.reporting import SILENT, Reporter
@@ -29,6 +30,8 @@ class DataSettings(Protocol):
     def data_dir(self) -> Path | None: ...
     @property
     def dataset_name(self) -> str | None: ...
+    @property
+    def prompts_file(self) -> Path | None: ...
     @property
     def image_column(self) -> str | None: ...
     @property
@@ -70,7 +73,7 @@ class OpenedData:
 
 
 def open_data(settings: DataSettings, backbone: Base, *, reporter: Reporter = SILENT) -> OpenedData:
-    """Find, scan and check the training data: a folder, a Hugging Face dataset, or the base's own drawings.
+    """Find, scan and check the training data: a folder, a dataset, captions alone, or the base's own drawings.
 
     Raises:
         InputError: nothing says what to train on, or the settings contradict each other or the data.
@@ -79,8 +82,9 @@ def open_data(settings: DataSettings, backbone: Base, *, reporter: Reporter = SI
     resolution = settings.resolution or backbone.resolution
     drops = Drops()
     data: PictureData
-    if settings.data_dir is not None and settings.dataset_name is not None:
-        raise InputError("data_dir and dataset_name came together; allowed is one of them; leave one out")
+    given = [name for name in ("data_dir", "dataset_name", "prompts_file") if getattr(settings, name) is not None]
+    if len(given) > 1:
+        raise InputError(f"{given[0]} and {given[1]} came together; allowed is one of them; leave one out")
     if settings.data_dir is not None:
         scanned = folder.scan_folder(
             settings.data_dir,
@@ -103,11 +107,17 @@ def open_data(settings: DataSettings, backbone: Base, *, reporter: Reporter = SI
         )
         data, fingerprint = rows.data, rows.fingerprint
         report = drops.report(rows.source, len(data), rows.captions)
+    elif settings.prompts_file is not None:
+        folder.refuse_columns(settings.image_column, settings.caption_column, settings.prompts_file)
+        prompts = scan_prompts(settings.prompts_file, drops)
+        data, fingerprint = prompts, prompts.fingerprint()
+        report = drops.report(f"captions in {settings.prompts_file}", 0, len(data), pictures_too=False)
     else:
         if not isinstance(backbone.abilities, DrawsPictures):
             raise InputError(
                 f"no training data came, and base model {backbone.name} draws none of its own; allowed: --data_dir "
-                f"FOLDER with {folder.LAYOUTS}; or --dataset_name ID of a Hugging Face dataset"
+                f"FOLDER with {folder.LAYOUTS}; --dataset_name ID of a Hugging Face dataset; or --prompts_file FILE "
+                "with a caption a line and no pictures"
             )
         drawings = GeneratedPictures(backbone.abilities, settings.seed, resolution)
         data, fingerprint = drawings, drawings.fingerprint()

@@ -66,14 +66,14 @@ def scan_folder(
         if place.suffix == ".jsonl":
             return _with_metadata(place, drops, image_column, caption_column)
         if coco.is_annotations(place):
-            _no_columns(image_column, caption_column, place)
+            refuse_columns(image_column, caption_column, place)
             return _with_coco(place, drops)
         raise DataError(f"data_dir {place} is a file; allowed is a folder, a metadata.jsonl or COCO's captions_*.json")
     if not place.is_dir():
         raise DataError(f"data_dir {place} does not exist; allowed is a folder: {LAYOUTS}; check the path")
     if (place / "metadata.jsonl").is_file():
         return _with_metadata(place / "metadata.jsonl", drops, image_column, caption_column)
-    _no_columns(image_column, caption_column, place)
+    refuse_columns(image_column, caption_column, place)
     annotations = coco.find_annotations(place)
     if annotations is not None:
         return _with_coco(annotations, drops)
@@ -94,7 +94,8 @@ def scan_folder(
     return Scanned(source=source, root=place, pairs=_pair(place, listing, drops, reporter))
 
 
-def _no_columns(image_column: str | None, caption_column: str | None, place: Path) -> None:
+def refuse_columns(image_column: str | None, caption_column: str | None, place: Path) -> None:
+    """Raise an `InputError` where columns are named of data that has none."""
     for setting, column in (("image_column", image_column), ("caption_column", caption_column)):
         if column is not None:
             raise InputError(

@@ -86,7 +86,7 @@ class Batch:
         micro: number of the micro-batch in it, from 0.
         positions: of the B samples in the global batch.
         items: numbers of the B items in the data.
-        pictures: uint8 [B, R, R, 3], RGB.
+        pictures: uint8 [B, R, R, 3], RGB; R is 0 where the data is captions alone.
         captions: B of them, none empty.
         replaced: pictures that were met for the first time here and could not be used.
     """

@@ -32,6 +32,8 @@ class PictureData(Protocol):
     def item(self, index: int) -> tuple[np.ndarray, tuple[str, ...]]:
         """Picture `index`, uint8 [resolution, resolution, 3] RGB, and all its captions, at least one.
 
+        Data that is captions alone has pictures without a pixel, [0, 0, 3].
+
         Raises:
             PictureError: this picture's content is no good.
             DataError: the data is not there any more.

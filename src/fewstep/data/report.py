@@ -41,6 +41,7 @@ class DataReport:
     captions: int  # kept
     dropped: tuple[Reason, ...]
     endless: bool = False  # drawn on demand: the counts say nothing
+    pictures_too: bool = True  # False: captions alone
 
     def dropped_of(self, kind: Kind) -> int:
         return sum(reason.count for reason in self.dropped if reason.kind == kind)
@@ -60,6 +61,8 @@ class DataReport:
         """What to tell the user: one line of what is kept, then one a reason of what is not."""
         if self.endless:
             yield f"{self.source}: as many as training asks for"
+        elif not self.pictures_too:
+            yield f"{self.source}: {self.captions:,}"
         else:
             yield f"{self.source}: {self.pictures:,} pictures, {self.captions:,} captions"
         for reason in self.dropped:
@@ -69,13 +72,16 @@ class DataReport:
         """Refuse data of which nothing, or too little, is left.
 
         Raises:
-            DataError: no picture is left, or more than the share `max_dropped` was dropped.
+            DataError: nothing is left, or more than the share `max_dropped` was dropped.
         """
         reasons = "; ".join(str(reason) for reason in self.dropped)
-        if not self.pictures:
+        if not self.captions:
+            what, where = (
+                ("picture with a caption", "folder and its layout") if self.pictures_too else ("caption", "file")
+            )
             raise DataError(
-                f"{self.source}: no picture with a caption is left to train on"
-                f"{f' ({reasons})' if reasons else ''}; allowed is at least one; check the folder and its layout"
+                f"{self.source}: no {what} is left to train on{f' ({reasons})' if reasons else ''}; allowed is at "
+                f"least one; check the {where}"
             )
         if self.dropped_share > max_dropped:
             raise DataError(
@@ -97,7 +103,9 @@ class Drops:
             examples.append(f"{shown(name)} ({detail})" if detail else shown(name))
         self._found[kind, reason] = (count + 1, examples)
 
-    def report(self, source: str, pictures: int, captions: int, *, endless: bool = False) -> DataReport:
+    def report(
+        self, source: str, pictures: int, captions: int, *, endless: bool = False, pictures_too: bool = True
+    ) -> DataReport:
         """The report, the most frequent reasons first."""
         ranked = sorted(self._found.items(), key=lambda entry: (-entry[1][0], entry[0]))
         return DataReport(
@@ -109,6 +117,7 @@ class Drops:
                 for (kind, reason), (count, examples) in ranked
             ),
             endless=endless,
+            pictures_too=pictures_too,
         )
 
 

@@ -1,15 +1,20 @@
 """K-step distillation: one unguided jump of the student learns where K guided DDIM steps of the teacher arrive.
 
-    x_t = √ᾱ_t x0 + √(1−ᾱ_t) ε                          a noised data latent, or ε itself at the noisiest t
+    x_t = √ᾱ_t x0 + √(1−ᾱ_t) ε                          a noised clean latent, or ε itself at the noisiest t
     target(x_t) = DDIM_K(teacher, guidance; t → … → x0)   no gradient
     loss = w(t) ‖ f_student(x_t, t) − target(x_t) ‖²       f as the few-step sampler maps the network to x0
 
 t is drawn as sampling will ask for it: a promised number of steps, then one of its timesteps, both evenly.
 
+The clean latent x0 is data, or a picture of the teacher's own, where it arrives from pure noise in K guided steps: no
+data is needed then, and the student is trained where the teacher's pictures are. Such a picture is never what is aimed
+at: it is noised to t, and the target is where the teacher gets to from there, in a second rollout. (To aim at the
+picture that was noised would be plain denoising: its answer is the mean of all pictures that fit, a blur.)
+
 A rollout from t passes the student's own timesteps below t (`timesteps.rollout_grid` sees to it), and each state there
 has the same end point: one more pair (state, target) at no cost to the teacher. With `pairs_per_rollout` above 1 some
 of them are learnt from too, weighted so that every timestep counts as much as without: the objective stays what it is,
-up to where the states come from (the teacher's path instead of noised data).
+up to where the states come from (the teacher's path instead of noised pictures).
 """
 
 from __future__ import annotations
@@ -75,7 +80,7 @@ class KStep:
         num_ddim_steps: K.
         guidance: the teacher's w in u + w (c − u); at 1 or less it is not guided.
         pure_noise_share: which share of the draws at the noisiest t starts from pure noise, as sampling always does.
-            The rest are noised data, which at that t still show through (SD1.5: ᾱ = 0.0047).
+            The rest are noised pictures, which at that t still show through (SD1.5: ᾱ = 0.0047).
         criterion: the loss, by its name in `losses.LOSSES`.
         weighting: w(t), by its name in `losses.WEIGHTINGS`.
         pairs_per_rollout: at most how many pairs are learnt from a rollout, its start included.
@@ -130,8 +135,21 @@ class KStep:
         order = torch.rand(self.num_ddim_steps, generator=rng)
         return t, noise, t == self.points[0] and chance < self.pure_noise_share, order
 
+    def draw_origins(self, seed: int, update: int, positions: Sequence[int], shape: Sequence[int]) -> Tensor:
+        """The noise [B, C, H, W] fp32 that the teacher's own pictures begin from, on the CPU: its own at each sample.
+
+        Args:
+            seed, update, positions, shape: as in `draw`, whose noise is another one.
+        """
+        sources = [generator(seed, "kstep", "origin", update, position) for position in positions]
+        return torch.stack([torch.randn(*shape, generator=source) for source in sources])
+
+    def own_pictures(self, teacher: Denoiser, noise: Tensor, cond: Tensor, uncond: Tensor | None) -> Tensor:
+        """Clean latents [B, C, H, W] of the teacher's own: K guided steps from pure noise [B, C, H, W], no gradient."""
+        return self.target(teacher, noise, torch.full((len(noise),), self.points[0]), cond, uncond)
+
     def start(self, x0: Tensor, draws: Draws) -> Tensor:
-        """x_t [B, C, H, W] on the device of the data latents `x0` [B, C, H, W]."""
+        """x_t [B, C, H, W] on the device of the clean latents `x0` [B, C, H, W]."""
         t, noise, pure = (part.to(x0.device) for part in (draws.t, draws.noise, draws.pure))
         return torch.where(pure[:, None, None, None], noise, self.schedule.add_noise(x0, noise, t))
 

@@ -225,7 +225,7 @@ def distill(
             allowance=opened.allowance,
             workers=start.loading_workers(device, processes.num_processes),
         )
-        teacher = Teacher(backbone, method, settings.seed, shape)
+        teacher = Teacher(backbone, method, settings.seed, shape, settings.starts_from)
         lessons: Iterator[Lesson]
         if settings.keeps_rollouts:
             count = start.rollouts_to_keep(settings, slices)

@@ -23,12 +23,14 @@ from safetensors.torch import save
 from torch import Tensor
 
 from fewstep.backbone import Backbone, adapters_off
+from fewstep.config import Start
 from fewstep.data import Batch, Slices
 from fewstep.data.loader import Replaced, to_pixels
 from fewstep.data.order import sample_index
 from fewstep.errors import CheckpointError
 from fewstep.files import write_bytes_atomic, write_text_atomic
 from fewstep.methods.kstep import Draws, KStep, Pairs
+from fewstep.solver import Denoiser
 
 KEY = "rollouts.json"
 """The file that says what the rollouts of a folder are of."""
@@ -55,12 +57,20 @@ class Lesson:
 
 @dataclass(frozen=True, eq=False)
 class Teacher:
-    """Makes a lesson of a micro-batch of data: the rollouts from its noised latents, or from noise alone."""
+    """Makes a lesson of a micro-batch of data: the rollouts from its noised latents, or from noise alone.
+
+    Attributes:
+        seed: of all that is drawn.
+        shape: of one latent, (C, H, W).
+        start: whose clean latents are noised: those of the data's pictures, or of the teacher's own to the same
+            captions, which cost a rollout more each: with 1 2 4 8 promised steps for 53 % of the draws.
+    """
 
     backbone: Backbone
     method: KStep
     seed: int
     shape: tuple[int, int, int]
+    start: Start = "data"
 
     @torch.no_grad()
     def __call__(self, batch: Batch) -> Lesson:
@@ -68,26 +78,33 @@ class Teacher:
         cond = self.backbone.embed(batch.captions)
         with adapters_off(self.backbone.unet):
             teacher = self.backbone.denoiser(adapter=False)
-            pairs = self.method.pairs(teacher, self._noised(batch, draws), draws, cond, self._uncond)
+            x_t = self.method.start(self._clean(teacher, batch, draws, cond), draws)
+            pairs = self.method.pairs(teacher, x_t, draws, cond, self._uncond)
         return Lesson(pairs=pairs, cond=cond, captions=batch.captions, items=batch.items, replaced=batch.replaced)
 
     @cached_property
     def _uncond(self) -> Tensor:
         return self.backbone.embed([""])
 
-    def _noised(self, batch: Batch, draws: Draws) -> Tensor:
-        """x_t [B, C, H, W] fp32; only those pictures are encoded that do not start from pure noise.
+    def _clean(self, teacher: Denoiser, batch: Batch, draws: Draws, cond: Tensor) -> Tensor:
+        """x0 [B, C, H, W] fp32; only where it is asked for: a sample that starts from pure noise has zeros.
 
-        A picture's latent is its posterior's mean: the posterior's own spread is far below the noise of any t trained
-        at.
+        The latent of the data's picture is its posterior's mean: the posterior's own spread is far below the noise of
+        any t trained at.
         """
         device = self.backbone.device
         x0 = torch.zeros_like(draws.noise, device=device)
         rows = (~draws.pure).nonzero().squeeze(1)
-        if len(rows):
+        here = rows.to(device)
+        if not len(rows):
+            return x0
+        if self.start == "teacher":
+            positions = [batch.positions[row] for row in rows.tolist()]
+            origins = self.method.draw_origins(self.seed, batch.update, positions, self.shape).to(device)
+            latents = self.method.own_pictures(teacher, origins, cond[here], self._uncond)
+        else:
             latents = self.backbone.encode(to_pixels(batch.pictures[rows].to(device)))
-            x0.index_copy_(0, rows.to(device), latents)
-        return self.method.start(x0, draws)
+        return x0.index_copy_(0, here, latents)
 
 
 class RolloutStore:

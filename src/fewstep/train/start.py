@@ -27,7 +27,8 @@ MAY_CHANGE = {
     *("keep_last", "keep_every"),
     *("device", "default_base", "revision", "allow_pickle"),
     "teacher_cache",  # its own key tells
-    *("base_model", "data_dir", "dataset_name", "image_column", "caption_column", "max_dropped"),  # fingerprints tell
+    *("base_model", "data_dir", "dataset_name", "prompts_file"),  # fingerprints tell
+    *("image_column", "caption_column", "max_dropped"),  # and here
     *("batch_size", "gradient_accumulation_steps"),  # the global batch tells
     "max_steps",
 }
@@ -77,6 +78,7 @@ def resolved(settings: TrainSettings, backbone: Backbone) -> TrainSettings:
         guidance_scale=backbone.guidance_scale if settings.guidance_scale is None else settings.guidance_scale,
         resolution=backbone.resolution if settings.resolution is None else settings.resolution,
         lora_alpha=settings.alpha,
+        start=settings.starts_from,
         oracle_images=oracle if settings.oracle_images is None else settings.oracle_images,
         prediction_type=backbone.schedule.prediction_type,
         mixed_precision={torch.float32: "no", torch.float16: "fp16", torch.bfloat16: "bf16"}[backbone.dtype],
@@ -133,6 +135,11 @@ def plan(settings: TrainSettings, method: KStep, slices: Slices, trainable: int,
         f"teacher: {method.num_ddim_steps} DDIM steps from t to x0 with guidance {method.guidance:g}; "
         f"t is one of {spell(method.points)}"
     )
+    noised = {"data": "the data's pictures", "teacher": "the teacher's own pictures, made by a rollout more each"}
+    yield (
+        f"starts: pure noise for {settings.pure_noise_share:.0%} at t = {method.points[0]}, else, noised to t, "
+        f"{noised[settings.starts_from]}"
+    )
     if settings.keeps_rollouts:
         count = rollouts_to_keep(settings, slices)
         epochs = settings.max_steps * slices.global_batch / count
@@ -158,7 +165,7 @@ def rollout_key(settings: TrainSettings, backbone: Backbone) -> dict[str, Any]:
     """All that the teacher's rollouts depend on besides the data and the global batch."""
     names = (
         *("seed", "guidance_scale", "num_ddim_steps", "num_inference_steps", "pure_noise_share", "pairs_per_rollout"),
-        *("resolution", "mixed_precision", "prediction_type"),
+        *("start", "resolution", "mixed_precision", "prediction_type"),
     )
     return {"base_fingerprint": backbone.fingerprint} | {name: getattr(settings, name) for name in names}
 
