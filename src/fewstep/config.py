@@ -193,8 +193,8 @@ class TrainSettings(BaseModelSettings):
     dataset_name: Text | None = Field(None, description="Hugging Face dataset to train on.")
     data_dir: Folder | None = Field(
         None,
-        description="Folder to train on: COCO 2014/2017, images/ + captions/, picture + .txt, or metadata.jsonl. "
-        "Unset, like dataset_name: the base's own data, where it has any.",
+        description="Folder to train on: COCO 2014/2017, images/ + captions/, picture + .txt, metadata.jsonl, .tar "
+        "shards, or .parquet. Unset, like dataset_name: the base's own data, where it has any.",
     )
     prompts_file: Folder | None = Field(
         None, description="Text file with one caption a line to train on, without any pictures."

@@ -52,11 +52,11 @@ def test_layouts(tmp_path: Path, split: str, pictures: str) -> None:
     make(tmp_path, split, ids, pictures)
     drops = Drops()
     scanned = scan_folder(tmp_path, drops)
-    assert scanned.root == tmp_path / pictures / split
+    assert scanned.files.root == tmp_path / pictures / split
     assert [pair.name for pair in scanned.pairs] == [FILE_NAMES[split].format(image) for image in sorted(ids)]
     for pair, image in zip(scanned.pairs, sorted(ids), strict=True):
         assert sorted(pair.captions) == [f"caption {k} of {image}." for k in range(5)]
-        assert (scanned.root / pair.name).is_file()
+        assert (scanned.files.root / pair.name).is_file()
     assert not drops.report("", 0, 0).dropped
 
 

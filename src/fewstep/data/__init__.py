@@ -93,8 +93,8 @@ def open_data(settings: DataSettings, backbone: Base, *, reporter: Reporter = SI
             caption_column=settings.caption_column,
             reporter=reporter,
         )
-        pairs, fingerprint = keep_readable(scanned.root, scanned.pairs, drops, reporter)
-        data = LocalPictures(scanned.root, pairs, resolution)
+        pairs, fingerprint = keep_readable(scanned.files, scanned.pairs, drops, reporter)
+        data = LocalPictures(scanned.files, pairs, resolution)
         report = drops.report(scanned.source, len(pairs), sum(len(pair.captions) for pair in pairs))
     elif settings.dataset_name is not None:
         rows = scan_hub(

@@ -9,22 +9,23 @@ from __future__ import annotations
 import json
 import os
 from collections import defaultdict
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 from fewstep.data import captions, coco
-from fewstep.data.pairs import READERS, Pair, safe_name
+from fewstep.data.pairs import Files, FolderFiles, Pair, safe_name
 from fewstep.data.pictures import SUFFIXES
 from fewstep.data.report import Drops
+from fewstep.data.shards import scan_shards
+from fewstep.data.stems import HERE, Listing, pair_by_stem
 from fewstep.errors import DataError, InputError
 from fewstep.reporting import SILENT, Reporter
 
 LAYOUTS = (
     "COCO (annotations/captions_train2017.json + train2017/, 2014 and val alike), metadata.jsonl, images/ + captions/ "
-    "with files of the same stem, or pictures with a .txt of the same stem beside each"
+    "with files of the same stem, pictures with a .txt of the same stem beside each, or .tar shards of such pairs"
 )
 
 
@@ -34,12 +35,12 @@ class Scanned:
 
     Attributes:
         source: layout and place, for people.
-        root: folder that the names of the pairs start from.
+        files: where the pictures lie that the pairs name.
         pairs: sorted by name.
     """
 
     source: str
-    root: Path
+    files: Files
     pairs: list[Pair]
 
 
@@ -65,33 +66,51 @@ def scan_folder(
     if place.is_file():
         if place.suffix == ".jsonl":
             return _with_metadata(place, drops, image_column, caption_column)
+        if place.suffix == ".tar":
+            return _with_shards([place], drops, image_column, caption_column, reporter)
         if coco.is_annotations(place):
             refuse_columns(image_column, caption_column, place)
             return _with_coco(place, drops)
-        raise DataError(f"data_dir {place} is a file; allowed is a folder, a metadata.jsonl or COCO's captions_*.json")
+        raise DataError(
+            f"data_dir {place} is a file; allowed is a folder, a .tar, a metadata.jsonl or COCO's captions_*.json"
+        )
     if not place.is_dir():
         raise DataError(f"data_dir {place} does not exist; allowed is a folder: {LAYOUTS}; check the path")
     if (place / "metadata.jsonl").is_file():
         return _with_metadata(place / "metadata.jsonl", drops, image_column, caption_column)
-    refuse_columns(image_column, caption_column, place)
     annotations = coco.find_annotations(place)
     if annotations is not None:
+        refuse_columns(image_column, caption_column, place)
         return _with_coco(annotations, drops)
     if (place / "images").is_dir() and (place / "captions").is_dir():
         pictures, texts = PurePosixPath("images"), PurePosixPath("captions")
         source = f"images/ + captions/ in {place}"
     else:
-        pictures = texts = PurePosixPath()
+        pictures = texts = HERE
         source = f"pictures with .txt in {place}"
-    listing = _Listing()
-    listing.add_pictures(place, pictures)
-    listing.add_captions(place, texts)
+    listing = Listing()
+    for file in _files(place / pictures):
+        if file.suffix.lower() in SUFFIXES:
+            listing.add_picture(file, pictures)
+    for file in _files(place / texts):
+        if file.suffix.lower() == ".txt":
+            listing.add_caption(file, texts)
+    shards = sorted(file for file in place.glob("*.tar") if not file.name.startswith("."))
+    if shards and not listing.pictures:
+        return _with_shards(shards, drops, image_column, caption_column, reporter)
+    if shards:
+        raise InputError(
+            f"data_dir {place} holds pictures and also shards, such as {shards[0].name}; allowed is one of the two; "
+            "move the others elsewhere"
+        )
+    refuse_columns(image_column, caption_column, place)
     if not listing.pictures or not listing.captions:
         raise DataError(
             f"data_dir {place} has {sum(map(len, listing.pictures.values()))} pictures and "
             f"{sum(map(len, listing.captions.values()))} caption files; allowed is one of these layouts: {LAYOUTS}"
         )
-    return Scanned(source=source, root=place, pairs=_pair(place, listing, drops, reporter))
+    pairs = pair_by_stem(listing, lambda name: _caption(place / name), drops, reporter)
+    return Scanned(source=source, files=FolderFiles(place), pairs=pairs)
 
 
 def refuse_columns(image_column: str | None, caption_column: str | None, place: Path) -> None:
@@ -104,30 +123,22 @@ def refuse_columns(image_column: str | None, caption_column: str | None, place: 
             )
 
 
+def _with_shards(
+    shards: Sequence[Path], drops: Drops, image_column: str | None, caption_column: str | None, reporter: Reporter
+) -> Scanned:
+    refuse_columns(image_column, None, shards[0].parent)
+    files, pairs = scan_shards(shards, drops, caption_column=caption_column, reporter=reporter)
+    where = shards[0] if len(shards) == 1 else f"{len(shards)} shards in {shards[0].parent}"
+    return Scanned(source=f"pictures in {where}", files=files, pairs=pairs)
+
+
 def _with_coco(annotations: Path, drops: Drops) -> Scanned:
     root = coco.picture_folder(annotations)
-    return Scanned(source=f"COCO {annotations.stem} in {root}", root=root, pairs=coco.read_pairs(annotations, drops))
+    source, pairs = f"COCO {annotations.stem} in {root}", coco.read_pairs(annotations, drops)
+    return Scanned(source=source, files=FolderFiles(root), pairs=pairs)
 
 
 # ------------------------------------------------------------------------------------------------------ files by stem
-
-
-@dataclass
-class _Listing:
-    """Names of files, below the folder that holds them all, by the stem that pairs them."""
-
-    pictures: dict[str, list[str]] = field(default_factory=lambda: defaultdict(list))
-    captions: dict[str, list[str]] = field(default_factory=lambda: defaultdict(list))
-
-    def add_pictures(self, root: Path, below: PurePosixPath) -> None:
-        for file in _files(root / below):
-            if file.suffix.lower() in SUFFIXES:
-                self.pictures[str(file.with_suffix(""))].append(str(below / file))
-
-    def add_captions(self, root: Path, below: PurePosixPath) -> None:
-        for file in _files(root / below):
-            if file.suffix.lower() == ".txt":
-                self.captions[str(file.with_suffix(""))].append(str(below / file))
 
 
 def _files(root: Path) -> Iterator[PurePosixPath]:
@@ -152,40 +163,11 @@ def _files(root: Path) -> Iterator[PurePosixPath]:
         yield from (below / name for name in sorted(files) if not name.startswith("."))
 
 
-def _pair(root: Path, listing: _Listing, drops: Drops, reporter: Reporter) -> list[Pair]:
-    """One picture and one caption file of the same stem make a pair."""
-    couples: list[tuple[str, str]] = []
-    for stem, pictures in sorted(listing.pictures.items()):
-        texts = listing.captions.get(stem, [])
-        if len(pictures) > 1:
-            for name in pictures:
-                drops.add("pictures", "another picture has the same stem", name)
-        elif not texts:
-            drops.add("pictures", "no caption file of the same stem", pictures[0])
-        elif len(texts) > 1:
-            drops.add("pictures", "several caption files of the same stem", pictures[0])
-        else:
-            couples.append((pictures[0], texts[0]))
-    for stem, texts in sorted(listing.captions.items()):
-        if stem not in listing.pictures:
-            for name in texts:
-                drops.add("captions", "no picture of the same stem", name)
-
-    def read(couple: tuple[str, str]) -> str | captions.CaptionError:
-        try:
-            return captions.read(root / couple[1])
-        except captions.CaptionError as error:
-            return error
-
-    pairs: list[Pair] = []
-    with reporter.progress("reading the captions", len(couples)) as bar, ThreadPoolExecutor(READERS) as readers:
-        for (picture, text), caption in zip(couples, readers.map(read, couples), strict=True):
-            if isinstance(caption, str):
-                pairs.append(Pair(picture, (caption,)))
-            else:
-                drops.add("pictures", str(caption), text)
-            bar.advance()
-    return sorted(pairs, key=lambda pair: pair.name)
+def _caption(file: Path) -> tuple[list[str], list[str]]:
+    try:
+        return [captions.read(file)], []
+    except captions.CaptionError as error:
+        return [], [str(error)]
 
 
 # ----------------------------------------------------------------------------------------------------- metadata.jsonl
@@ -221,7 +203,7 @@ def _with_metadata(file: Path, drops: Drops, image_column: str | None, caption_c
         for reason in bad:
             drops.add("captions", reason, name, f"line {numbers}")
         pairs.append(Pair(name, tuple(good)))
-    return Scanned(source=f"metadata.jsonl in {file.parent}", root=file.parent, pairs=pairs)
+    return Scanned(source=f"metadata.jsonl in {file.parent}", files=FolderFiles(file.parent), pairs=pairs)
 
 
 def _objects(file: Path, drops: Drops) -> Iterator[tuple[int, dict[str, Any]]]:

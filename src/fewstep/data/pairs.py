@@ -43,7 +43,7 @@ class PictureData(Protocol):
 
 @dataclass(frozen=True)
 class Pair:
-    """A picture, by its path below the data's root with forward slashes, and its captions."""
+    """A picture, by its path in the data with forward slashes, and its captions."""
 
     name: str
     captions: tuple[str, ...]
@@ -67,11 +67,36 @@ class Strings(Sequence[str]):
         return self._bytes[start : int(self._ends[index])].decode("utf-8", "surrogateescape")
 
 
-class LocalPictures:
-    """Pictures in files below one folder, decoded when they are asked for."""
+class Files(Protocol):
+    """Where the pictures of pairs lie, by their names."""
 
-    def __init__(self, root: Path, pairs: Sequence[Pair], resolution: int) -> None:
-        self._root = root
+    def inspect(self, name: str) -> int:
+        """`pictures.inspect` of a picture; it raises `PictureError` alone where only this picture is concerned."""
+        ...
+
+    def decode(self, name: str, resolution: int) -> np.ndarray:
+        """`pictures.decode` of a picture; raises a `DataError` as well, where it is not there any more."""
+        ...
+
+
+@dataclass(frozen=True)
+class FolderFiles:
+    """Files below a folder."""
+
+    root: Path
+
+    def inspect(self, name: str) -> int:
+        return inspect_file(self.root / name)
+
+    def decode(self, name: str, resolution: int) -> np.ndarray:
+        return decode_file(self.root / name, resolution)
+
+
+class LocalPictures:
+    """Pictures in local files, decoded when they are asked for."""
+
+    def __init__(self, files: Files, pairs: Sequence[Pair], resolution: int) -> None:
+        self._files = files
         self._resolution = resolution
         self._names = Strings(pair.name for pair in pairs)
         self._captions = Strings(caption for pair in pairs for caption in pair.captions)
@@ -84,18 +109,18 @@ class LocalPictures:
         return shown(self._names[index])
 
     def item(self, index: int) -> tuple[np.ndarray, tuple[str, ...]]:
-        pixels = decode_file(self._root / self._names[index], self._resolution)
+        pixels = self._files.decode(self._names[index], self._resolution)
         start = int(self._ends[index - 1]) if index else 0
         return pixels, tuple(self._captions[number] for number in range(start, int(self._ends[index])))
 
 
 def keep_readable(
-    root: Path, pairs: Sequence[Pair], drops: Drops, reporter: Reporter = SILENT
+    files: Files, pairs: Sequence[Pair], drops: Drops, reporter: Reporter = SILENT
 ) -> tuple[list[Pair], str]:
     """Look every picture over (its header and its end, not its pixels) and keep the pairs whose picture is usable.
 
     Args:
-        root: folder that the names start from.
+        files: where the pictures lie.
         pairs: in the order that the data is to have.
         drops: counts the others, with reasons.
         reporter: told about progress.
@@ -108,7 +133,7 @@ def keep_readable(
 
     def look(pair: Pair) -> int | PictureError:
         try:
-            return inspect_file(root / pair.name)
+            return files.inspect(pair.name)
         except PictureError as error:
             return error
 

@@ -156,10 +156,15 @@ def decode_file(path: Path, resolution: int) -> np.ndarray:
         with path.open("rb") as stream:
             return decode(stream, resolution)
     except OSError as error:
-        raise DataError(
-            f"{path} was there when the data was scanned and cannot be read now: {error.strerror or error}; training "
-            "data must stay in place during a run; put it back and resume from the last checkpoint"
-        ) from error
+        raise gone(path, error) from error
+
+
+def gone(path: Path, error: OSError) -> DataError:
+    """The error for a file that the scan had seen and that cannot be read any more."""
+    return DataError(
+        f"{path} was there when the data was scanned and cannot be read now: {error.strerror or error}; training "
+        "data must stay in place during a run; put it back and resume from the last checkpoint"
+    )
 
 
 @contextmanager
