@@ -11,12 +11,15 @@ import datasets
 import numpy as np
 import pytest
 
+from fewstep.data import open_data
+from fewstep.data.folder import holds_rows
 from fewstep.data.hub import ScannedRows, scan_hub
 from fewstep.data.pictures import PictureError
 from fewstep.data.report import Drops
 from fewstep.errors import DataError, InputError
 
-from .makers import encoded, noise, number_of, numbered, picture
+from .makers import Base, Settings, encoded, noise, number_of, numbered, picture, write
+from .test_open_data import contents
 
 
 @pytest.fixture(autouse=True)
@@ -111,6 +114,44 @@ def test_a_dataset_without_pictures(tmp_path: Path) -> None:
     datasets.Dataset.from_dict({"url": ["x"], "text": ["y"]}).to_parquet(folder / "train.parquet")
     with pytest.raises(InputError, match=r"0 columns of pictures \(columns: url, text\)"):
         scan(str(folder))
+
+
+def test_parquet_that_others_wrote(tmp_path: Path) -> None:
+    """Bytes, or structs of bytes, without a word that they are pictures."""
+    import pyarrow
+    from pyarrow import parquet as files
+
+    raw = [numbered(i) for i in range(3)]
+    texts = {"text": list("abc"), "id": [1, 2, 3]}
+    for kind, cells in {"bytes": raw, "structs": [{"bytes": one, "name": "x"} for one in raw]}.items():
+        (tmp_path / kind).mkdir()
+        files.write_table(pyarrow.table({"jpg": cells, **texts}), tmp_path / kind / "part.parquet")
+        for place in (tmp_path / kind / "part.parquet", tmp_path / kind):
+            opened = open_data(Settings(data_dir=place), Base())
+            assert contents(opened) == [(0, ("a",)), (1, ("b",)), (2, ("c",))]
+            assert f"{place}, split train: 3 pictures, 3 captions" in next(opened.report.lines())
+    files.write_table(pyarrow.table({"a": raw, "b": raw, **texts}), tmp_path / "two.parquet")
+    with pytest.raises(InputError, match=r"2 columns of pictures .*: a, b; say which with --image_column"):
+        open_data(Settings(data_dir=tmp_path / "two.parquet"), Base())
+    named = open_data(Settings(data_dir=tmp_path / "two.parquet", image_column="b"), Base())
+    assert len(named.data) == 3
+
+
+def test_a_folder_of_parquet_is_one_with_nothing_else(tmp_path: Path) -> None:
+    write(tmp_path, {"00000.parquet": b"", "README.md": "x", ".cache/x": b""})
+    assert holds_rows(tmp_path) and holds_rows(tmp_path / "00000.parquet")
+    for name in ("00000.tar", "1.PNG", "metadata.jsonl", "images/x"):
+        place = write(tmp_path / name.replace("/", "-"), {"00000.parquet": b"", name: b""})
+        assert not holds_rows(place)
+    assert not holds_rows(tmp_path / "missing")
+
+
+def test_broken_parquet_that_is_named(tmp_path: Path) -> None:
+    write(tmp_path, {"x.parquet": b"PAR1 junk"})
+    with pytest.raises(DataError, match=r"x\.parquet cannot be opened"):
+        open_data(Settings(data_dir=tmp_path / "x.parquet"), Base())
+    with pytest.raises(DataError, match=r"gone\.parquet was not found"):
+        open_data(Settings(data_dir=tmp_path / "gone.parquet"), Base())
 
 
 def test_splits(tmp_path: Path) -> None:

@@ -85,7 +85,21 @@ def open_data(settings: DataSettings, backbone: Base, *, reporter: Reporter = SI
     given = [name for name in ("data_dir", "dataset_name", "prompts_file") if getattr(settings, name) is not None]
     if len(given) > 1:
         raise InputError(f"{given[0]} and {given[1]} came together; allowed is one of them; leave one out")
-    if settings.data_dir is not None:
+    rows_of = settings.dataset_name
+    if settings.data_dir is not None and folder.holds_rows(settings.data_dir):
+        rows_of = str(settings.data_dir)
+    if rows_of is not None:
+        rows = scan_hub(
+            rows_of,
+            resolution,
+            drops,
+            image_column=settings.image_column,
+            caption_column=settings.caption_column,
+            reporter=reporter,
+        )
+        data, fingerprint = rows.data, rows.fingerprint
+        report = drops.report(rows.source, len(data), rows.captions)
+    elif settings.data_dir is not None:
         scanned = folder.scan_folder(
             settings.data_dir,
             drops,
@@ -96,17 +110,6 @@ def open_data(settings: DataSettings, backbone: Base, *, reporter: Reporter = SI
         pairs, fingerprint = keep_readable(scanned.files, scanned.pairs, drops, reporter)
         data = LocalPictures(scanned.files, pairs, resolution)
         report = drops.report(scanned.source, len(pairs), sum(len(pair.captions) for pair in pairs))
-    elif settings.dataset_name is not None:
-        rows = scan_hub(
-            settings.dataset_name,
-            resolution,
-            drops,
-            image_column=settings.image_column,
-            caption_column=settings.caption_column,
-            reporter=reporter,
-        )
-        data, fingerprint = rows.data, rows.fingerprint
-        report = drops.report(rows.source, len(data), rows.captions)
     elif settings.prompts_file is not None:
         folder.refuse_columns(settings.image_column, settings.caption_column, settings.prompts_file)
         prompts = scan_prompts(settings.prompts_file, drops)

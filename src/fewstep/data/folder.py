@@ -25,7 +25,8 @@ from fewstep.reporting import SILENT, Reporter
 
 LAYOUTS = (
     "COCO (annotations/captions_train2017.json + train2017/, 2014 and val alike), metadata.jsonl, images/ + captions/ "
-    "with files of the same stem, pictures with a .txt of the same stem beside each, or .tar shards of such pairs"
+    "with files of the same stem, pictures with a .txt of the same stem beside each, .tar shards of such pairs, or "
+    ".parquet"
 )
 
 
@@ -42,6 +43,16 @@ class Scanned:
     source: str
     files: Files
     pairs: list[Pair]
+
+
+def holds_rows(place: Path) -> bool:
+    """Whether `place` is a .parquet, or a folder of them: one with neither pictures, shards nor folders beside them."""
+    if not place.is_dir():
+        return place.suffix == ".parquet"
+    visible = [file for file in place.iterdir() if not file.name.startswith(".")]
+    kinds = {file.suffix.lower() for file in visible}
+    others = kinds & {".tar", ".jsonl", *SUFFIXES} or any(file.is_dir() for file in visible)
+    return ".parquet" in kinds and not others
 
 
 def scan_folder(
@@ -72,7 +83,8 @@ def scan_folder(
             refuse_columns(image_column, caption_column, place)
             return _with_coco(place, drops)
         raise DataError(
-            f"data_dir {place} is a file; allowed is a folder, a .tar, a metadata.jsonl or COCO's captions_*.json"
+            f"data_dir {place} is a file; allowed is a folder, a .tar, a .parquet, a metadata.jsonl or COCO's "
+            "captions_*.json"
         )
     if not place.is_dir():
         raise DataError(f"data_dir {place} does not exist; allowed is a folder: {LAYOUTS}; check the path")

@@ -1,4 +1,4 @@
-"""A dataset of the Hugging Face Hub (or a local one that the `datasets` library opens), memory-mapped.
+"""A dataset of the Hugging Face Hub, or a local one in parquet or other files of rows, memory-mapped by `datasets`.
 
 Pictures are read as the bytes that were stored and decoded here, like any other: same formats, same limits.
 """
@@ -75,7 +75,7 @@ def scan_hub(
 
     Args:
         name: ID, ID:CONFIGURATION or ID:CONFIGURATION:SPLIT (the configuration may be empty). Split: train, or the
-            only one. Or a local folder of parquet or other files that `datasets` opens.
+            only one. Or a local .parquet, or a folder of parquet or other files that `datasets` opens.
         resolution: side in pixels.
         drops: counts the rows that cannot be used.
         image_column, caption_column: found by type and by name if None.
@@ -135,8 +135,9 @@ def _load(name: str) -> tuple[datasets.Dataset, str]:
     import datasets
 
     repo, config, split = (name, "", "") if Path(name).exists() else [*name.split(":", 2), "", ""][:3]
+    kind, files = ("parquet", [repo]) if Path(repo).is_file() else (repo, None)
     try:
-        builder = datasets.load_dataset_builder(repo, config or None)
+        builder = datasets.load_dataset_builder(kind, config or None, data_files=files)
         splits = sorted(str(known) for known in builder.info.splits or builder.config.data_files or ())
         split = split or (splits[0] if len(splits) == 1 else "train")
         if splits and split.partition("[")[0] not in splits:  # train[:1000] is a part of train
@@ -144,7 +145,7 @@ def _load(name: str) -> tuple[datasets.Dataset, str]:
                 f"dataset {repo} has no split {split!r}; allowed: {', '.join(splits)}; "
                 f"pass --dataset_name {repo}:{config}:{splits[0]}"
             )
-        rows = datasets.load_dataset(repo, config or None, split=split)
+        rows = datasets.load_dataset(kind, config or None, data_files=files, split=split)
     except ConnectionError as error:
         raise DataError(
             f"dataset {repo} is not in the cache {datasets.config.HF_DATASETS_CACHE} and the Hub cannot be reached "
@@ -167,7 +168,10 @@ def _load(name: str) -> tuple[datasets.Dataset, str]:
 def _image_column(rows: datasets.Dataset, name: str, wanted: str | None) -> str:
     import datasets
 
-    pictures = [str(column) for column, feature in rows.features.items() if isinstance(feature, datasets.Image)]
+    features = {str(column): feature for column, feature in rows.features.items()}
+    pictures = [column for column, feature in features.items() if isinstance(feature, datasets.Image)]
+    # Files that `datasets` did not write do not say that a column's bytes are pictures.
+    pictures = pictures or [column for column, feature in features.items() if _holds_bytes(feature)]
     if wanted is None and len(pictures) == 1:
         return pictures[0]
     if wanted is not None and wanted in pictures:
@@ -177,6 +181,12 @@ def _image_column(rows: datasets.Dataset, name: str, wanted: str | None) -> str:
         f"dataset {name} has {came} (columns: {_columns(rows)}); allowed is a column of pictures"
         f"{': ' + ', '.join(map(shown, pictures)) if pictures else ''}; say which with --image_column NAME"
     )
+
+
+def _holds_bytes(feature: Any) -> bool:
+    """Whether a column's cells are bytes, or structs {bytes, …} as `datasets` stores pictures."""
+    inner = feature.get("bytes") if isinstance(feature, dict) else feature
+    return getattr(inner, "dtype", "") in ("binary", "large_binary")
 
 
 def _caption_column(rows: datasets.Dataset, name: str, wanted: str | None, image: str) -> str:
