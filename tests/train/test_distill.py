@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 import tomllib
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from fewstep.arms import base_arm, student_arm
 from fewstep.backbone import load_backbone
 from fewstep.checkpoint import load, verify
 from fewstep.config import TrainSettings
-from fewstep.errors import CheckpointError, InputError, Interrupted
+from fewstep.errors import CheckpointError, DataError, InputError, Interrupted
 from fewstep.methods.kstep import KStep
 from fewstep.pictures import encode_prompts, make_pictures
 from fewstep.randomness import generator
@@ -232,6 +233,27 @@ def test_a_run_that_was_stopped_and_resumed_is_the_same_run_bit_for_bit(
     for mine, theirs in zip(resumed.history, whole.history, strict=True):
         if mine["step"] != 6:  # its first update was made, and its loss forgotten, before the stop
             assert mine | {"pictures_per_second": 0} == theirs | {"pictures_per_second": 0}
+
+
+def test_data_that_vanishes_ends_the_run_which_goes_on_once_it_is_back(
+    whole: DistillResult, settings: TrainSettings, pictures: Path, tmp_path: Path
+) -> None:
+    data, away = tmp_path / "data", tmp_path / "away"
+    shutil.copytree(pictures, data)
+    moved = settings.replace(output_dir=tmp_path, data_dir=data)
+    asked = iter(range(1, 11))
+
+    def at_the_fifth_update() -> bool:
+        if next(asked) == 5:
+            data.rename(away)
+        return False
+
+    with pytest.raises(DataError, match=r"\.png was there .* cannot be read now: No such file") as caught:
+        distill(moved, should_stop=at_the_fifth_update)
+    assert caught.value.exit_code == 3
+    away.rename(data)
+    resumed = distill(moved.replace(resume_from_checkpoint="latest"))
+    assert_same(weights(resumed.adapter), weights(whole.adapter))
 
 
 def test_a_run_keeps_as_many_checkpoints_as_it_is_told(settings: TrainSettings, tmp_path: Path) -> None:
