@@ -49,7 +49,7 @@ def holds_rows(place: Path) -> bool:
     """Whether `place` is a .parquet, or a folder of them: one with neither pictures, shards nor folders beside them."""
     if not place.is_dir():
         return place.suffix == ".parquet"
-    visible = [file for file in place.iterdir() if not file.name.startswith(".")]
+    visible = [file for file in place.glob("*") if not file.name.startswith(".")]
     kinds = {file.suffix.lower() for file in visible}
     others = kinds & {".tar", ".jsonl", *SUFFIXES} or any(file.is_dir() for file in visible)
     return ".parquet" in kinds and not others

@@ -31,13 +31,8 @@ _LONGEST = 2**20  # bytes of a header, or of a file of captions: nothing longer 
 
 _TOO_LONG = f"file of captions is longer than {_LONGEST} bytes"
 
-_BROKEN = (
-    tarfile.TarError,
-    ValueError,
-    ArithmeticError,
-    LookupError,
-    RecursionError,
-)  # what tarfile raises on nonsense
+# What tarfile raises on nonsense.
+_BROKEN = (tarfile.TarError, ValueError, ArithmeticError, LookupError, RecursionError)
 
 _Captions = tuple[list[str], list[str]]  # those that are good, and what is wrong with the others
 

@@ -95,9 +95,9 @@ class Teacher:
         device = self.backbone.device
         x0 = torch.zeros_like(draws.noise, device=device)
         rows = (~draws.pure).nonzero().squeeze(1)
-        here = rows.to(device)
         if not len(rows):
             return x0
+        here = rows.to(device)
         if self.start == "teacher":
             positions = [batch.positions[row] for row in rows.tolist()]
             origins = self.method.draw_origins(self.seed, batch.update, positions, self.shape).to(device)

@@ -27,8 +27,8 @@ MAY_CHANGE = {
     *("keep_last", "keep_every"),
     *("device", "default_base", "revision", "allow_pickle"),
     "teacher_cache",  # its own key tells
-    *("base_model", "data_dir", "dataset_name", "prompts_file"),  # fingerprints tell
-    *("image_column", "caption_column", "max_dropped"),  # and here
+    *("base_model", "data_dir", "dataset_name", "prompts_file", "image_column", "caption_column"),  # fingerprints tell
+    "max_dropped",  # likewise
     *("batch_size", "gradient_accumulation_steps"),  # the global batch tells
     "max_steps",
 }
