@@ -19,6 +19,7 @@ from fewstep.backbone import Backbone
 from fewstep.benchmark import BenchmarkResult, benchmark
 from fewstep.config import BenchSettings
 from fewstep.errors import InputError, Interrupted
+from fewstep.locks import alone_in
 from tests.benchmark.fakes import make_adapter
 from tests.benchmark.test_benchmark import settings
 
@@ -148,6 +149,14 @@ def test_another_adapter_is_not_taken_for_the_first_one(base: Backbone, whole: B
     asked = small(tmp_path, resume=True, lora_path=other).replace(outdir=whole.outdir)
     with pytest.raises(InputError, match="arm student-1 came with weights"):
         benchmark(asked, backbone=base)
+
+
+def test_a_folder_that_is_being_written_to_is_left_alone(base: Backbone, tmp_path: Path) -> None:
+    with alone_in(tmp_path / "out"):
+        before = sorted(path.name for path in (tmp_path / "out").rglob("*"))
+        with pytest.raises(InputError, match=f"is being written to by process {os.getpid()} on "):
+            benchmark(small(tmp_path), backbone=base)
+        assert sorted(path.name for path in (tmp_path / "out").rglob("*")) == before
 
 
 @pytest.mark.slow

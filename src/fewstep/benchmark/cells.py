@@ -50,17 +50,17 @@ class Cells:
                 "or other steps and adapters; choose another --outdir"
             )
 
-    def of(self, arm: Arm, adapter: str | None) -> ArmCells:
+    def of(self, arm: Arm, key: Mapping[str, Any]) -> ArmCells:
         """The cells of one arm.
 
         Args:
-            adapter: SHA-256 of the weights that it draws with; None without adapter.
+            key: what its pictures depend on besides the arm itself, such as the weights that it draws with.
 
         Raises:
             InputError: there are cells of another arm of that name.
         """
         folder = self.folder / arm.id
-        differing = _claim(folder, {**asdict(arm), "weights": adapter})
+        differing = _claim(folder, {**asdict(arm), **key})
         if differing is not None:
             name, found, wanted = differing
             raise InputError(

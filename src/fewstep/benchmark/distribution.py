@@ -7,7 +7,7 @@ is not held against an arm.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,10 +15,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fewstep.backbone import Backbone
 from fewstep.benchmark.drawing import features_of
-from fewstep.config import BenchSettings
-from fewstep.metrics.alignment import CLIPAlignment
+from fewstep.benchmark.plan import Plan
 from fewstep.metrics.frechet import frechet_distance
 from fewstep.metrics.halves import Distance, half_sample_distances, half_samples, with_spread
 from fewstep.metrics.intervals import bootstrap
@@ -71,16 +69,9 @@ class _References:
     again: _Pictures
 
 
-def measure_distributions(
-    settings: BenchSettings,
-    backbone: Backbone,
-    alignment: CLIPAlignment | None,
-    prompts: Sequence[str],
-    evaluations: Mapping[str, Evaluation],
-    reporter: Reporter,
-) -> Distributions:
+def measure_distributions(plan: Plan, evaluations: Mapping[str, Evaluation], reporter: Reporter) -> Distributions:
     """Everything that can be measured with the features, references and teacher at hand."""
-    references = _references(settings, backbone, alignment, prompts, reporter)
+    references = _references(plan, reporter)
     arms = {name: _judged(found) for name, found in evaluations.items()}
     if any(arm is None for arm in arms.values()):
         return Distributions()
@@ -89,7 +80,7 @@ def measure_distributions(
     teacher = next((drawn[name] for name, found in evaluations.items() if found.arm.is_baseline), None)
     halves = half_samples(next(iter(drawn.values())).prompts)
 
-    result = Distributions(extractor=OWN_FEATURES if own else alignment.name if alignment else None)
+    result = Distributions(extractor=OWN_FEATURES if own else plan.alignment.name if plan.alignment else None)
     with reporter.progress("distances", len(drawn)) as bar:
         if references is not None:
             result = _reference_figures(result, references)
@@ -110,14 +101,9 @@ def _judged(found: Evaluation) -> _Pictures | None:
 # ----------------------------------------------------------------------------------------------------------- references
 
 
-def _references(
-    settings: BenchSettings,
-    backbone: Backbone,
-    alignment: CLIPAlignment | None,
-    prompts: Sequence[str],
-    reporter: Reporter,
-) -> _References | None:
+def _references(plan: Plan, reporter: Reporter) -> _References | None:
     """Reference pictures of the same captions; None where they were not asked for or cannot be had."""
+    settings, backbone, alignment, prompts = plan.settings, plan.backbone, plan.alignment, plan.prompts
     per_prompt, abilities = settings.frechet_images or 0, backbone.abilities
     if per_prompt == 0:
         return None

@@ -11,11 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from fewstep.arms import Arm
-from fewstep.backbone import Backbone
 from fewstep.benchmark.cells import ArmCells
-from fewstep.config import BenchSettings
+from fewstep.benchmark.plan import Plan
 from fewstep.files import replace_folder_atomic
-from fewstep.metrics.alignment import CLIPAlignment, alignment_and_floor
+from fewstep.metrics.alignment import alignment_and_floor
 from fewstep.metrics.saturation import latent_moments
 from fewstep.pictures import Conditioning, Evaluation, Judge, PictureBatch, answer_judge, evaluate
 from fewstep.report import picture_path, save_picture
@@ -35,13 +34,12 @@ def replacing(final: Path) -> Iterator[Path]:
         shutil.rmtree(partial, ignore_errors=True)
 
 
-def judges_of(
-    backbone: Backbone, conditioning: Conditioning, alignment: CLIPAlignment | None, *, with_features: bool
-) -> dict[str, Judge]:
+def judges_of(plan: Plan) -> dict[str, Judge]:
+    """Whoever looks at the pictures, by the name under which the findings are kept."""
     judges: dict[str, Judge] = {"latents": lambda batch: latent_moments(batch.latents)}
-    if alignment is not None:
-        prompts = conditioning.prompts
-        texts, clip = alignment.texts(prompts), alignment
+    if plan.alignment is not None:
+        clip, prompts = plan.alignment, plan.prompts
+        texts = clip.texts(prompts)
 
         def aligned(batch: PictureBatch) -> dict[str, Tensor]:
             embeddings = clip.images(batch.pixels)
@@ -49,10 +47,11 @@ def judges_of(
             return found | {"embedding": embeddings}
 
         judges["alignment"] = aligned
-    if backbone.abilities is not None:
-        judges["answers"] = answer_judge(backbone.abilities)
-        if with_features:
-            network = backbone.abilities.features()
+    abilities = plan.backbone.abilities
+    if abilities is not None:
+        judges["answers"] = answer_judge(abilities)
+        if plan.settings.frechet_images:
+            network = abilities.features()
             judges["features"] = lambda batch: {"all": features_of(network, batch.unit_pixels)}
     return judges
 
@@ -66,33 +65,33 @@ def features_of(network: nn.Module, pixels: Tensor) -> Tensor:
 
 
 def draw(
-    backbone: Backbone,
+    plan: Plan,
     arm: Arm,
     conditioning: Conditioning,
-    settings: BenchSettings,
     judges: Mapping[str, Judge],
-    folder: Path,
     cells: ArmCells,
     share: tuple[int, int],
     reporter: Reporter,
 ) -> Evaluation:
     """An arm's pictures, saved and judged, batch by batch; a batch that was finished before is not drawn again."""
+    settings, folder = plan.settings, plan.folders[arm.id]
 
     def save(batch: PictureBatch) -> None:
         for (prompt, picture), pixels in zip(batch.ids, batch.pixels, strict=True):
             save_picture(picture_path(folder, prompt, picture), pixels.permute(1, 2, 0).numpy())
 
-    return evaluate(
-        backbone,
-        conditioning,
-        arm,
-        seed=settings.seed,
-        pictures_per_prompt=settings.num_images,
-        batch_size=settings.batch_size,
-        resolution=settings.resolution,
-        judges=judges,
-        on_batch=save,
-        kept=cells,
-        share=share,
-        reporter=reporter,
-    )
+    with plan.painter(arm) as painter:
+        return evaluate(
+            painter,
+            conditioning,
+            arm,
+            seed=settings.seed,
+            pictures_per_prompt=settings.num_images,
+            batch_size=settings.batch_size,
+            resolution=settings.resolution,
+            judges=judges,
+            on_batch=save,
+            kept=cells,
+            share=share,
+            reporter=reporter,
+        )

@@ -9,11 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fewstep.arms import Arm, control_of
-from fewstep.backbone import Backbone
+from fewstep.arms import control_of
 from fewstep.benchmark.distribution import Distributions
-from fewstep.config import BenchSettings
-from fewstep.metrics.alignment import CLIPAlignment
+from fewstep.benchmark.plan import Plan
 from fewstep.metrics.intervals import bootstrap, paired_difference, share
 from fewstep.metrics.retention import corrected_retention, retention
 from fewstep.metrics.saturation import saturation
@@ -33,21 +31,14 @@ from fewstep.timing import machine, matrix_rate
 
 
 def sum_up(
-    settings: BenchSettings,
-    backbone: Backbone,
-    adapter: Mapping[str, str] | None,
-    adapters: Mapping[str, Mapping[str, str]],
-    alignment: CLIPAlignment | None,
-    prompts: Sequence[str],
-    arms: Sequence[Arm],
+    plan: Plan,
     evaluations: Mapping[str, Evaluation],
     timings: Mapping[str, tuple[ArmTiming, ...]],
     distributions: Distributions,
     warnings: Sequence[str],
 ) -> tuple[BenchmarkRecord, list[Row]]:
     """The record and the rows of results.csv, from everything that was found about the arms."""
-    baseline = next((arm for arm in arms if arm.is_baseline), None)
-
+    arms, prompts, backbone, baseline = plan.arms, plan.prompts, plan.backbone, plan.baseline
     summary: dict[str, ArmSummary] = {}
     rows: list[Row] = []
     for arm in arms:
@@ -82,15 +73,15 @@ def sum_up(
     record = BenchmarkRecord(
         schema_version=SCHEMA_VERSION,
         created=datetime.now().astimezone().isoformat(timespec="seconds"),
-        settings=settings.model_dump(mode="json", exclude_none=True),
+        settings=plan.settings.model_dump(mode="json", exclude_none=True),
         versions=versions(),
         machine=machine(backbone.device, str(backbone.dtype).removeprefix("torch.")),
         matrix_rate=matrix_rate(backbone.device, backbone.dtype),
         base={"name": backbone.name, "why": backbone.why, "fingerprint": backbone.fingerprint},
-        adapter=dict(adapter) if adapter else None,
-        adapters={name: dict(facts) for name, facts in adapters.items()},
-        alignment_model=alignment.name if alignment else None,
-        prompts=tuple(prompts),
+        adapter=dict(plan.adapter) if plan.adapter else None,
+        adapters={one.entry.id: dict(one.facts) for one in plan.adapters.further},
+        alignment_model=plan.alignment.name if plan.alignment else None,
+        prompts=prompts,
         floor=floor,
         reference_frechet=distributions.reference_frechet,
         reference_distances=distributions.reference_distances,

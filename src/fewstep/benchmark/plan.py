@@ -1,0 +1,189 @@
+"""What a benchmark has settled before it draws: which arms, with which networks, on which prompts, judged by whom."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from fewstep import lora
+from fewstep.arms import Arm, check_arms, solver_arm, student_arm, teacher_arm
+from fewstep.backbone import Backbone
+from fewstep.benchmark.adapters import Adapters, controls
+from fewstep.config import BenchSettings
+from fewstep.errors import InputError
+from fewstep.metrics.alignment import CLIPAlignment
+from fewstep.opening import open_base, read_prompts, warn_of_prompts
+from fewstep.report import arm_folder
+from fewstep.reporting import Reporter
+
+REFERENCES = 5
+"""Reference pictures a prompt, where none are asked for and the base draws its own."""
+
+NO_ALIGNMENT = "none"
+"""What `--clip_model_id` says where alignment is to be left out."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """Everything that drawing, judging and summing up share.
+
+    Attributes:
+        settings: with all that was left open filled in; what they say can be passed back to --config.
+        backbone: the base, which every arm draws with.
+        adapter: what is known of the run's own adapter; None where there is none.
+        adapters: the run's own adapter and the further ones.
+        arms: in the order in which they are drawn and shown.
+        prompts: their texts.
+        alignment: the alignment model; None where it is left out.
+    """
+
+    settings: BenchSettings
+    backbone: Backbone
+    adapter: Mapping[str, str] | None
+    adapters: Adapters
+    arms: tuple[Arm, ...]
+    prompts: tuple[str, ...]
+    alignment: CLIPAlignment | None
+
+    @property
+    def folders(self) -> dict[str, Path]:
+        """Arm id to the folder of its pictures."""
+        apart = self.settings.baseline_outdir
+        return {
+            arm.id: arm_folder((apart if arm.is_baseline else None) or self.settings.outdir, arm.id)
+            for arm in self.arms
+        }
+
+    @property
+    def baseline(self) -> Arm | None:
+        """The arm that the others are compared with."""
+        return next((arm for arm in self.arms if arm.is_baseline), None)
+
+    @property
+    def key(self) -> dict[str, Any]:
+        """Everything that pictures and judgements of all arms depend on."""
+        names = ("seed", "num_images", "batch_size", "resolution", "negative_prompt")
+        return {name: getattr(self.settings, name) for name in names} | {
+            "base": self.backbone.fingerprint,
+            "precision": str(self.backbone.dtype).removeprefix("torch."),
+            "device": self.backbone.device.type,
+            "alignment_model": self.alignment.name if self.alignment else None,
+            "features": bool(self.settings.frechet_images),
+            "prompts": list(self.prompts),
+        }
+
+    def key_of(self, arm: Arm) -> dict[str, str | None]:
+        """The weights that `arm` draws with besides the base's: their SHA-256."""
+        with self.adapters.on(arm):
+            return {"weights": lora.digest(self.backbone.unet) if arm.adapter else None}
+
+    @contextmanager
+    def painter(self, arm: Arm) -> Iterator[Backbone]:
+        """The base as `arm` draws with it."""
+        with self.adapters.on(arm):
+            yield self.backbone
+
+
+def make_plan(
+    settings: BenchSettings,
+    *,
+    device: str,
+    backbone: Backbone | None,
+    arms: Sequence[Arm] | None,
+    reporter: Reporter,
+) -> Plan:
+    """Open everything, and refuse what cannot be used; nothing is written.
+
+    Args:
+        settings: what to compare.
+        device: where this process runs its networks.
+        backbone, arms: see `benchmark`.
+        reporter: told what was found.
+
+    Raises:
+        InputError: prompts, arms or a base that cannot be used; no adapter to measure.
+        CheckpointError: an adapter that attaches nothing or changes nothing; CLIP weights that are not at hand.
+    """
+    prompts = read_prompts(settings)
+    named = settings.lora_path is not None or settings.lora_id is not None
+    # With a file of adapters the base's own one is not taken unasked.
+    wants_adapter = (named or settings.adapters_file is None) if arms is None else any(arm.adapter for arm in arms)
+    opened = open_base(
+        settings.replace(device=device),
+        backbone=backbone,
+        with_adapter=wants_adapter,
+        step_counts=settings.steps,
+        reporter=reporter,
+    )
+    backbone = opened.backbone
+    if prompts is None:
+        prompts = _own_prompts(settings, backbone)
+    settings = _resolved(settings, backbone)
+    adapters = Adapters(settings, backbone, opened.source, reporter)
+    arms = tuple(arms or _arms(settings, backbone, adapters, with_student=wants_adapter))
+    check_arms(arms, settings.negative_prompt)
+    warn_of_prompts(prompts, backbone, reporter)
+    adapters.warn_of_timesteps(arms, reporter)
+    alignment = _alignment(settings, backbone, reporter)
+    if settings.timing_repeats < 5:
+        reporter.warn(f"timing_repeats {settings.timing_repeats} came; below 5, medians and spreads mean little")
+    return Plan(
+        settings=settings,
+        backbone=backbone,
+        adapter=opened.adapter,
+        adapters=adapters,
+        arms=arms,
+        prompts=tuple(prompts),
+        alignment=alignment,
+    )
+
+
+def _own_prompts(settings: BenchSettings, backbone: Backbone) -> list[str]:
+    if backbone.abilities is None:
+        raise InputError(
+            f"no prompt came and the base {backbone.name} brings none; allowed is --prompt TEXT or --prompts_file FILE "
+            "with a prompt a line; add one of the two"
+        )
+    return backbone.abilities.prompts(settings.num_prompts, settings.seed)
+
+
+def _resolved(settings: BenchSettings, backbone: Backbone) -> BenchSettings:
+    """What was left open is the base's."""
+    own_pictures = 0 if backbone.abilities is None else REFERENCES
+    return settings.replace(
+        base_model=backbone.name,
+        resolution=settings.resolution or backbone.resolution,
+        frechet_images=own_pictures if settings.frechet_images is None else settings.frechet_images,
+        baseline_guidance=backbone.guidance_scale if settings.baseline_guidance is None else settings.baseline_guidance,
+    )
+
+
+def _arms(settings: BenchSettings, backbone: Backbone, adapters: Adapters, *, with_student: bool) -> list[Arm]:
+    count = backbone.schedule.num_train_timesteps
+    students = [student_arm(steps, settings.flash_guidance, count) for steps in settings.steps if with_student]
+    students += adapters.arms()
+    if not settings.compare_baseline:
+        return students
+    guidance = backbone.guidance_scale if settings.baseline_guidance is None else settings.baseline_guidance
+    alpha_bar = backbone.schedule.alphas_cumprod.tolist()
+    solvers = [
+        solver_arm(steps, guidance, alpha_bar, karras=karras)
+        for karras in (False, True)
+        for steps in settings.solver_steps
+        if steps
+    ]
+    return [teacher_arm(settings.baseline_steps, guidance, count), *solvers, *students, *controls(students, count)]
+
+
+def _alignment(settings: BenchSettings, backbone: Backbone, reporter: Reporter) -> CLIPAlignment | None:
+    """The alignment model: the base's own, unless another one was asked for; None where it is to be left out."""
+    asked = settings.clip_model_id
+    if asked == NO_ALIGNMENT:
+        reporter.say("alignment is left out, as asked")
+        return None
+    own = backbone.abilities is not None and asked == BenchSettings.model_fields["clip_model_id"].default
+    model = backbone.abilities.alignment_model() if own and backbone.abilities else asked
+    return CLIPAlignment(model, device=backbone.device, allow_pickle=settings.allow_pickle)
