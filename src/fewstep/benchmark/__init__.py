@@ -3,7 +3,8 @@
 Every figure has a control beside it: alignment its shuffled-caption floor, the student the same sampler without the
 adapter, distances between distributions real pictures against real ones.
 
-`run` is the procedure, `plan` what it starts from; `drawing`, `cost`, `distribution` and `summary` are what it finds about an arm.
+`run` is the procedure, `plan` what it starts from; `drawing`, `cost`, `distribution` and `summary` are what it finds
+about an arm.
 """
 
 from __future__ import annotations
