@@ -150,7 +150,7 @@ def test_broken_parquet_that_is_named(tmp_path: Path) -> None:
     write(tmp_path, {"x.parquet": b"PAR1 junk"})
     with pytest.raises(DataError, match=r"x\.parquet cannot be opened"):
         open_data(Settings(data_dir=tmp_path / "x.parquet"), Base())
-    with pytest.raises(DataError, match=r"gone\.parquet was not found"):
+    with pytest.raises(DataError, match=r"data_dir .*gone\.parquet does not exist"):
         open_data(Settings(data_dir=tmp_path / "gone.parquet"), Base())
 
 

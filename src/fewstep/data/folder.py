@@ -48,7 +48,7 @@ class Scanned:
 def holds_rows(place: Path) -> bool:
     """Whether `place` is a .parquet, or a folder of them: one with neither pictures, shards nor folders beside them."""
     if not place.is_dir():
-        return place.suffix == ".parquet"
+        return place.suffix == ".parquet" and place.is_file()
     visible = [file for file in place.glob("*") if not file.name.startswith(".")]
     kinds = {file.suffix.lower() for file in visible}
     others = kinds & {".tar", ".jsonl", *SUFFIXES} or any(file.is_dir() for file in visible)
