@@ -75,10 +75,8 @@ def naive(job: Job) -> None:
 
 def learn(job: Job, lesson: Lesson) -> None:
     """The student's part of an update."""
-    pairs = lesson.pairs
-    cond = lesson.cond[pairs.rows.to(job.backbone.device)]
-    loss = job.method.loss(job.backbone.denoiser(), pairs.x_t, pairs.t, cond, pairs.target)
-    ((pairs.weight * loss).sum() / len(lesson.cond)).backward()
+    mean, _ = lesson.loss(job.method, job.backbone.denoiser())
+    mean.backward()
 
 
 def ours(job: Job, *, parts: bool = True, pairs: int = 1) -> None:

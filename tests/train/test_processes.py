@@ -46,7 +46,7 @@ def test_sd15s_own_architecture_takes_a_step(pictures: Path, tmp_path: Path, mon
     def instead_of_weights(*args: object, **kwargs: object) -> Backbone:
         return random_backbone("sd15")
 
-    monkeypatch.setattr("fewstep.train.loop.load_backbone", instead_of_weights)
+    monkeypatch.setattr("fewstep.train.start.load_backbone", instead_of_weights)
     heard = Heard()
     result = distill(
         TrainSettings(

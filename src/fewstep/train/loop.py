@@ -26,14 +26,12 @@ from accelerate.utils import GradientAccumulationPlugin
 from torch import Tensor, nn
 
 from fewstep import checkpoint, lora
-from fewstep.backbone import load_backbone
 from fewstep.config import TrainSettings, settings_toml
 from fewstep.data import Batches, Slices, open_data
 from fewstep.ema import EMA
 from fewstep.errors import InputError, Interrupted
 from fewstep.files import write_text_atomic
 from fewstep.locks import alone_in
-from fewstep.methods.kstep import KStep
 from fewstep.oracle import Oracle, describe, measure_oracle
 from fewstep.previews import Previews
 from fewstep.processes import join_processes, own_device
@@ -103,19 +101,9 @@ def distill(
         processes.wait_for_everyone()  # nobody writes into the run's folder before everybody has looked at it
 
         # ---- The base, and what its defaults make of the settings.
-        name, why = settings.chosen_base(None if resumed is None else checkpoint.recorded_base(resumed))
-        reporter.say(f"base: {name} ({why})")
-        backbone = load_backbone(
-            name,
-            revision=settings.revision,
-            device=own_device(settings.device, processes),
-            dtype=settings.mixed_precision,
-            allow_pickle=settings.allow_pickle,
-            prediction_type=settings.prediction_type,
-            why=why,
-        )
-        settings = start.resolved(settings, backbone)
-        assert settings.guidance_scale is not None and settings.resolution is not None
+        recorded = None if resumed is None else checkpoint.recorded_base(resumed)
+        backbone, settings = start.open_base(settings, own_device(settings.device, processes), recorded, reporter)
+        assert settings.resolution is not None
         shape, device = backbone.latent_shape(settings.resolution), backbone.device
 
         # ---- The data.
@@ -130,19 +118,8 @@ def distill(
         )
 
         # ---- The method, the student, and what trains it.
-        method = KStep(
-            schedule=backbone.schedule,
-            step_counts=settings.num_inference_steps,
-            num_ddim_steps=settings.num_ddim_steps,
-            guidance=settings.guidance_scale,
-            pure_noise_share=settings.pure_noise_share,
-            pairs_per_rollout=settings.pairs_per_rollout,
-            criterion=settings.loss,
-            weighting=settings.loss_weighting,
-        )
-        parameters = lora.attach(
-            backbone.unet, settings.lora_rank, settings.alpha, settings.lora_targets, settings.seed
-        )
+        method = start.method_of(settings, backbone)
+        parameters = start.student_of(settings, backbone)
         ema = EMA(parameters, settings.ema_decay)
         adamw = torch.optim.AdamW(parameters, lr=settings.learning_rate)
         accelerator = Accelerator(
@@ -254,12 +231,10 @@ def distill(
                     group["lr"] = learning_rate(settings, step)
                 seen: list[tuple[Tensor, Tensor]] = []
                 for lesson in update:
-                    pairs, cond = lesson.pairs, lesson.cond[lesson.pairs.rows.to(device)]
                     with accelerator.accumulate():
-                        loss = method.loss(student, pairs.x_t, pairs.t, cond, pairs.target)
-                        mean = (pairs.weight * loss).sum() / len(lesson.cond)
+                        mean, each = lesson.loss(method, student)
                         accelerator.backward(mean)  # divided by the number of micro-batches, scaled under fp16
-                    seen.append((pairs.t, loss.detach()))
+                    seen.append((lesson.pairs.t, each.detach()))
                 _average_gradients(accelerator, parameters)
                 norm = accelerator.clip_grad_norm_(parameters, settings.max_grad_norm)  # unscales first
                 # Under fp16 the scaler sees to it: it skips, and the update is made again. Else this is the one number

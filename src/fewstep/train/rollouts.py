@@ -54,6 +54,13 @@ class Lesson:
     items: tuple[int, ...]
     replaced: tuple[Replaced, ...] = ()
 
+    def loss(self, method: KStep, student: Denoiser) -> tuple[Tensor, Tensor]:
+        """The batch's loss, a mean over its B samples, and the loss of each pair [N]; both with gradient."""
+        pairs = self.pairs
+        cond = self.cond[pairs.rows.to(self.cond.device)]
+        each = method.loss(student, pairs.x_t, pairs.t, cond, pairs.target)
+        return (pairs.weight * each).sum() / len(self.cond), each
+
 
 @dataclass(frozen=True, eq=False)
 class Teacher:

@@ -9,9 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
-from fewstep import checkpoint
-from fewstep.backbone import Backbone
+from fewstep import checkpoint, lora
+from fewstep.backbone import Backbone, load_backbone
 from fewstep.config import TrainSettings, load_toml, settings_toml, spell
 from fewstep.data import Batches, OpenedData, Slices
 from fewstep.errors import CheckpointError, InputError, Interrupted
@@ -68,6 +69,56 @@ def checkpoint_to_resume(settings: TrainSettings, reporter: Reporter) -> Path | 
             "checkpoint; pass --resume_from_checkpoint latest, or a new --run_name to go on from the older one"
         )
     return folder
+
+
+def open_base(
+    settings: TrainSettings, device: str, recorded: str | None, reporter: Reporter
+) -> tuple[Backbone, TrainSettings]:
+    """The base, and the settings with what it makes of them; the first line that is said names it and why.
+
+    Args:
+        device: of this process.
+        recorded: the base that the checkpoint to go on from names.
+
+    Raises:
+        InputError, CheckpointError: as `load_backbone`.
+    """
+    name, why = settings.chosen_base(recorded)
+    reporter.say(f"base: {name} ({why})")
+    backbone = load_backbone(
+        name,
+        revision=settings.revision,
+        device=device,
+        dtype=settings.mixed_precision,
+        allow_pickle=settings.allow_pickle,
+        prediction_type=settings.prediction_type,
+        why=why,
+    )
+    return backbone, resolved(settings, backbone)
+
+
+def method_of(settings: TrainSettings, backbone: Backbone) -> KStep:
+    """The method as the resolved settings have it.
+
+    Raises:
+        InputError: settings with which no rollout exists.
+    """
+    assert settings.guidance_scale is not None
+    return KStep(
+        schedule=backbone.schedule,
+        step_counts=settings.num_inference_steps,
+        num_ddim_steps=settings.num_ddim_steps,
+        guidance=settings.guidance_scale,
+        pure_noise_share=settings.pure_noise_share,
+        pairs_per_rollout=settings.pairs_per_rollout,
+        criterion=settings.loss,
+        weighting=settings.loss_weighting,
+    )
+
+
+def student_of(settings: TrainSettings, backbone: Backbone) -> list[nn.Parameter]:
+    """Attach the student's adapter to the base; its parameters."""
+    return lora.attach(backbone.unet, settings.lora_rank, settings.alpha, settings.lora_targets, settings.seed)
 
 
 def resolved(settings: TrainSettings, backbone: Backbone) -> TrainSettings:
