@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import torch
+from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 
@@ -47,3 +48,36 @@ def peak_memory(work: Callable[[], object], device: torch.device) -> int | None:
     except OSError:  # not ours to reset, in some containers
         return None
     return 1024 * int(found[1]) if found else None
+
+
+def kept_for_backward(work: Callable[[], object], known: Iterable[Tensor]) -> int:
+    """Bytes that autograd keeps between the forward and the backward pass of `work`, each piece of memory once.
+
+    Args:
+        work: a forward pass with gradient.
+        known: tensors that are there anyway and do not count, such as the weights.
+    """
+    there = {tensor.untyped_storage().data_ptr() for tensor in known}
+    kept: dict[int, int] = {}
+
+    def note(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in there:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        work()
+    return sum(kept.values())
+
+
+def room(device: torch.device) -> int | None:
+    """Bytes that could still be taken: of a GPU's memory, with what torch holds in reserve; of a CPU's under Linux."""
+    if device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+        return int(free) + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    try:
+        found = re.search(r"MemAvailable:\s+(\d+) kB", Path("/proc/meminfo").read_text())
+    except OSError:
+        return None
+    return 1024 * int(found[1]) if found and device.type == "cpu" else None

@@ -24,6 +24,7 @@ from fewstep.config import (
     BenchSettings,
     Checked,
     DemoSettings,
+    DoctorSettings,
     GenerateSettings,
     PretrainSettings,
     ReportSettings,
@@ -50,7 +51,8 @@ class Command:
 
 COMMANDS = {
     "demo": Command(DemoSettings, "fewstep.walkthrough:walkthrough"),
-    "train": Command(TrainSettings, "fewstep.train:distill"),
+    "train": Command(TrainSettings, "fewstep.train:train"),
+    "doctor": Command(DoctorSettings, "fewstep.doctor:doctor"),
     "bench": Command(BenchSettings, "fewstep.benchmark:benchmark"),
     "generate": Command(GenerateSettings, "fewstep.generate:generate"),
     "report": Command(ReportSettings, "fewstep.redraw:report"),
@@ -70,7 +72,7 @@ SECTIONS = {
     "Method": "guidance_scale num_ddim_steps num_inference_steps pure_noise_share start pairs_per_rollout "
     "teacher_rollouts teacher_cache loss loss_weighting",
     "Base model": "base_model default_base revision prediction_type resolution allow_pickle",
-    "Results": "runs output_dir run_name outdir resume log_file checkpoint_every keep_last keep_every "
+    "Results": "runs output_dir run_name outdir resume dry_run log_file checkpoint_every keep_last keep_every "
     "validate_every log_every oracle_images",
     "Running": "seed batch_size device mixed_precision config",
 }

@@ -205,6 +205,11 @@ class TrainSettings(BaseModelSettings):
     output_dir: Folder = Field(Path("./checkpoints"), description="Folder that holds the runs.")
     run_name: Text = Field("lora_flash", description="Folder of this run inside output_dir.")
     log_file: Folder | None = Field(None, description="Also write what is printed to this file.")
+    dry_run: bool = Field(
+        False,
+        description="Train for a few steps at batch 1 and 2, write nothing, and say what the run would take: memory, "
+        "the largest batch, time, disk.",
+    )
     resume_from_checkpoint: Text | None = Field(
         None,
         description="checkpoint-N folder to go on from; 'latest': this run's newest, an error where there is none; "
@@ -323,6 +328,10 @@ class TrainSettings(BaseModelSettings):
                 "shorter than the training; lower --lr_warmup_steps"
             )
         return self
+
+
+class DoctorSettings(TrainSettings):
+    """Check, before anything long, all that `fewstep train` with the same flags needs."""
 
 
 class SamplingSettings(BaseModelSettings):

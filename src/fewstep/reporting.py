@@ -27,6 +27,15 @@ class Reporter(Protocol):
         """A bar of `total` units, shown while the context is open."""
 
 
+def in_bytes(count: float) -> str:
+    """A number of bytes in words, in powers of ten: ``3.19 MB``."""
+    for unit in ("bytes", "kB", "MB", "GB"):
+        if count < 999.5:
+            return f"{count:.3g} {unit}"
+        count /= 1000
+    return f"{count:.3g} TB"
+
+
 class _Silence:
     """A reporter, and a bar, that keeps everything to itself."""
 

@@ -249,7 +249,7 @@ import sys, time, types
 from fewstep import cli
 from fewstep.errors import Interrupted
 
-def distil(settings, *, reporter):
+def train(settings, *, reporter):
     try:
         with reporter.progress("distil", 1000) as bar:
             print("started", flush=True)
@@ -264,7 +264,7 @@ def distil(settings, *, reporter):
         raise
 
 module = types.ModuleType("fewstep.train")
-module.distill = distil
+module.train = train
 sys.modules["fewstep.train"] = module
 sys.exit(cli.main(["train"]))
 """

@@ -1,10 +1,19 @@
 """Distillation: `distill` takes settings and leaves an adapter that a stock pipeline draws with in a few steps.
 
-`loop` is the procedure from the first line to the last; `start` is what it settles before the first update.
+`loop` is the procedure from the first line to the last; `start` is what it settles before the first update. `rehearse`
+takes the same settings and says what the run would take.
 """
 
 from __future__ import annotations
 
+from fewstep.config import TrainSettings
+from fewstep.reporting import SILENT, Reporter
+from fewstep.train.dry_run import DryRun, rehearse
 from fewstep.train.loop import DistillResult, distill, learning_rate
 
-__all__ = ["DistillResult", "distill", "learning_rate"]
+__all__ = ["DistillResult", "DryRun", "distill", "learning_rate", "rehearse", "train"]
+
+
+def train(settings: TrainSettings, *, reporter: Reporter = SILENT) -> DistillResult | DryRun:
+    """What `fewstep train` runs: the training, or with `dry_run` its rehearsal."""
+    return (rehearse if settings.dry_run else distill)(settings, reporter=reporter)

@@ -25,7 +25,7 @@ ORACLE_PICTURES = 16
 
 MAY_CHANGE = {
     *("output_dir", "run_name", "log_file", "checkpoint_every", "validate_every", "log_every", "oracle_images"),
-    *("keep_last", "keep_every"),
+    *("keep_last", "keep_every", "dry_run"),
     *("device", "default_base", "revision", "allow_pickle"),
     "teacher_cache",  # its own key tells
     *("base_model", "data_dir", "dataset_name", "prompts_file", "image_column", "caption_column"),  # fingerprints tell

@@ -1,0 +1,251 @@
+"""A rehearsal: a few real steps at batch 1 and 2, and what the whole run would take by a line through the two."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from math import floor
+from typing import TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from fewstep import checkpoint
+from fewstep.arithmetic import kept_for_backward, peak_memory, room
+from fewstep.backbone import Backbone
+from fewstep.config import TrainSettings
+from fewstep.data import Batch, Batches, OpenedData, Slices, open_data
+from fewstep.ema import EMA
+from fewstep.errors import InputError
+from fewstep.methods.kstep import KStep
+from fewstep.processes import join_processes, own_device
+from fewstep.reporting import SILENT, Reporter, in_bytes
+from fewstep.timing import synchronise
+from fewstep.train import start
+from fewstep.train.needs import disk_of_run, free_disk
+from fewstep.train.rollouts import Lesson, Teacher
+from fewstep.ui import duration
+
+SEARCHED = 200
+"""Updates among which a dear one is looked for."""
+
+SPARED = 0.95
+"""Of the memory there is, how much a batch may take: allocators do not fill it to the last byte."""
+
+
+ResultT = TypeVar("ResultT")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Trial:
+    """A step at one batch size, taken twice: once to warm up and count, once to measure.
+
+    Attributes:
+        teacher_seconds: of the teacher's rollouts, with all that leads to their starts.
+        student_seconds: of the student's forward, backward and update.
+        activations: bytes that the student's forward keeps for the backward pass, counted.
+        peak: bytes at the peak of the whole step: allocated on a GPU, resident on a CPU; None where nobody tells.
+    """
+
+    teacher_seconds: float
+    student_seconds: float
+    activations: int
+    peak: int | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class DryRun:
+    """What a run would take.
+
+    Attributes:
+        held: bytes that are there whatever the batch, by what they are: base, adapter, gradients, optimizer.
+        one, two: the steps at batch 1 and 2.
+        largest_batch: that fits into the memory there is; None where that is not known.
+        seconds_per_step: an update at the settings' batch, its rollouts included where it makes its own.
+        seconds: the whole run, without what loading, checkpoints and previews take.
+        disk: bytes of all that it leaves, by what it is.
+        free: bytes free there.
+    """
+
+    held: dict[str, int]
+    one: Trial
+    two: Trial
+    largest_batch: int | None
+    seconds_per_step: float
+    seconds: float
+    disk: dict[str, int]
+    free: int
+
+
+def rehearse(settings: TrainSettings, *, reporter: Reporter = SILENT) -> DryRun:
+    """Train for a few steps with the real base, data and settings, and throw them away. Nothing is written.
+
+    The steps are dear ones: every sample starts from a noised picture, which has to be encoded first, and none from
+    pure noise.
+
+    Raises:
+        InputError, DataError, CheckpointError: as `distill`.
+    """
+    processes = join_processes(settings.device)
+    reporter = reporter if processes.is_main_process else SILENT
+    resumed = start.checkpoint_to_resume(settings, reporter)
+    recorded = None if resumed is None else checkpoint.recorded_base(resumed)
+    backbone, settings = start.open_base(settings, own_device(settings.device, processes), recorded, reporter)
+    opened = open_data(settings, backbone, reporter=reporter)
+    for line in opened.report.lines():
+        reporter.say(f"data: {line}")
+    method = start.method_of(settings, backbone)
+    parameters = start.student_of(settings, backbone)
+    optimizer = torch.optim.AdamW(parameters, lr=settings.learning_rate)
+    ema = EMA(parameters, settings.ema_decay)
+    slices = Slices(
+        batch_size=settings.batch_size,
+        accumulation=settings.gradient_accumulation_steps,
+        processes=processes.num_processes,
+    )
+
+    with reporter.progress("dry run", 2) as bar:
+        trials = []
+        for size in (1, 2):
+            batch = _dear_batch(size, settings, backbone, method, opened)
+            try:
+                trials.append(_tried(batch, settings, backbone, method, optimizer))
+            except torch.OutOfMemoryError:
+                raise InputError(
+                    f"batch {size} does not fit into the memory of {backbone.device}; allowed is what fits, "
+                    f"{'no batch as it is' if size == 1 else 'batch 1'}; pass --gradient_checkpointing, "
+                    "--mixed_precision bf16 or a lower --resolution"
+                ) from None
+            bar.advance(1)
+    one, two = trials
+
+    moments = [value for state in optimizer.state.values() for value in state.values()]
+    seconds_per_step, seconds = _durations(one, two, settings, slices)
+    networks = (backbone.unet, backbone.vae, backbone.text_encoder)
+    found = DryRun(
+        held={
+            "base": _size(weight for network in networks for weight in network.parameters()) - _size(parameters),
+            "adapter": _size(parameters),
+            "gradients": _size(parameters),
+            "optimizer": _size([*moments, *ema.averages]),
+        },
+        one=one,
+        two=two,
+        largest_batch=_largest_batch(one, two, backbone.device),
+        seconds_per_step=seconds_per_step,
+        seconds=seconds,
+        disk=disk_of_run(settings, backbone, slices, sum(parameter.numel() for parameter in parameters)),
+        free=free_disk(settings.run_dir),
+    )
+    for line in _described(found, settings, backbone.device):
+        reporter.say(line)
+    if sum(found.disk.values()) > found.free:
+        reporter.warn(f"{settings.output_dir} has {in_bytes(found.free)} free: too little for the run")
+    return found
+
+
+def _dear_batch(size: int, settings: TrainSettings, backbone: Backbone, method: KStep, opened: OpenedData) -> Batch:
+    """An early batch of `size` in which no sample starts from pure noise; the very first where there is none."""
+    shape = backbone.latent_shape(settings.resolution)
+    dear = (u for u in range(SEARCHED) if not method.draw(settings.seed, u, range(size), shape).pure.any())
+    update = next(dear, 0)
+    slices = Slices(batch_size=size)
+    batches = Batches(opened.data, slices, seed=settings.seed, start=update, end=update + 1, allowance=opened.allowance)
+    return next(iter(batches))
+
+
+def _tried(
+    batch: Batch, settings: TrainSettings, backbone: Backbone, method: KStep, optimizer: torch.optim.Optimizer
+) -> Trial:
+    """A step on `batch`, once to warm up and count, once to measure."""
+    shape, student = backbone.latent_shape(settings.resolution), backbone.denoiser()
+    teacher = Teacher(backbone, method, settings.seed, shape, settings.starts_from)
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+
+    def learn(lesson: Lesson) -> None:
+        mean, _ = lesson.loss(method, student)
+        mean.backward()
+        nn.utils.clip_grad_norm_(parameters, settings.max_grad_norm)
+        optimizer.step()
+        optimizer.zero_grad()
+
+    lesson = teacher(batch)
+    known = [*backbone.unet.parameters(), *backbone.unet.buffers()]
+    activations = kept_for_backward(lambda: lesson.loss(method, student), known)
+    learn(lesson)
+    seconds: list[float] = []
+
+    def step() -> None:
+        learn(_timed(lambda: teacher(batch), seconds, backbone.device))
+
+    peak = peak_memory(lambda: _timed(step, seconds, backbone.device), backbone.device)
+    teaching, whole = seconds
+    return Trial(teacher_seconds=teaching, student_seconds=whole - teaching, activations=activations, peak=peak)
+
+
+def _timed(work: Callable[[], ResultT], seconds: list[float], device: torch.device) -> ResultT:
+    """Do it, and add the seconds that it took."""
+    synchronise(device)
+    started = time.perf_counter()
+    result = work()
+    synchronise(device)
+    seconds.append(time.perf_counter() - started)
+    return result
+
+
+def _largest_batch(one: Trial, two: Trial, device: torch.device) -> int | None:
+    """By a line through batch 1 and 2: on a GPU of the peaks, on a CPU of the activations, into what is still free."""
+    space = room(device)
+    if one.peak is not None and two.peak is not None and device.type == "cuda":
+        held = torch.cuda.memory_allocated(device)
+        first, second = one.peak - held, two.peak - held
+    else:
+        first, second = one.activations, two.activations
+    each = second - first
+    return None if space is None or each <= 0 else 1 + max(0, floor((SPARED * space - first) / each))
+
+
+def _durations(one: Trial, two: Trial, settings: TrainSettings, slices: Slices) -> tuple[float, float]:
+    """Seconds of an update at the settings' batch, and of the whole run."""
+
+    def at(first: float, second: float) -> float:
+        return first + max(0.0, second - first) * (slices.batch_size - 1)
+
+    teaching = at(one.teacher_seconds, two.teacher_seconds)
+    learning = at(one.student_seconds, two.student_seconds) * slices.accumulation
+    if settings.keeps_rollouts:
+        rollouts = start.rollouts_to_keep(settings, slices) // (slices.batch_size * slices.processes)
+        return learning, rollouts * teaching + settings.max_steps * learning
+    step = learning + teaching * slices.accumulation
+    return step, settings.max_steps * step
+
+
+def _size(tensors: Iterable[Tensor]) -> int:
+    return sum(tensor.nbytes for tensor in tensors)
+
+
+def _described(found: DryRun, settings: TrainSettings, device: torch.device) -> list[str]:
+    one, two = found.one, found.two
+    lines = [
+        f"memory, counted: {_in_words(found.held)}; activations kept for the backward pass "
+        f"{in_bytes(one.activations)} at batch 1, {in_bytes(two.activations)} at batch 2"
+    ]
+    if one.peak is not None and two.peak is not None:
+        how = "allocated" if device.type == "cuda" else "resident"
+        lines.append(f"memory, peak {how}: {in_bytes(one.peak)} at batch 1, {in_bytes(two.peak)} at batch 2")
+    if found.largest_batch is not None:
+        by = "peaks" if device.type == "cuda" else "activations, to which comes what forwards take in passing,"
+        lines.append(f"largest batch: about {found.largest_batch:,}, by the {by} at batch 1 and 2")
+    kind = "learnt from kept rollouts" if settings.keeps_rollouts else "with its rollouts"
+    lines += [
+        f"time: {found.seconds_per_step:.3g} s an update {kind}, {duration(found.seconds)} for the whole run of "
+        f"{settings.max_steps:,}, without what loading, checkpoints and previews take",
+        f"disk: at most {_in_words(found.disk)}; {in_bytes(found.free)} are free",
+        "dry run: nothing was written",
+    ]
+    return lines
+
+
+def _in_words(parts: Mapping[str, int]) -> str:
+    return ", ".join(f"{name} {in_bytes(count)}" for name, count in parts.items())
