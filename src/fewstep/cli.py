@@ -68,7 +68,7 @@ SECTIONS = {
     "clip_model_id batch_sizes timing_repeats frechet_images",
     "Data": "dataset_name data_dir image_column caption_column max_dropped",
     "Training": "size stage max_steps learning_rate lr_schedule lr_warmup_steps gradient_accumulation_steps "
-    "max_grad_norm ema_decay resume_from_checkpoint",
+    "gradient_checkpointing max_grad_norm ema_decay resume_from_checkpoint",
     "Method": "guidance_scale num_ddim_steps num_inference_steps pure_noise_share start pairs_per_rollout "
     "teacher_rollouts teacher_cache loss loss_weighting",
     "Base model": "base_model default_base revision prediction_type resolution allow_pickle",

@@ -219,6 +219,11 @@ class TrainSettings(BaseModelSettings):
     max_steps: Count = Field(3000, description="Optimizer updates.")
     batch_size: Count = Field(8, description="Pictures a process and micro-batch.")
     gradient_accumulation_steps: Count = Field(1, description="Micro-batches an update.")
+    gradient_checkpointing: bool = Field(
+        False,
+        description="Keep fewer of the student's activations and compute them again in the backward pass: less memory "
+        "for one more forward; the gradients are the same.",
+    )
     learning_rate: Annotated[float, Field(gt=0, le=1)] = Field(1e-4, description="AdamW's learning rate.")
     lr_schedule: Literal["constant", "cosine"] = Field("constant", description="Learning rate after the warm-up.")
     lr_warmup_steps: CountOrNone = Field(0, description="Updates over which the learning rate rises from 0.")

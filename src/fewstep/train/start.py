@@ -13,6 +13,7 @@ from torch import nn
 
 from fewstep import checkpoint, lora
 from fewstep.backbone import Backbone, load_backbone
+from fewstep.backbone.threads import is_small
 from fewstep.config import TrainSettings, load_toml, settings_toml, spell
 from fewstep.data import Batches, OpenedData, Slices
 from fewstep.errors import CheckpointError, InputError, Interrupted
@@ -26,7 +27,7 @@ ORACLE_PICTURES = 16
 MAY_CHANGE = {
     *("output_dir", "run_name", "log_file", "checkpoint_every", "validate_every", "log_every", "oracle_images"),
     *("keep_last", "keep_every", "dry_run"),
-    *("device", "default_base", "revision", "allow_pickle"),
+    *("device", "gradient_checkpointing", "default_base", "revision", "allow_pickle"),
     "teacher_cache",  # its own key tells
     *("base_model", "data_dir", "dataset_name", "prompts_file", "image_column", "caption_column"),  # fingerprints tell
     "max_dropped",  # likewise
@@ -94,6 +95,8 @@ def open_base(
         prediction_type=settings.prediction_type,
         why=why,
     )
+    if not is_small(backbone.vae):  # one picture of Stable Diffusion's size keeps a device busy: no memory for more
+        backbone.vae.enable_slicing()
     return backbone, resolved(settings, backbone)
 
 
@@ -118,6 +121,8 @@ def method_of(settings: TrainSettings, backbone: Backbone) -> KStep:
 
 def student_of(settings: TrainSettings, backbone: Backbone) -> list[nn.Parameter]:
     """Attach the student's adapter to the base; its parameters."""
+    if settings.gradient_checkpointing:  # of forwards with gradient alone: the teacher's are as they were
+        backbone.unet.enable_gradient_checkpointing()
     return lora.attach(backbone.unet, settings.lora_rank, settings.alpha, settings.lora_targets, settings.seed)
 
 
