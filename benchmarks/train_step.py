@@ -34,6 +34,7 @@ from fewstep.methods.kstep import Draws, KStep
 from fewstep.solver import ddim_step
 from fewstep.timesteps import rollout_grid
 from fewstep.timing import machine, matrix_rate, synchronise
+from fewstep.train.encoding import Fresh
 from fewstep.train.rollouts import Lesson, RolloutStore, Teacher, kept_lessons
 
 TOLERANCE = 1e-3
@@ -86,7 +87,7 @@ def ours(job: Job, *, parts: bool = True, pairs: int = 1) -> None:
     cores.SMALL = small if parts else 0
     try:
         shape = job.backbone.latent_shape(job.batch.pictures.shape[1])
-        learn(replace(job, method=method), Teacher(job.backbone, method, 0, shape)(job.batch))
+        learn(replace(job, method=method), Teacher(job.backbone, Fresh(job.backbone), method, 0, shape)(job.batch))
     finally:
         cores.SMALL = small
 
@@ -154,16 +155,16 @@ def main() -> None:
 
         def kept(job: Job) -> None:
             """One rollout, then as many updates on it as there are epochs: read back from disk each time."""
-            store.put(0, Teacher(backbone, method, 0, shape)(batch))
+            store.put(0, Teacher(backbone, Fresh(backbone), method, 0, shape)(batch))
             store.refresh()
             slices = Slices(batch_size=count)
             for _ in range(args.epochs):
-                for lesson in kept_lessons(store, backbone, slices, count=count, seed=0, start=0, end=1):
+                for lesson in kept_lessons(store, Fresh(backbone), slices, count=count, seed=0, start=0, end=1):
                     learn(job, lesson)
 
         # Form, samples an update, pairs an update.
         reused = replace(method, pairs_per_rollout=4)
-        lesson = Teacher(backbone, reused, 0, shape)(batch)
+        lesson = Teacher(backbone, Fresh(backbone), reused, 0, shape)(batch)
         forms: dict[str, tuple[Callable[[Job], None], int, int]] = {
             "naive": (naive, count, count),
             "whole batch, one UNet": (lambda job: ours(job, parts=False), count, count),

@@ -22,6 +22,7 @@ from cyclopts import App, CycloptsError, Group, MissingArgumentError, Parameter,
 from fewstep import __version__
 from fewstep.config import (
     BenchSettings,
+    CacheSettings,
     Checked,
     DemoSettings,
     DoctorSettings,
@@ -52,6 +53,7 @@ class Command:
 COMMANDS = {
     "demo": Command(DemoSettings, "fewstep.walkthrough:walkthrough"),
     "train": Command(TrainSettings, "fewstep.train:train"),
+    "cache": Command(CacheSettings, "fewstep.train.fill:fill"),
     "doctor": Command(DoctorSettings, "fewstep.doctor:doctor"),
     "bench": Command(BenchSettings, "fewstep.benchmark:benchmark"),
     "generate": Command(GenerateSettings, "fewstep.generate:generate"),
@@ -70,7 +72,7 @@ SECTIONS = {
     "Training": "size stage max_steps learning_rate lr_schedule lr_warmup_steps gradient_accumulation_steps "
     "gradient_checkpointing max_grad_norm ema_decay resume_from_checkpoint",
     "Method": "guidance_scale num_ddim_steps num_inference_steps pure_noise_share start pairs_per_rollout "
-    "teacher_rollouts teacher_cache loss loss_weighting",
+    "teacher_rollouts teacher_cache cache_dir loss loss_weighting",
     "Base model": "base_model default_base revision prediction_type resolution allow_pickle",
     "Results": "runs output_dir run_name outdir resume dry_run log_file checkpoint_every keep_last keep_every "
     "validate_every log_every oracle_images",

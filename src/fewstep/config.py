@@ -269,6 +269,11 @@ class TrainSettings(BaseModelSettings):
         description="Folder of kept rollouts; runs that ask the teacher the same can share it. Unset: rollouts/ in the "
         "run's folder, where teacher_rollouts is given.",
     )
+    cache_dir: Folder | None = Field(
+        None,
+        description="Folder of latents and text embeddings, computed once and kept in fp16; runs with the same base "
+        "and data share it. Unset: they are computed when they are needed.",
+    )
     loss: Literal["mse", "huber"] = Field("mse", description="Distance between the student's and the teacher's x0.")
     loss_weighting: Literal["x0", "eps", "v"] = Field(
         "x0", description="In which quantity the distance is measured: x0 as it is, eps or v re-weighted by timestep."
@@ -333,6 +338,12 @@ class TrainSettings(BaseModelSettings):
                 "shorter than the training; lower --lr_warmup_steps"
             )
         return self
+
+
+class CacheSettings(TrainSettings):
+    """Compute, once, the latents and text embeddings that `fewstep train` with the same flags will ask for."""
+
+    cache_dir: Folder = Field(description="Folder for them, in fp16; what is there already is not computed again.")
 
 
 class DoctorSettings(TrainSettings):

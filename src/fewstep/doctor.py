@@ -16,7 +16,7 @@ from fewstep.arithmetic import room
 from fewstep.backbone import Backbone
 from fewstep.backbone.loading import choose_device, choose_dtype
 from fewstep.config import TrainSettings, spell
-from fewstep.data import Batches, Slices, open_data
+from fewstep.data import Batches, DataReport, Slices, open_data
 from fewstep.errors import FewstepError, InputError
 from fewstep.lora import trainable_parameters
 from fewstep.reporting import SILENT, Reporter, in_bytes
@@ -32,7 +32,7 @@ CHECKS: dict[str, tuple[str, ...]] = {
     "settings": ("model",),
     "forward": ("model",),
     "data": ("model",),
-    "disk": ("settings",),
+    "disk": ("settings", "data"),
 }
 """The checks in their order, and what each needs to have passed."""
 
@@ -101,6 +101,7 @@ class _Examination:
         self._settings = settings
         self._recorded: str | None = None
         self._backbone: Backbone | None = None
+        self._data: DataReport | None = None
 
     @property
     def _base(self) -> Backbone:
@@ -178,6 +179,7 @@ class _Examination:
 
     def data(self) -> str:
         opened = open_data(self._settings, self._base)
+        self._data = opened.report
         few = Slices(batch_size=min(FIRST_PICTURES, len(opened.data)))
         batch = next(
             iter(Batches(opened.data, few, seed=self._settings.seed, start=0, end=1, allowance=opened.allowance))
@@ -188,8 +190,10 @@ class _Examination:
         return f"{counted}; the first {len(batch.captions)} can be read, such as {batch.captions[0]!r}"
 
     def disk(self) -> str:
-        slices = Slices(batch_size=self._settings.batch_size, accumulation=self._settings.gradient_accumulation_steps)
-        needed = sum(disk_of_run(self._settings, self._base, slices, trainable_parameters(self._base.unet)).values())
+        assert self._data is not None, "the data is checked first"
+        settings, trainable = self._settings, trainable_parameters(self._base.unet)
+        slices = Slices(batch_size=settings.batch_size, accumulation=settings.gradient_accumulation_steps)
+        needed = sum(disk_of_run(settings, self._base, self._data, slices, trainable).values())
         free = free_disk(self._settings.run_dir)
         if needed > free:
             raise InputError(

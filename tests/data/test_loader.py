@@ -38,7 +38,10 @@ class Numbers:
     def item(self, index: int) -> tuple[np.ndarray, tuple[str, ...]]:
         if index in self.bad:
             raise PictureError("damaged", f"at {index}")
-        return np.full((8, 8, 3), index, dtype=np.uint8), tuple(f"{kind} {index}" for kind in "abc")
+        return np.full((8, 8, 3), index, dtype=np.uint8), self.captions(index)
+
+    def captions(self, index: int) -> tuple[str, ...]:
+        return tuple(f"{kind} {index}" for kind in "abc")
 
 
 def batches(data: PictureData, slices: Slices, start: int = 0, end: int = 4, **options: Any) -> Batches:
@@ -209,3 +212,14 @@ def test_errors_survive_the_way_from_a_worker() -> None:
 def test_impossible_slices_are_refused(wrong: dict[str, int]) -> None:
     with pytest.raises(ValueError, match="allowed"):
         Slices(**wrong)
+
+
+@pytest.mark.parametrize("spared", [{2, 3, 5}, set(range(8))])
+def test_pictures_that_are_spared_are_black_and_all_else_is_as_it_was(spared: set[int]) -> None:
+    data, slices = Numbers(8), Slices(batch_size=4)
+    for whole, part in zip(batches(data, slices), batches(data, slices, spared=spared), strict=True):
+        assert (part.items, part.captions) == (whole.items, whole.captions)
+        assert part.spared == tuple(row for row, item in enumerate(part.items) if item in spared)
+        assert whole.spared == ()
+        for row, item in enumerate(part.items):
+            assert part.pictures[row].numel() == 0 or (part.pictures[row] == (0 if item in spared else item)).all()

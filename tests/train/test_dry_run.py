@@ -12,7 +12,7 @@ from torch import nn
 from fewstep.arithmetic import kept_for_backward, room
 from fewstep.backbone import load_backbone
 from fewstep.config import TrainSettings
-from fewstep.data import Slices
+from fewstep.data import DataReport, Slices
 from fewstep.errors import InputError
 from fewstep.lora import trainable_parameters
 from fewstep.reporting import in_bytes
@@ -114,9 +114,10 @@ def test_the_disk_it_takes_is_what_a_run_leaves(whole: DistillResult, base: Path
     settings = whole.settings
     start.student_of(settings, backbone)
     slices = Slices(batch_size=settings.batch_size, accumulation=settings.gradient_accumulation_steps)
+    data = DataReport(source="", pictures=12, captions=60, dropped=())
 
-    def needed(**changes: int) -> dict[str, int]:
-        return disk_of_run(settings.replace(**changes), backbone, slices, trainable_parameters(backbone.unet))
+    def needed(**changes: Any) -> dict[str, int]:
+        return disk_of_run(settings.replace(**changes), backbone, data, slices, trainable_parameters(backbone.unet))
 
     tensors = sum(file.stat().st_size for file in (whole.folder / "lora").rglob("*.safetensors"))
     assert needed()["checkpoints"] == pytest.approx(tensors, rel=0.5)  # headers weigh as much in so small an adapter
@@ -126,6 +127,8 @@ def test_the_disk_it_takes_is_what_a_run_leaves(whole: DistillResult, base: Path
     each = 2 * 4 * 4 * 8 * 8
     assert needed(teacher_rollouts=5)["rollouts"] == 8 * each
     assert needed(teacher_rollouts=8, pairs_per_rollout=9)["rollouts"] == 8 * settings.num_ddim_steps * each
+    latent, embedding = 2 * 4 * 8 * 8, 2 * 77 * 32
+    assert needed(cache_dir="c")["cache"] == 12 * latent + 40 * embedding, "40 samples, 12 pictures, 60 captions"
     final = 4 * trainable_parameters(backbone.unet)
     assert needed(keep_last=1)["checkpoints"] == final + (needed()["checkpoints"] - final) // 3
     assert needed(keep_last=1, keep_every=5)["checkpoints"] == needed()["checkpoints"]

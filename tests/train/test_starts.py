@@ -13,6 +13,7 @@ from fewstep.data import Batch
 from fewstep.errors import CheckpointError, DataError, InputError, Interrupted
 from fewstep.methods.kstep import KStep
 from fewstep.train import distill
+from fewstep.train.encoding import Fresh
 from fewstep.train.rollouts import Teacher
 from tests.train.conftest import Heard
 from tests.train.test_rollouts import same
@@ -51,7 +52,7 @@ def test_the_teachers_picture_is_noised_and_the_teacher_starts_again_from_there(
 ) -> None:
     positions = tuple(range(12))
     draws = method.draw(5, 3, positions, SHAPE)
-    lesson = Teacher(backbone, method, 5, SHAPE, "teacher")(batch_of(positions))
+    lesson = Teacher(backbone, Fresh(backbone), method, 5, SHAPE, "teacher")(batch_of(positions))
     with torch.no_grad(), adapters_off(backbone.unet):
         teacher, uncond = backbone.denoiser(adapter=False), backbone.embed([""])
         origins = method.draw_origins(5, 3, positions, SHAPE)
@@ -67,7 +68,7 @@ def test_the_teachers_picture_is_noised_and_the_teacher_starts_again_from_there(
 
 
 def test_a_start_belongs_to_its_position(backbone: Backbone, method: KStep) -> None:
-    teacher = Teacher(backbone, method, 5, SHAPE, "teacher")
+    teacher = Teacher(backbone, Fresh(backbone), method, 5, SHAPE, "teacher")
     whole, alone = teacher(batch_of(tuple(range(8)))), teacher(batch_of((2, 6)))
     torch.testing.assert_close(whole.pairs.x_t[[2, 6]], alone.pairs.x_t, rtol=1e-4, atol=1e-4)
 

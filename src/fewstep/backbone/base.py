@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..quiet import quiet_libraries
 from .threads import in_parts, is_small, whole
@@ -81,6 +81,7 @@ class Backbone:
     @torch.no_grad()
     def embed(self, prompts: Sequence[str]) -> Tensor:
         """Embeddings [B, L, D] fp32 of `prompts`, in one call; longer ones are cut: see `token_overflow`."""
+        self._wake(self.text_encoder)
         tokens = self.tokenizer(
             list(prompts), padding="max_length", max_length=self.max_tokens, truncation=True, return_tensors="pt"
         )
@@ -107,6 +108,7 @@ class Backbone:
             moments: Tensor = self.vae.encode(pixels).latent_dist.parameters
             return moments
 
+        self._wake(self.vae)
         run = in_parts if is_small(self.vae) else whole
         posterior = DiagonalGaussianDistribution(run(forward, (pixels.to(self.device, self.dtype),)))
         latents: Tensor = posterior.mean.float()
@@ -122,9 +124,19 @@ class Backbone:
             pixels: Tensor = self.vae.decode(unscaled, return_dict=False)[0]
             return pixels
 
+        self._wake(self.vae)
         unscaled = latents.to(self.device) / self.vae.config.scaling_factor
         run = in_parts if is_small(self.vae) else whole
         return (run(forward, (unscaled.to(self.dtype),)).float() / 2 + 0.5).clamp(0, 1)
+
+    def rest(self, network: nn.Module) -> None:
+        """Take the VAE or the text encoder off the device; it is back when it is asked for anything."""
+        if self.device.type != "cpu":
+            network.to("cpu")
+
+    def _wake(self, network: nn.Module) -> None:
+        if next(network.parameters()).device.type != self.device.type:
+            network.to(self.device)
 
     def denoiser(self, adapter: bool = True) -> Denoiser:
         """The UNet as a function of x_t [B, C, H, W], t int64 [B], cond [B, L, D] to its raw output [B, C, H, W] fp32.

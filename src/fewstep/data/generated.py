@@ -48,6 +48,9 @@ class GeneratedPictures:
             raise DataError(f"drawing {index} of the base came with a bad caption: {error}; repair the base") from error
         return square_pixels(Image.fromarray(pixels), self._resolution), (caption,)
 
+    def captions(self, index: int) -> tuple[str, ...]:
+        return self.item(index)[1]  # what is drawn is what the caption says: one does not come without the other
+
     def fingerprint(self) -> str:
         """Tells what is drawn by drawing the first few."""
         digest = hashlib.blake2b(digest_size=16)

@@ -33,6 +33,7 @@ class HubPictures:
         """Take the dataset `rows`, its columns (image undecoded, caption) and the numbers of the usable rows."""
         self._rows = rows
         self._image, self._caption = columns
+        self._captions = rows.select_columns(self._caption)
         self._kept = kept
         self._resolution = resolution
 
@@ -50,6 +51,9 @@ class HubPictures:
         else:
             pixels = decode_file(Path(cell["path"]), self._resolution)
         return pixels, tuple(captions.clean_list(row[self._caption])[0])
+
+    def captions(self, index: int) -> tuple[str, ...]:
+        return tuple(captions.clean_list(self._captions[int(self._kept[index])][self._caption])[0])
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -13,7 +13,7 @@ repetition, and each one is named in the batch. More of them than the scan's all
 from __future__ import annotations
 
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Set
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from fewstep.data.order import sample_index
-from fewstep.data.pairs import PictureData
+from fewstep.data.pairs import NO_PICTURE, PictureData
 from fewstep.data.pictures import PictureError
 from fewstep.errors import DataError, FewstepError
 from fewstep.randomness import generator
@@ -89,6 +89,7 @@ class Batch:
         pictures: uint8 [B, R, R, 3], RGB; R is 0 where the data is captions alone.
         captions: B of them, none empty.
         replaced: pictures that were met for the first time here and could not be used.
+        spared: rows whose picture was not asked for, and is black.
     """
 
     update: int
@@ -98,6 +99,7 @@ class Batch:
     pictures: Tensor
     captions: tuple[str, ...]
     replaced: tuple[Replaced, ...]
+    spared: tuple[int, ...] = ()
 
     def pixels(self, device: torch.device | str = "cpu") -> Tensor:
         """The pictures as a model takes them: fp32 [B, 3, R, R] in -1 … 1, converted on `device`."""
@@ -123,6 +125,7 @@ class Batches:
         allowance: int = 0,
         workers: int = 0,
         skip: Callable[[int, int], bool] = lambda _first, _count: False,
+        spared: Set[int] = frozenset(),
     ) -> None:
         """Nothing is loaded yet.
 
@@ -135,8 +138,9 @@ class Batches:
             allowance: how many different pictures may turn out to be no good (`OpenedData.allowance`).
             workers: processes that load ahead; 0 loads in this one. Changes nothing but the speed.
             skip: told the first place of a micro-batch in the endless sequence and its length: whether to leave it out.
+            spared: numbers of items whose captions alone are needed: their pictures are not decoded.
         """
-        self._source = _Source(data, slices, seed)
+        self._source = _Source(data, slices, seed, spared)
         self._order = [
             (update, micro)
             for update in range(start, end)
@@ -189,6 +193,7 @@ class Batches:
             pictures=torch.from_numpy(loaded.pictures),
             captions=loaded.captions,
             replaced=new,
+            spared=loaded.spared,
         )
 
 
@@ -203,6 +208,7 @@ class _Loaded:
     pictures: np.ndarray
     captions: tuple[str, ...]
     replaced: tuple[Replaced, ...]
+    spared: tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -212,6 +218,7 @@ class _Source(Dataset["_Loaded | FewstepError"]):
     data: PictureData
     slices: Slices
     seed: int
+    spared: Set[int]
 
     def __getitem__(self, key: tuple[int, int]) -> _Loaded | FewstepError:
         update, micro = key
@@ -222,22 +229,28 @@ class _Source(Dataset["_Loaded | FewstepError"]):
         except FewstepError as error:
             return error.with_traceback(None)
         items, pictures, captions = zip(*samples, strict=True)
+        black = np.zeros_like(next((picture for picture in pictures if picture is not None), NO_PICTURE))
         return _Loaded(
             update=update,
             micro=micro,
             positions=positions,
             items=items,
-            pictures=np.stack(pictures),
+            pictures=np.stack([black if picture is None else picture for picture in pictures]),
             captions=captions,
             replaced=tuple({bad.name: bad for bad in replaced}.values()),
+            spared=tuple(row for row, picture in enumerate(pictures) if picture is None),
         )
 
-    def _sample(self, place: int, replaced: list[Replaced]) -> tuple[int, np.ndarray, str]:
-        """(number, pixels, caption) of the item at a place of the endless sequence."""
+    def _sample(self, place: int, replaced: list[Replaced]) -> tuple[int, np.ndarray | None, str]:
+        """(number, pixels, caption) of the item at a place of the endless sequence; no pixels where they are spared."""
         index = sample_index(self.seed, place, len(self.data))
         for attempt in range(_ATTEMPTS):
             try:
-                pixels, captions = self.data.item(index)
+                pixels: np.ndarray | None
+                if index in self.spared:
+                    pixels, captions = None, self.data.captions(index)
+                else:
+                    pixels, captions = self.data.item(index)
             except PictureError as error:
                 replaced.append(Replaced(self.data.name(index), str(error)))
                 index = _draw(len(self.data), generator(self.seed, "replacement", place, attempt))

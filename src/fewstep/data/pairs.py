@@ -19,6 +19,9 @@ from fewstep.reporting import SILENT, Reporter
 READERS = 8  # threads of a scan: they wait for the disk, most of the time
 _CHUNK = 256
 
+NO_PICTURE = np.empty((0, 0, 3), dtype=np.uint8)
+"""A picture without a pixel: of captions alone."""
+
 
 class PictureData(Protocol):
     """Numbered pictures with captions. Reading has no side effects: any process may ask for any item at any time."""
@@ -38,6 +41,10 @@ class PictureData(Protocol):
             PictureError: this picture's content is no good.
             DataError: the data is not there any more.
         """
+        ...
+
+    def captions(self, index: int) -> tuple[str, ...]:
+        """All captions of item `index`, as `item` gives them, without decoding its picture."""
         ...
 
 
@@ -109,9 +116,11 @@ class LocalPictures:
         return shown(self._names[index])
 
     def item(self, index: int) -> tuple[np.ndarray, tuple[str, ...]]:
-        pixels = self._files.decode(self._names[index], self._resolution)
+        return self._files.decode(self._names[index], self._resolution), self.captions(index)
+
+    def captions(self, index: int) -> tuple[str, ...]:
         start = int(self._ends[index - 1]) if index else 0
-        return pixels, tuple(self._captions[number] for number in range(start, int(self._ends[index])))
+        return tuple(self._captions[number] for number in range(start, int(self._ends[index])))
 
 
 def keep_readable(

@@ -9,11 +9,9 @@ from pathlib import Path
 import numpy as np
 
 from fewstep.data import captions
-from fewstep.data.pairs import Strings, add_to_fingerprint
+from fewstep.data.pairs import NO_PICTURE, Strings, add_to_fingerprint
 from fewstep.data.report import Drops
 from fewstep.errors import DataError
-
-NO_PICTURE = np.empty((0, 0, 3), dtype=np.uint8)
 
 
 class Prompts:
@@ -29,7 +27,10 @@ class Prompts:
         return f"prompt {index}"
 
     def item(self, index: int) -> tuple[np.ndarray, tuple[str, ...]]:
-        return NO_PICTURE, (self._captions[index],)
+        return NO_PICTURE, self.captions(index)
+
+    def captions(self, index: int) -> tuple[str, ...]:
+        return (self._captions[index],)
 
     def fingerprint(self) -> str:
         digest = hashlib.blake2b(digest_size=16)

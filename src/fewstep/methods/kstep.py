@@ -50,6 +50,11 @@ class Draws:
     pure: Tensor
     order: Tensor
 
+    @property
+    def noised(self) -> list[int]:
+        """The samples that start from a noised clean latent."""
+        return (~self.pure).nonzero().squeeze(1).tolist()
+
 
 @dataclass(frozen=True, eq=False)
 class Pairs:

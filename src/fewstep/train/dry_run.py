@@ -23,6 +23,7 @@ from fewstep.processes import join_processes, own_device
 from fewstep.reporting import SILENT, Reporter, in_bytes
 from fewstep.timing import synchronise
 from fewstep.train import start
+from fewstep.train.encoding import Fresh
 from fewstep.train.needs import disk_of_run, free_disk
 from fewstep.train.rollouts import Lesson, Teacher
 from fewstep.ui import duration
@@ -135,7 +136,7 @@ def rehearse(settings: TrainSettings, *, reporter: Reporter = SILENT) -> DryRun:
         largest_batch=_largest_batch(one, two, backbone.device),
         seconds_per_step=seconds_per_step,
         seconds=seconds,
-        disk=disk_of_run(settings, backbone, slices, sum(parameter.numel() for parameter in parameters)),
+        disk=disk_of_run(settings, backbone, opened.report, slices, sum(parameter.numel() for parameter in parameters)),
         free=free_disk(settings.run_dir),
     )
     for line in _described(found, settings, backbone.device):
@@ -160,7 +161,7 @@ def _tried(
 ) -> Trial:
     """A step on `batch`, once to warm up and count, once to measure."""
     shape, student = backbone.latent_shape(settings.resolution), backbone.denoiser()
-    teacher = Teacher(backbone, method, settings.seed, shape, settings.starts_from)
+    teacher = Teacher(backbone, Fresh(backbone), method, settings.seed, shape, settings.starts_from)
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
 
     def learn(lesson: Lesson) -> None:

@@ -179,6 +179,8 @@ def distill(
                 lora.save_adapter(backbone.unet, folder, backbone.scheduler_config)
                 lora.prove_round_trip(backbone, folder)
 
+        encoder = start.encoder_of(settings, backbone, opened, main=main)
+
         def save(name: str, state: Mapping[str, checkpoint.Stateful] | None) -> Path:
             record = checkpoint.Record(
                 step=step,
@@ -188,6 +190,7 @@ def distill(
                 revision=backbone.revision,
                 more=identity | {"rank": settings.lora_rank, "alpha": settings.alpha, "torch": torch.__version__},
             )
+            encoder.flush()  # what a resumed run finds is what this one had
             folder = settings.run_dir / "lora" / name
             if main:
                 checkpoint.save(folder, publish, settings=settings_toml(settings), record=record, stateful=state)
@@ -203,8 +206,9 @@ def distill(
             seed=settings.seed,
             allowance=opened.allowance,
             workers=start.loading_workers(device, processes.num_processes),
+            spared=encoder.items(),
         )
-        teacher = Teacher(backbone, method, settings.seed, shape, settings.starts_from)
+        teacher = Teacher(backbone, encoder, method, settings.seed, shape, settings.starts_from)
         lessons: Iterator[Lesson]
         if settings.keeps_rollouts:
             count = start.rollouts_to_keep(settings, slices)
@@ -214,8 +218,9 @@ def distill(
             start.keep_rollouts(store, teacher, missing, slices, reporter, should_stop)
             processes.wait_for_everyone()
             store.refresh()  # the other processes have put theirs
+            backbone.rest(backbone.vae)
             ahead = {"start": step, "end": settings.max_steps}
-            lessons = kept_lessons(store, backbone, slices, count=count, seed=settings.seed, **ahead)
+            lessons = kept_lessons(store, encoder, slices, count=count, seed=settings.seed, **ahead)
         else:
             lessons = map(teacher, batches(start=step, end=settings.max_steps))
 

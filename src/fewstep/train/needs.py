@@ -8,15 +8,18 @@ from pathlib import Path
 
 from fewstep.backbone import Backbone
 from fewstep.config import TrainSettings
-from fewstep.data import Slices
+from fewstep.data import DataReport, Slices
 from fewstep.train.loop import PREVIEW_PROMPTS
 from fewstep.train.start import rollouts_to_keep
 
-FP32 = 4
+FP32, FP16 = 4, 2
+"""Bytes a number."""
 
 
-def disk_of_run(settings: TrainSettings, backbone: Backbone, slices: Slices, trainable: int) -> dict[str, int]:
-    """Bytes of all that a run leaves, by what it is; upper bounds, for pictures and rollouts are counted in full.
+def disk_of_run(
+    settings: TrainSettings, backbone: Backbone, data: DataReport, slices: Slices, trainable: int
+) -> dict[str, int]:
+    """Bytes of all that a run leaves, by what it is; upper bounds, for whatever is there already is counted too.
 
     Args:
         settings: as resolved.
@@ -30,9 +33,12 @@ def disk_of_run(settings: TrainSettings, backbone: Backbone, slices: Slices, tra
         "checkpoints": _checkpoints(settings) * resumable + adapter,
         "previews": looks * page,
     }
+    latent, samples = prod(backbone.latent_shape(settings.resolution)), rollouts_to_keep(settings, slices)
     if settings.keeps_rollouts:
-        pairs = rollouts_to_keep(settings, slices) * min(settings.pairs_per_rollout, settings.num_ddim_steps)
-        needed["rollouts"] = pairs * 2 * FP32 * prod(backbone.latent_shape(settings.resolution))
+        needed["rollouts"] = samples * min(settings.pairs_per_rollout, settings.num_ddim_steps) * 2 * FP32 * latent
+    if settings.cache_dir is not None:
+        embedding = backbone.max_tokens * backbone.text_encoder.config.hidden_size
+        needed["cache"] = FP16 * (min(samples, data.pictures) * latent + min(samples, data.captions) * embedding)
     return needed
 
 

@@ -18,19 +18,20 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
 from fewstep.backbone import Backbone, adapters_off
 from fewstep.config import Start
 from fewstep.data import Batch, Slices
-from fewstep.data.loader import Replaced, to_pixels
+from fewstep.data.loader import Replaced
 from fewstep.data.order import sample_index
 from fewstep.errors import CheckpointError
-from fewstep.files import write_bytes_atomic, write_text_atomic
+from fewstep.files import write_bytes_atomic
 from fewstep.methods.kstep import Draws, KStep, Pairs
 from fewstep.solver import Denoiser
+from fewstep.train.encoding import Encoder
+from fewstep.train.keyed import claim, opened
 
 KEY = "rollouts.json"
 """The file that says what the rollouts of a folder are of."""
@@ -69,11 +70,13 @@ class Teacher:
     Attributes:
         seed: of all that is drawn.
         shape: of one latent, (C, H, W).
+        encoder: gives latents of pictures and embeddings of captions.
         start: whose clean latents are noised: those of the data's pictures, or of the teacher's own to the same
             captions, which cost a rollout more each: with 1 2 4 8 promised steps for 53 % of the draws.
     """
 
     backbone: Backbone
+    encoder: Encoder
     method: KStep
     seed: int
     shape: tuple[int, int, int]
@@ -81,36 +84,42 @@ class Teacher:
 
     @torch.no_grad()
     def __call__(self, batch: Batch) -> Lesson:
-        draws = self.method.draw(self.seed, batch.update, batch.positions, self.shape)
-        cond = self.backbone.embed(batch.captions)
+        draws, cond = self.draw(batch), self.encoder.embed(batch.captions)
         with adapters_off(self.backbone.unet):
             teacher = self.backbone.denoiser(adapter=False)
             x_t = self.method.start(self._clean(teacher, batch, draws, cond), draws)
             pairs = self.method.pairs(teacher, x_t, draws, cond, self._uncond)
         return Lesson(pairs=pairs, cond=cond, captions=batch.captions, items=batch.items, replaced=batch.replaced)
 
+    def prepare(self, batch: Batch) -> None:
+        """Ask the encoder for all that the batch's lesson will ask of it."""
+        self.encoder.embed(batch.captions)
+        rows = self.draw(batch).noised
+        if rows and self.start == "data":
+            self.encoder.encode(batch, rows)
+
+    def draw(self, batch: Batch) -> Draws:
+        """What chance decides about the batch."""
+        return self.method.draw(self.seed, batch.update, batch.positions, self.shape)
+
     @cached_property
     def _uncond(self) -> Tensor:
-        return self.backbone.embed([""])
+        return self.encoder.embed([""])
 
     def _clean(self, teacher: Denoiser, batch: Batch, draws: Draws, cond: Tensor) -> Tensor:
-        """x0 [B, C, H, W] fp32; only where it is asked for: a sample that starts from pure noise has zeros.
-
-        The latent of the data's picture is its posterior's mean: the posterior's own spread is far below the noise of
-        any t trained at.
-        """
+        """x0 [B, C, H, W] fp32; only where it is asked for: a sample that starts from pure noise has zeros."""
         device = self.backbone.device
         x0 = torch.zeros_like(draws.noise, device=device)
-        rows = (~draws.pure).nonzero().squeeze(1)
-        if not len(rows):
+        rows = draws.noised
+        if not rows:
             return x0
-        here = rows.to(device)
+        here = torch.tensor(rows).to(device)
         if self.start == "teacher":
-            positions = [batch.positions[row] for row in rows.tolist()]
+            positions = [batch.positions[row] for row in rows]
             origins = self.method.draw_origins(self.seed, batch.update, positions, self.shape).to(device)
             latents = self.method.own_pictures(teacher, origins, cond[here], self._uncond)
         else:
-            latents = self.backbone.encode(to_pixels(batch.pictures[rows].to(device)))
+            latents = self.encoder.encode(batch, rows)
         return x0.index_copy_(0, here, latents)
 
 
@@ -132,18 +141,7 @@ class RolloutStore:
         """
         self.folder = folder
         self._where: dict[int, tuple[Path, int]] = {}
-        file = folder / KEY
-        wanted = json.loads(json.dumps(key))
-        if file.exists():
-            found = json.loads(file.read_text(encoding="utf-8"))
-            for name in sorted(wanted.keys() | found.keys()):
-                if found.get(name) != wanted.get(name):
-                    raise CheckpointError(
-                        f"teacher_cache {str(folder)!r} holds rollouts with {name} {found.get(name)}, this run has "
-                        f"{wanted.get(name)}; allowed is the same teacher on the same data; choose another folder"
-                    )
-        elif writes_key:
-            write_text_atomic(file, json.dumps(wanted, indent=1) + "\n")
+        claim(folder / KEY, key, held="teacher_cache {} holds rollouts", of="teacher", writes=writes_key)
         self.refresh()
 
     def refresh(self) -> None:
@@ -154,7 +152,7 @@ class RolloutStore:
         """
         self._where = {}
         for path in sorted(self.folder.glob("*.safetensors")):
-            with _opened(path) as file:
+            with opened(path) as file:
                 count = len(json.loads(file.metadata()["captions"]))
             self._where |= {int(path.stem) + row: (path, row) for row in range(count)}
 
@@ -194,7 +192,7 @@ class RolloutStore:
                     "start the same command again to make what is missing"
                 )
             path, row = self._where[number]
-            with _opened(path) as file:
+            with opened(path) as file:
                 mine = (file.get_tensor("rows") == row).nonzero().squeeze(1)
                 part = {name: file.get_tensor(name)[mine] for name in ("x_t", "target", "t", "weight")}
                 captions.append(json.loads(file.metadata()["captions"])[row])
@@ -217,20 +215,11 @@ def numbers_of(slices: Slices, update: int, micro: int, count: int, seed: int) -
 
 
 def kept_lessons(
-    store: RolloutStore, backbone: Backbone, slices: Slices, *, count: int, seed: int, start: int, end: int
+    store: RolloutStore, encoder: Encoder, slices: Slices, *, count: int, seed: int, start: int, end: int
 ) -> Iterator[Lesson]:
     """The lessons of updates `start` to `end` from the first `count` rollouts of the store."""
     for update in range(start, end):
         for micro in range(slices.accumulation):
             numbers = numbers_of(slices, update, micro, count, seed)
-            pairs, captions = store.get(numbers, backbone.device)
-            yield Lesson(pairs=pairs, cond=backbone.embed(captions), captions=captions, items=tuple(numbers))
-
-
-def _opened(path: Path) -> Any:
-    try:
-        return safe_open(path, "pt")
-    except (SafetensorError, OSError) as error:
-        raise CheckpointError(
-            f"{str(path)!r} cannot be read ({error}); remove it, and it is made again by the same command"
-        ) from None
+            pairs, captions = store.get(numbers, encoder.device)
+            yield Lesson(pairs=pairs, cond=encoder.embed(captions), captions=captions, items=tuple(numbers))

@@ -19,6 +19,7 @@ from fewstep.data import Batches, OpenedData, Slices
 from fewstep.errors import CheckpointError, InputError, Interrupted
 from fewstep.methods.kstep import KStep
 from fewstep.reporting import Reporter
+from fewstep.train.encoding import Cached, Encoder, Fresh, cache_key
 from fewstep.train.rollouts import RolloutStore, Teacher
 
 ORACLE_PICTURES = 16
@@ -28,7 +29,7 @@ MAY_CHANGE = {
     *("output_dir", "run_name", "log_file", "checkpoint_every", "validate_every", "log_every", "oracle_images"),
     *("keep_last", "keep_every", "dry_run"),
     *("device", "gradient_checkpointing", "default_base", "revision", "allow_pickle"),
-    "teacher_cache",  # its own key tells
+    *("teacher_cache", "cache_dir"),  # their own keys tell
     *("base_model", "data_dir", "dataset_name", "prompts_file", "image_column", "caption_column"),  # fingerprints tell
     "max_dropped",  # likewise
     *("batch_size", "gradient_accumulation_steps"),  # the global batch tells
@@ -124,6 +125,25 @@ def student_of(settings: TrainSettings, backbone: Backbone) -> list[nn.Parameter
     if settings.gradient_checkpointing:  # of forwards with gradient alone: the teacher's are as they were
         backbone.unet.enable_gradient_checkpointing()
     return lora.attach(backbone.unet, settings.lora_rank, settings.alpha, settings.lora_targets, settings.seed)
+
+
+def encoder_of(settings: TrainSettings, backbone: Backbone, opened: OpenedData, *, main: bool) -> Encoder:
+    """Where latents and embeddings come from: computed afresh, or through the cache; raises as `cache_of`."""
+    if settings.cache_dir is None:
+        return Fresh(backbone)
+    return cache_of(settings.cache_dir, settings, backbone, opened, main=main)
+
+
+def cache_of(folder: Path, settings: TrainSettings, backbone: Backbone, opened: OpenedData, *, main: bool) -> Cached:
+    """The cache for this base, this data and these resolved settings.
+
+    Raises:
+        CheckpointError: it is of something else, or damaged.
+        InputError: it cannot be written to.
+    """
+    assert settings.resolution is not None
+    key = cache_key(backbone, opened.fingerprint, settings.resolution)
+    return Cached(folder, backbone, key, writes_key=main)
 
 
 def resolved(settings: TrainSettings, backbone: Backbone) -> TrainSettings:
@@ -251,10 +271,12 @@ def keep_rollouts(
             except KeyboardInterrupt:
                 stopping = True
             if stopping:
+                teacher.encoder.flush()
                 raise Interrupted(
                     f"stopped while the teacher made its rollouts, kept in {store.folder}; go on with "
                     "--resume_from_checkpoint auto"
                 )
+    teacher.encoder.flush()
 
 
 def captions_to_show(count: int, settings: TrainSettings, backbone: Backbone, opened: OpenedData) -> list[str]:

@@ -1,0 +1,89 @@
+"""`fewstep cache`: the latents and embeddings of a training, before it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from fewstep.config import CacheSettings
+from fewstep.data import Batches, Slices, open_data
+from fewstep.errors import Interrupted
+from fewstep.processes import join_processes, own_device
+from fewstep.reporting import SILENT, Reporter
+from fewstep.train import start
+from fewstep.train.rollouts import Teacher
+
+
+@dataclass(frozen=True, kw_only=True)
+class FillResult:
+    """What the cache holds now, of all that it was ever filled with.
+
+    Attributes:
+        folder: the cache.
+        latents, captions: how many of each.
+    """
+
+    folder: Path
+    latents: int
+    captions: int
+
+
+def fill(
+    settings: CacheSettings, *, reporter: Reporter = SILENT, should_stop: Callable[[], bool] = lambda: False
+) -> FillResult:
+    """Go through the batches that `fewstep train` with these settings would make, and compute what it would ask for.
+
+    Several processes share the work. What is there is not computed again, so that a stopped one goes on.
+
+    Raises:
+        InputError, DataError, CheckpointError: as `distill`.
+        Interrupted: stopped on request; what was computed is kept.
+    """
+    processes = join_processes(settings.device)
+    main = processes.is_main_process
+    reporter = reporter if main else SILENT
+    backbone, resolved = start.open_base(settings, own_device(settings.device, processes), None, reporter)
+    opened = open_data(resolved, backbone, reporter=reporter)
+    for line in opened.report.lines():
+        reporter.say(f"data: {line}")
+    slices = Slices(
+        batch_size=settings.batch_size,
+        accumulation=settings.gradient_accumulation_steps,
+        processes=processes.num_processes,
+        rank=processes.process_index,
+    )
+    method, shape = start.method_of(resolved, backbone), backbone.latent_shape(resolved.resolution)
+    cache = start.cache_of(settings.cache_dir, resolved, backbone, opened, main=main)
+    teacher = Teacher(backbone, cache, method, settings.seed, shape, resolved.starts_from)
+    places = start.rollouts_to_keep(resolved, slices)  # as many as there are samples, where it keeps none
+    batches = Batches(
+        opened.data,
+        slices,
+        seed=settings.seed,
+        start=0,
+        end=places // slices.global_batch,
+        allowance=opened.allowance,
+        workers=start.loading_workers(backbone.device, processes.num_processes),
+        spared=cache.items(),
+    )
+    cache.embed([""])
+    with reporter.progress("cache", len(batches)) as bar:
+        for batch in batches:
+            teacher.prepare(batch)
+            for replaced in batch.replaced:
+                reporter.warn(str(replaced))
+            try:
+                bar.advance(1)
+                stopping = should_stop()
+            except KeyboardInterrupt:
+                stopping = True
+            if stopping:
+                cache.flush()
+                raise Interrupted(f"stopped; what was computed is kept in {settings.cache_dir}; run the same again")
+    cache.flush()
+    processes.wait_for_everyone()
+    whole = start.cache_of(settings.cache_dir, resolved, backbone, opened, main=main)  # with what the others computed
+    latents, captions = whole.sizes()
+    reporter.say(f"cache: {latents:,} latents and {captions:,} captions in {settings.cache_dir}")
+    return FillResult(folder=settings.cache_dir, latents=latents, captions=captions)

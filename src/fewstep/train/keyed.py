@@ -1,0 +1,57 @@
+"""A folder of things that were computed once, with a file that says what from: nothing stale is ever taken from it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+
+from fewstep.errors import CheckpointError
+from fewstep.files import write_text_atomic
+
+
+def claim(file: Path, key: Mapping[str, Any], *, held: str, of: str, writes: bool) -> None:
+    """Compare `key` with the one that the folder's `file` holds, or write it into a folder that has none.
+
+    Args:
+        key: all that the folder's content depends on.
+        held: what the folder holds, in words, with {} for its name.
+        of: whose it is, in a word: what has to be the same.
+        writes: whether this process is the one to write.
+
+    Raises:
+        CheckpointError: the folder's content is of something else, or its key cannot be read.
+    """
+    wanted = json.loads(json.dumps(key))
+    if not file.exists():
+        if writes:
+            write_text_atomic(file, json.dumps(wanted, indent=1) + "\n")
+        return
+    holds = held.format(repr(str(file.parent)))
+    try:
+        found = dict(json.loads(file.read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError) as error:
+        raise CheckpointError(f"{holds}, but {file.name} cannot be read ({error}); choose another folder") from None
+    for name in sorted(wanted.keys() | found.keys()):
+        if found.get(name) != wanted.get(name):
+            raise CheckpointError(
+                f"{holds} with {name} {found.get(name)}, this run has {wanted.get(name)}; allowed is the same {of} on "
+                "the same data; choose another folder"
+            )
+
+
+def opened(path: Path) -> Any:
+    """A safetensors file, to read parts of it through a memory map.
+
+    Raises:
+        CheckpointError: it cannot be read.
+    """
+    try:
+        return safe_open(path, "pt")
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(
+            f"{str(path)!r} cannot be read ({error}); remove it, and it is made again by the same command"
+        ) from None
