@@ -76,6 +76,7 @@ def test_bad_rows_are_counted_and_the_others_keep_their_captions(tmp_path: Path)
         (4, ("four",)),
         (6, ("six",)),
     ]
+    assert [rows.data.captions(i) for i in range(3)] == [("zero", "nil"), ("four",), ("six",)]
     assert [rows.data.name(i) for i in range(3)] == ["row 0", "row 4", "row 6"]
     assert rows.captions == 4
 

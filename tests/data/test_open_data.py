@@ -19,8 +19,9 @@ from .makers import Artist, Base, Settings, encoded, number_of, numbered, pictur
 
 
 def contents(opened: OpenedData) -> list[tuple[int, tuple[str, ...]]]:
-    """(number that the picture carries, captions) of all items."""
-    items = (opened.data.item(index) for index in range(len(opened.data)))
+    """(number that the picture carries, captions) of all items; the captions are had without the picture too."""
+    items = [opened.data.item(index) for index in range(len(opened.data))]
+    assert [captions for _, captions in items] == [opened.data.captions(index) for index in range(len(items))]
     return [(number_of(pixels), captions) for pixels, captions in items]
 
 
@@ -54,7 +55,7 @@ def test_a_base_that_draws_its_own() -> None:
     pixels, captions = opened.data.item(300)
     assert pixels.shape == (16, 16, 3)
     assert (pixels == (300 % 256, 1, 3)).all()
-    assert captions == ("drawing 300 of 3",)
+    assert captions == opened.data.captions(300) == ("drawing 300 of 3",)
     assert opened.data.name(300) == "drawing 300"
     assert list(opened.report.lines()) == ["pictures drawn by the base model artist: as many as training asks for"]
     assert opened.fingerprint == open_data(Settings(seed=3), Base(abilities=Artist())).fingerprint

@@ -32,6 +32,7 @@ def test_a_caption_a_line(tmp_path: Path) -> None:
     assert captions(data) == ["a red house", "ein Haus am See", "a red house"]
     assert list(data.report.lines()) == [f"captions in {tmp_path / 'prompts.txt'}: 3"]
     assert data.data.item(0)[0].shape == (0, 0, 3)
+    assert data.data.captions(0) == data.data.item(0)[1]
     assert data.data.name(1) == "prompt 1"
     assert data.allowance == 0
 
