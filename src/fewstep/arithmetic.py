@@ -38,14 +38,28 @@ def peak_memory(work: Callable[[], object], device: torch.device) -> int | None:
         torch.cuda.reset_peak_memory_stats(device)
         work()
         return int(torch.cuda.max_memory_allocated(device))
-    status, refs = Path("/proc/self/status"), Path("/proc/self/clear_refs")
-    if device.type != "cpu" or not status.exists():
+    if device.type != "cpu":
         return None
     try:
-        refs.write_text("5")  # the peak starts again from here (proc(5))
-        work()
-        found = re.search(r"VmHWM:\s+(\d+) kB", status.read_text())
-    except OSError:  # not ours to reset, in some containers
+        Path("/proc/self/clear_refs").write_text("5")  # the peak starts again from here (proc(5))
+    except OSError:  # not there, or not ours to reset, as in some containers
+        return None
+    work()
+    return peak_so_far(device)
+
+
+def peak_so_far(device: torch.device) -> int | None:
+    """The same since the process began, or since `peak_memory` was last called."""
+    if device.type == "cuda":
+        return int(torch.cuda.max_memory_allocated(device))
+    return _kilobytes("/proc/self/status", "VmHWM") if device.type == "cpu" else None
+
+
+def _kilobytes(file: str, name: str) -> int | None:
+    """Bytes of an entry of one of Linux's files about memory; None where there is no such file."""
+    try:
+        found = re.search(rf"{name}:\s+(\d+) kB", Path(file).read_text())
+    except OSError:
         return None
     return 1024 * int(found[1]) if found else None
 
@@ -76,8 +90,4 @@ def room(device: torch.device) -> int | None:
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
         return int(free) + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    try:
-        found = re.search(r"MemAvailable:\s+(\d+) kB", Path("/proc/meminfo").read_text())
-    except OSError:
-        return None
-    return 1024 * int(found[1]) if found and device.type == "cpu" else None
+    return _kilobytes("/proc/meminfo", "MemAvailable") if device.type == "cpu" else None

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from datetime import datetime
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -20,6 +20,8 @@ from fewstep.reporting import Bar, Reporter
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
+
+ItemT = TypeVar("ItemT")
 
 
 class Telemetry:
@@ -127,16 +129,29 @@ class LossByTimestep:
 
 
 class Throughput:
-    """Pictures a second since the last reading, time spent on anything but training left out."""
+    """How fast training goes, time spent on anything else left out.
 
-    def __init__(self) -> None:
+    Args:
+        processes: that train side by side, all at the speed of this one.
+        forward: operations of one forward of the network for one sample.
+        rate: operations a second that the device can do at all.
+    """
+
+    def __init__(self, *, processes: int, forward: float, rate: float) -> None:
+        self._processes, self._forward, self._rate = processes, forward, rate
+        self._start_anew()
+
+    def _start_anew(self) -> None:
         self._started = time.perf_counter()
-        self._pictures = 0
-        self._away = 0.0
+        self._updates = self._pictures = self._pairs = self._forwards = 0
+        self._away = self._waited = 0.0
 
-    def add(self, pictures: int) -> None:
-        """Count pictures that an update was made from."""
+    def add(self, *, pictures: int, pairs: int, forwards: int) -> None:
+        """Count an update of this process: what it was made from, and samples that the teacher was asked about."""
+        self._updates += 1
         self._pictures += pictures
+        self._pairs += pairs
+        self._forwards += forwards
 
     @contextmanager
     def paused(self) -> Iterator[None]:
@@ -147,12 +162,36 @@ class Throughput:
         finally:
             self._away += time.perf_counter() - left
 
-    def read(self) -> float:
-        """Pictures a second since the last reading; to be called when the device has been waited for."""
-        now = time.perf_counter()
-        rate = self._pictures / max(now - self._started - self._away, 1e-9)
-        self._started, self._pictures, self._away = now, 0, 0.0
-        return rate
+    def waiting(self, source: Iterable[ItemT]) -> Iterator[ItemT]:
+        """Pass on what `source` gives, and count the time until it comes."""
+        stream, end = iter(source), object()
+        while True:
+            asked = time.perf_counter()
+            item = next(stream, end)
+            self._waited += time.perf_counter() - asked
+            if item is end:
+                return
+            yield cast(ItemT, item)
+
+    def read(self) -> dict[str, float]:
+        """What was reached since the last reading; to be called when the device has been waited for.
+
+        "utilisation" is the share of `rate` that the network's operations make: the teacher's forwards, and of the
+        student a forward a pair and as much again for the gradient, which passes through frozen weights. What is
+        computed again under gradient checkpointing does not count, nor do the VAE and the text encoder.
+        "data_wait_seconds" is what an update waited until what it learns from was loaded.
+        """
+        seconds = max(time.perf_counter() - self._started - self._away, 1e-9)
+        everywhere = self._processes / seconds
+        found = {
+            "pictures_per_second": self._pictures * everywhere,
+            "pairs_per_second": self._pairs * everywhere,
+            "teacher_forwards_per_second": self._forwards * everywhere,
+            "utilisation": (self._forwards + 2 * self._pairs) * self._forward / seconds / self._rate,
+            "data_wait_seconds": self._waited / max(self._updates, 1),
+        }
+        self._start_anew()
+        return found
 
 
 class LoggedReporter:

@@ -11,9 +11,9 @@ from diffusers import AutoencoderKL, UNet2DConditionModel
 from torch import nn
 
 from fewstep import sd15
-from fewstep.arithmetic import flops, peak_memory
+from fewstep.arithmetic import flops, peak_memory, peak_so_far
 from fewstep.backbone import random_backbone
-from fewstep.timing import matrix_rate
+from fewstep.timing import matrix_rate, quick_matrix_rate
 
 
 def test_products_convolutions_and_attention_are_counted() -> None:
@@ -49,7 +49,10 @@ def test_a_network_costs_in_proportion_to_its_batch() -> None:
 
 
 def test_the_rate_is_one_a_machine_can_have() -> None:
-    assert 1e8 < matrix_rate(torch.device("cpu"), torch.float32) < 1e15
+    cpu = torch.device("cpu")
+    assert 1e8 < matrix_rate(cpu, torch.float32) < 1e15
+    quick = quick_matrix_rate(cpu, torch.float32)
+    assert 1e8 < quick == quick_matrix_rate(cpu, torch.float32), "measured once"
 
 
 def test_peak_memory_sees_what_is_gone_again() -> None:
@@ -59,3 +62,4 @@ def test_peak_memory_sees_what_is_gone_again() -> None:
     peak, again = peak_memory(work, torch.device("cpu")), peak_memory(lambda: None, torch.device("cpu"))
     if peak is not None and again is not None:  # Linux, where the peak may be reset
         assert peak - again > 150_000_000
+        assert again <= (peak_so_far(torch.device("cpu")) or 0)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,17 @@ import pytest
 from fewstep.config import TrainSettings
 from fewstep.train import DistillResult, distill
 from tests.train.tiny import make_base, make_pictures
+
+MEASURED = {
+    *("pictures_per_second", "pairs_per_second", "teacher_forwards_per_second"),
+    *("utilisation", "data_wait_seconds", "peak_memory_bytes"),
+}
+"""Figures of metrics.jsonl that say how fast a machine was, and are others each time."""
+
+
+def without_speed(row: Mapping[str, float]) -> dict[str, float]:
+    """The figures of a line that are the same in every repetition."""
+    return {name: value for name, value in row.items() if name not in MEASURED}
 
 
 class Heard:

@@ -27,7 +27,7 @@ from fewstep.pictures import encode_prompts, make_pictures
 from fewstep.randomness import generator
 from fewstep.train import DistillResult, distill, learning_rate
 from fewstep.train.loop import MOST_SKIPPED
-from tests.train.conftest import Heard
+from tests.train.conftest import MEASURED, Heard, without_speed
 
 WEIGHTS = "pytorch_lora_weights.safetensors"
 PROMPT = "pattern number 3"
@@ -109,8 +109,13 @@ def test_metrics_have_the_loss_of_every_timestep(whole: DistillResult) -> None:
     assert [row["step"] for row in rows] == [2, 4, 6, 8, 10]
     seen = {name for row in rows for name in row if name.startswith("loss/")}
     assert seen == {"loss/t999", "loss/t759", "loss/t499", "loss/t259"}
-    assert {"loss", "gradient_norm", "learning_rate", "pictures_per_second"} <= rows[0].keys()
-    assert all(row["pictures_per_second"] > 0 for row in rows)
+    assert {"loss", "gradient_norm", "learning_rate"} | MEASURED <= rows[0].keys()
+    for row in rows:
+        assert all(row[name] > 0 for name in MEASURED)
+        # A pair a picture, and two guided steps of the teacher.
+        assert row["pairs_per_second"] == row["pictures_per_second"]
+        assert row["teacher_forwards_per_second"] == pytest.approx(2 * 2 * row["pictures_per_second"])
+        assert row["utilisation"] < 1.5 and row["data_wait_seconds"] < 4 / row["pictures_per_second"]
     assert list((whole.folder / "tensorboard").iterdir())
 
 
@@ -232,7 +237,7 @@ def test_a_run_that_was_stopped_and_resumed_is_the_same_run_bit_for_bit(
     assert [row["step"] for row in resumed.history] == [2, 4, 6, 8, 10]
     for mine, theirs in zip(resumed.history, whole.history, strict=True):
         if mine["step"] != 6:  # its first update was made, and its loss forgotten, before the stop
-            assert mine | {"pictures_per_second": 0} == theirs | {"pictures_per_second": 0}
+            assert without_speed(mine) == without_speed(theirs)
 
 
 def test_data_that_vanishes_ends_the_run_which_goes_on_once_it_is_back(
@@ -361,7 +366,7 @@ def test_micro_batches_change_the_order_of_summation_alone(
     assert_same(weights(split.adapter), weights(at_once.adapter), rtol=1e-3, atol=2e-6)
     for mine, theirs in zip(split.history, at_once.history, strict=True):
         assert mine.keys() == theirs.keys()
-        for name in mine.keys() - {"pictures_per_second"}:
+        for name in without_speed(mine):
             assert mine[name] == pytest.approx(theirs[name], rel=1e-4), name
 
 

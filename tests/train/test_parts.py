@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -119,15 +120,32 @@ def test_loss_by_timestep_is_the_mean_over_all_samples_of_it() -> None:
 def test_throughput_leaves_out_what_is_no_training(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = {"now": 100.0}
     monkeypatch.setattr("time.perf_counter", lambda: clock["now"])
-    speed = Throughput()
-    speed.add(8)
-    clock["now"] += 2
+    speed = Throughput(processes=3, forward=10.0, rate=200.0)
+
+    def slow() -> Iterator[str]:
+        for item in "ab":
+            clock["now"] += 0.5
+            yield item
+
+    loaded = speed.waiting(slow())
+    assert next(loaded) == "a" and next(loaded) == "b"
+    speed.add(pictures=3, pairs=6, forwards=40)
+    speed.add(pictures=5, pairs=10, forwards=48)
+    clock["now"] += 1
     with speed.paused():
         clock["now"] += 50
-    assert speed.read() == 4.0
-    speed.add(3)
+    assert speed.read() == {
+        "pictures_per_second": 3 * 8 / 2,
+        "pairs_per_second": 3 * 16 / 2,
+        "teacher_forwards_per_second": 3 * 88 / 2,
+        "utilisation": (88 + 2 * 16) * 10 / 2 / 200,
+        "data_wait_seconds": 1 / 2,
+    }
+    assert list(loaded) == []
+    speed.add(pictures=3, pairs=3, forwards=0)
     clock["now"] += 1
-    assert speed.read() == 3.0
+    again = speed.read()
+    assert (again["pictures_per_second"], again["data_wait_seconds"]) == (9.0, 0.0)
 
 
 def test_what_is_said_goes_to_the_log_file_too(tmp_path: Path) -> None:

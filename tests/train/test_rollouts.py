@@ -59,6 +59,7 @@ def test_a_second_run_asks_the_teacher_nothing(
     again = Heard()
     assert same(distill(few.replace(run_name="again"), reporter=again), first)
     assert again.bars["teacher"] == (0, 0)
+    assert [row["teacher_forwards_per_second"] for row in first.history] == [0.0] * 5
     other = distill(few.replace(run_name="other", lora_rank=2, loss="huber"))
     assert {value.shape[0] for name, value in weights(other).items() if "lora.down" in name or "lora_A" in name} == {2}
 

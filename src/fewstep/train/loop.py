@@ -26,6 +26,7 @@ from accelerate.utils import GradientAccumulationPlugin
 from torch import Tensor, nn
 
 from fewstep import checkpoint, lora
+from fewstep.arithmetic import peak_so_far
 from fewstep.config import TrainSettings, settings_toml
 from fewstep.data import Batches, Slices, open_data
 from fewstep.ema import EMA
@@ -36,7 +37,7 @@ from fewstep.oracle import Oracle, describe, measure_oracle
 from fewstep.previews import Previews
 from fewstep.processes import join_processes, own_device
 from fewstep.reporting import SILENT, Reporter
-from fewstep.telemetry import LoggedReporter, LossByTimestep, Telemetry, Throughput
+from fewstep.telemetry import LoggedReporter, LossByTimestep, Telemetry
 from fewstep.train import start
 from fewstep.train.rollouts import Lesson, RolloutStore, Teacher, kept_lessons
 
@@ -210,23 +211,26 @@ def distill(
         )
         teacher = Teacher(backbone, encoder, method, settings.seed, shape, settings.starts_from)
         lessons: Iterator[Lesson]
+        speed = start.throughput_of(settings, backbone, processes.num_processes)
         if settings.keeps_rollouts:
             count = start.rollouts_to_keep(settings, slices)
             key = start.rollout_key(settings, backbone) | identity
             store = RolloutStore(settings.rollout_dir, key, writes_key=main)
             missing = batches(start=0, end=count // slices.global_batch, skip=store.holds)
-            start.keep_rollouts(store, teacher, missing, slices, reporter, should_stop)
-            processes.wait_for_everyone()
+            with speed.paused():
+                start.keep_rollouts(store, teacher, missing, slices, reporter, should_stop)
+                processes.wait_for_everyone()
             store.refresh()  # the other processes have put theirs
             backbone.rest(backbone.vae)
             ahead = {"start": step, "end": settings.max_steps}
-            lessons = kept_lessons(store, encoder, slices, count=count, seed=settings.seed, **ahead)
+            kept = kept_lessons(store, encoder, slices, count=count, seed=settings.seed, **ahead)
+            lessons = speed.waiting(kept)
         else:
-            lessons = map(teacher, batches(start=step, end=settings.max_steps))
+            lessons = map(teacher, speed.waiting(batches(start=step, end=settings.max_steps)))
 
         # ---- The loop.
         student = backbone.denoiser()
-        losses, speed = LossByTimestep(method.points, device), Throughput()
+        losses = LossByTimestep(method.points, device)
         update: list[Lesson] = []
         overflows, skipped, skipped_since_logged, cut_captions, stopping = 0, 0, 0, False, False
 
@@ -268,7 +272,11 @@ def distill(
                     reporter.warn(_skipped(step, update, skipped))
                 if skipped == MOST_SKIPPED:
                     raise _not_finite(step, checkpoint.checkpoints(settings.run_dir))
-                speed.add(slices.global_batch)
+                speed.add(
+                    pictures=sum(len(lesson.items) for lesson in update),
+                    pairs=sum(len(lesson.pairs.t) for lesson in update),
+                    forwards=sum(lesson.forwards for lesson in update),
+                )
                 for lesson in update:
                     for replaced in lesson.replaced:
                         reporter.warn(str(replaced))
@@ -284,7 +292,9 @@ def distill(
                     shown = losses.means(accelerator.reduce)
                     shown |= {"gradient_norm": float(norm)} if sound else {}
                     shown |= {"learning_rate": learning_rate(settings, step - 1)}
-                    shown |= {"pictures_per_second": speed.read(), "skipped_updates": skipped_since_logged}
+                    shown |= speed.read() | {"skipped_updates": skipped_since_logged}
+                    peak = peak_so_far(device)
+                    shown |= {} if peak is None else {"peak_memory_bytes": peak}
                     skipped_since_logged = 0
                     telemetry.record(step, shown)
                 try:

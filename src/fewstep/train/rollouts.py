@@ -47,6 +47,7 @@ class Lesson:
         captions: B of them.
         items: numbers of the B items in the data, or of the kept rollouts.
         replaced: pictures met for the first time here that could not be used.
+        forwards: samples that the teacher's network was asked about for it; none where it was kept.
     """
 
     pairs: Pairs
@@ -54,6 +55,7 @@ class Lesson:
     captions: tuple[str, ...]
     items: tuple[int, ...]
     replaced: tuple[Replaced, ...] = ()
+    forwards: int = 0
 
     def loss(self, method: KStep, student: Denoiser) -> tuple[Tensor, Tensor]:
         """The batch's loss, a mean over its B samples, and the loss of each pair [N]; both with gradient."""
@@ -86,10 +88,17 @@ class Teacher:
     def __call__(self, batch: Batch) -> Lesson:
         draws, cond = self.draw(batch), self.encoder.embed(batch.captions)
         with adapters_off(self.backbone.unet):
-            teacher = self.backbone.denoiser(adapter=False)
+            teacher = Counting(self.backbone.denoiser(adapter=False))
             x_t = self.method.start(self._clean(teacher, batch, draws, cond), draws)
             pairs = self.method.pairs(teacher, x_t, draws, cond, self._uncond)
-        return Lesson(pairs=pairs, cond=cond, captions=batch.captions, items=batch.items, replaced=batch.replaced)
+        return Lesson(
+            pairs=pairs,
+            cond=cond,
+            captions=batch.captions,
+            items=batch.items,
+            replaced=batch.replaced,
+            forwards=teacher.samples,
+        )
 
     def prepare(self, batch: Batch) -> None:
         """Ask the encoder for all that the batch's lesson will ask of it."""
@@ -121,6 +130,18 @@ class Teacher:
         else:
             latents = self.encoder.encode(batch, rows)
         return x0.index_copy_(0, here, latents)
+
+
+class Counting:
+    """A denoiser that counts the samples it is asked about."""
+
+    def __init__(self, denoiser: Denoiser) -> None:
+        self._denoiser = denoiser
+        self.samples = 0
+
+    def __call__(self, x_t: Tensor, t: Tensor, cond: Tensor, /) -> Tensor:
+        self.samples += len(x_t)
+        return self._denoiser(x_t, t, cond)
 
 
 class RolloutStore:

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from fewstep import checkpoint, lora
+from fewstep.arithmetic import flops
 from fewstep.backbone import Backbone, load_backbone
 from fewstep.backbone.threads import is_small
 from fewstep.config import TrainSettings, load_toml, settings_toml, spell
@@ -19,6 +20,8 @@ from fewstep.data import Batches, OpenedData, Slices
 from fewstep.errors import CheckpointError, InputError, Interrupted
 from fewstep.methods.kstep import KStep
 from fewstep.reporting import Reporter
+from fewstep.telemetry import Throughput
+from fewstep.timing import quick_matrix_rate
 from fewstep.train.encoding import Cached, Encoder, Fresh, cache_key
 from fewstep.train.rollouts import RolloutStore, Teacher
 
@@ -286,6 +289,16 @@ def captions_to_show(count: int, settings: TrainSettings, backbone: Backbone, op
     few = Slices(batch_size=min(count, len(opened.data)))
     first = Batches(opened.data, few, seed=settings.seed, start=0, end=1, allowance=opened.allowance)
     return list(next(iter(first)).captions)
+
+
+def throughput_of(settings: TrainSettings, backbone: Backbone, processes: int) -> Throughput:
+    """The counter of the run's speed: operations of a forward counted, the device's rate measured, each once."""
+    config, device = backbone.unet.config, backbone.device
+    latents = torch.zeros(1, *backbone.latent_shape(settings.resolution), device=device)
+    cond = torch.zeros(1, backbone.max_tokens, config.cross_attention_dim, device=device)
+    denoise = backbone.denoiser(adapter=False)
+    forward = flops(lambda: denoise(latents, torch.tensor([0], device=device), cond))
+    return Throughput(processes=processes, forward=forward, rate=quick_matrix_rate(device, backbone.dtype))
 
 
 def loading_workers(device: torch.device, processes: int) -> int:
