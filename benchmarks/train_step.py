@@ -64,7 +64,7 @@ def naive(job: Job) -> None:
         with torch.no_grad(), backbone.autocast():
             x0 = backbone.encode(to_pixels(job.batch.pictures[row : row + 1].to(device)))
             cond, uncond = backbone.embed([caption]), backbone.embed([""])
-            own = Draws(*(part[row : row + 1] for part in (draws.t, draws.noise, draws.pure, draws.order)))
+            own = Draws(**{name: part[row : row + 1] for name, part in vars(draws).items()})
             x_t = x = method.start(x0, own)
             for t, t_next in pairwise(rollout_grid(int(own.t), method.num_ddim_steps, method.points)):
                 at, to = torch.tensor([t], device=device), torch.tensor([t_next], device=device)

@@ -71,8 +71,8 @@ SECTIONS = {
     "Data": "dataset_name data_dir image_column caption_column max_dropped",
     "Training": "size stage max_steps learning_rate lr_schedule lr_warmup_steps gradient_accumulation_steps "
     "gradient_checkpointing max_grad_norm ema_decay resume_from_checkpoint",
-    "Method": "guidance_scale num_ddim_steps num_inference_steps pure_noise_share start pairs_per_rollout "
-    "teacher_rollouts teacher_cache cache_dir loss loss_weighting",
+    "Method": "guidance_scale guidance_interval num_ddim_steps num_inference_steps pure_noise_share start "
+    "pairs_per_rollout teacher_rollouts teacher_cache cache_dir loss loss_weighting",
     "Base model": "base_model default_base revision prediction_type resolution allow_pickle",
     "Results": "runs output_dir run_name outdir resume dry_run log_file checkpoint_every keep_last keep_every "
     "validate_every log_every oracle_images",
@@ -157,7 +157,7 @@ def _flag(name: str, settings: type[Checked], group: Group, defaults: Mapping[st
     # The scripts' own default, not a thing to choose: --base_model is.
     shown["show"] = name != "default_base"
     kind = allowed(field)
-    if kind.startswith("one or several"):
+    if _several(kind):
         if field.is_required():  # what the command is about stands without a flag's name
             bare = Parameter(metavar=_metavar(kind), required=False, **shown)
             either = inspect.Parameter.POSITIONAL_OR_KEYWORD
@@ -172,8 +172,12 @@ def _choices(annotation: Any) -> tuple[str, ...]:
     return next((typing.get_args(option) for option in options if typing.get_origin(option) is Literal), ())
 
 
+def _several(kind: str) -> bool:
+    return ", each " in kind
+
+
 def _metavar(kind: str) -> str:
-    several = " ..." if kind.startswith("one or several") else ""
+    several = " ..." if _several(kind) else ""
     words = {"a whole number": "N", "a number": "X", "a path": "PATH"}
     return next((short for word, short in words.items() if word in kind), "NAME" if several else "TEXT") + several
 

@@ -47,7 +47,7 @@ MOST_STUDENT_STEPS = 50
 SettingsT = TypeVar("SettingsT", bound="Checked")
 
 Precision = Literal["auto", "no", "fp16", "bf16"]
-Start = Literal["data", "teacher"]
+Start = Literal["data", "teacher", "student"]
 
 
 # ---------------------------------------------------------------------------------------------------- kinds of values
@@ -68,6 +68,12 @@ def _distinct(values: tuple[Any, ...]) -> tuple[Any, ...]:
 def _solvable(values: tuple[int, ...]) -> tuple[int, ...]:
     if 1 in values or (0 in values and len(values) > 1):
         raise ValueError(f"{spell(values)} came; allowed are step counts from 2, or 0 alone to leave the solvers out")
+    return values
+
+
+def _rising(values: tuple[int, int]) -> tuple[int, int]:
+    if values[0] > values[1]:
+        raise ValueError(f"{spell(values)} came; allowed is the lower timestep first; write {values[1]} {values[0]}")
     return values
 
 
@@ -97,6 +103,8 @@ TeacherSteps = Annotated[int, Field(ge=1, le=1000)]
 StepCounts = Annotated[
     tuple[StudentSteps, ...], BeforeValidator(_as_list), Field(min_length=1), AfterValidator(_distinct)
 ]
+Timestep = Annotated[int, Field(ge=0, le=999)]
+Interval = Annotated[tuple[Timestep, Timestep], BeforeValidator(_as_list), AfterValidator(_rising)]
 Counts = Annotated[tuple[Count, ...], BeforeValidator(_as_list), Field(min_length=1), AfterValidator(_distinct)]
 SolverSteps = Annotated[
     tuple[Annotated[int, Field(ge=0, le=MOST_STUDENT_STEPS)], ...],
@@ -241,6 +249,11 @@ class TrainSettings(BaseModelSettings):
     guidance_scale: Guidance | None = Field(
         None, description="The teacher's guidance w in u + w(c - u). Unset: the base's own, else 7.5."
     )
+    guidance_interval: Interval | None = Field(
+        None,
+        description="LOW HIGH: the timesteps at which the teacher is guided; at others a step costs it half. "
+        "Unset: all.",
+    )
     num_ddim_steps: StudentSteps = Field(8, description="DDIM steps K of the teacher from t to x0.")
     num_inference_steps: StepCounts = Field(
         (1, 2, 4, 8), description="Step counts promised: the student is trained on exactly their timesteps."
@@ -251,8 +264,8 @@ class TrainSettings(BaseModelSettings):
     start: Start | None = Field(
         None,
         description="What is noised to start a rollout below the highest timestep: data, the pictures of the data set; "
-        "teacher, the teacher's own to the same captions, which takes a second rollout. Unset: data, or teacher where "
-        "there is a prompts_file.",
+        "teacher, the teacher's own to the same captions, which takes a second rollout; student, the student's guesses "
+        "as it is sampled, at the timestep before. Unset: data, or teacher where there is a prompts_file.",
     )
     pairs_per_rollout: Count = Field(
         1,
@@ -329,8 +342,19 @@ class TrainSettings(BaseModelSettings):
             _forbid_both(self, first, second, "leave one out")
         if self.prompts_file is not None and self.start == "data":
             raise ValueError(
-                f"start data came with prompts_file {spell(self.prompts_file)}, which has no pictures; allowed is "
-                "teacher; leave --start out, or pass pictures with --data_dir or --dataset_name"
+                f"start data came with prompts_file {spell(self.prompts_file)}, which has no pictures; allowed "
+                "are teacher and student; leave --start out, or pass pictures with --data_dir or --dataset_name"
+            )
+        if self.start == "student" and self.keeps_rollouts:
+            kept = "teacher_rollouts" if self.teacher_cache is None else "teacher_cache"
+            raise ValueError(
+                f"start student came with {kept}; the student's guesses change as it learns, and rollouts from them "
+                "cannot be kept; allowed there are data and teacher; leave one of the two out"
+            )
+        if self.start == "student" and self.pure_noise_share < 1:
+            raise ValueError(
+                f"pure_noise_share {self.pure_noise_share:g} came with start student; allowed is 1, for sampling "
+                "starts from pure noise; leave --pure_noise_share out"
             )
         if self.lr_warmup_steps >= self.max_steps:
             raise ValueError(
@@ -645,7 +669,8 @@ def one_line(error: ValidationError, settings: type[Checked]) -> str:
         reason = str(first["ctx"]["error"])
         message = f"{name}: {reason}" if name else reason
     else:
-        message = refusal(name, "" if first["type"] == "missing" else first["input"], settings)
+        nothing = first["type"] == "missing" and len(first["loc"]) == 1  # else it is one of several that is missing
+        message = refusal(name, "" if nothing else first["input"], settings)
     others = len({detail["loc"][:1] for detail in details}) - 1
     return " ".join(message.split()) + (f" (and {others} more)" if others else "")
 
@@ -688,7 +713,8 @@ def _allowed(annotation: Any, metadata: Iterable[Any]) -> str:
     if origin is Literal:
         return ", ".join(map(str, typing.get_args(annotation)))
     if origin is tuple:
-        return f"one or several, each {_allowed(typing.get_args(annotation)[0], [])}"
+        inner, *more = typing.get_args(annotation)
+        return f"{'one or several' if more == [...] else f'{1 + len(more)} of them'}, each {_allowed(inner, [])}"
     kind = {int: "a whole number", float: "a number", bool: "true or false", Path: "a path"}.get(annotation, "a text")
     return ", ".join([kind, *_bounds(metadata)])
 

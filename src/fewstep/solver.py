@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import pairwise
 from typing import Protocol
 
 import torch
@@ -24,11 +25,18 @@ class Denoiser(Protocol):
 
 
 def guided_output(
-    denoiser: Denoiser, x_t: Tensor, t: Tensor, cond: Tensor, uncond: Tensor | None = None, guidance: float = 1.0
+    denoiser: Denoiser,
+    x_t: Tensor,
+    t: Tensor,
+    cond: Tensor,
+    uncond: Tensor | None = None,
+    guidance: float = 1.0,
+    guided: Tensor | None = None,
 ) -> Tensor:
     """u + w (c − u) in one forward of 2B (classifier-free guidance, Ho & Salimans 2022; their weight is w − 1).
 
-    At w ≤ 1 it is c alone, in one forward of B: 0 and 1 are the same, as in diffusers' pipelines.
+    Of the G samples that are guided; of the rest it is c, and the forward is one of B + G. At w ≤ 1 it is c alone, in
+    one of B: 0 and 1 are the same, as in diffusers' pipelines.
 
     Args:
         x_t: [B, C, H, W].
@@ -36,6 +44,7 @@ def guided_output(
         cond: the prompts' embeddings [B, L, D].
         uncond: the empty or negative prompt's embedding [B, L, D] or [1, L, D].
         guidance: w.
+        guided: int64 [G], which samples; None for all.
 
     Returns:
         The raw network output [B, C, H, W].
@@ -43,15 +52,18 @@ def guided_output(
     Raises:
         InputError: guidance above 1 without `uncond`.
     """
-    if guidance <= 1:
+    if guidance <= 1 or (guided is not None and not len(guided)):
         return denoiser(x_t, t, cond)
     if uncond is None:
         raise InputError(
             f"guidance {guidance} needs the embedding of an empty or negative prompt; pass uncond, or guidance 1"
         )
-    both = denoiser(torch.cat([x_t, x_t]), torch.cat([t, t]), torch.cat([uncond.expand_as(cond), cond]))
-    u, c = both.chunk(2)
-    return u + guidance * (c - u)
+    rows = torch.arange(len(x_t), device=x_t.device) if guided is None else guided
+    both = denoiser(
+        torch.cat([x_t[rows], x_t]), torch.cat([t[rows], t]), torch.cat([uncond.expand_as(cond)[rows], cond])
+    )
+    u, c = both[: len(rows)], both[len(rows) :]
+    return c.index_copy(0, rows, u + guidance * (c[rows] - u))
 
 
 def ddim_step(schedule: NoiseSchedule, output: Tensor, x_t: Tensor, t: Tensor, t_next: Tensor) -> Tensor:
@@ -76,22 +88,30 @@ def ddim_rollout(
     guidance: float = 1.0,
     on_step: OnStep | None = None,
     visited: list[Tensor] | None = None,
+    interval: tuple[int, int] | None = None,
 ) -> Tensor:
     """Follow each sample's own grid with deterministic DDIM; one (guided) forward a step for the whole batch.
 
     Args:
         x_t: [B, C, H, W], sample b noised to `grids[b, 0]`.
-        grids: int64 [B, K + 1], falling along each row; where a row ends in −1 the result is x0.
+        grids: int64 [B, K + 1], falling along each row; where a row ends in −1 the result is x0. With an interval best
+            on the CPU: the device need not be waited for then.
         cond, uncond, guidance: see `guided_output`.
+        interval: (low, high), the timesteps at which there is guidance (Kynkäänniemi et al. 2024); None for all.
         visited: is filled with the latents at `grids[:, 0]` … `grids[:, K - 1]`, [B, C, H, W] each.
 
     Returns:
         The latents [B, C, H, W] at `grids[:, -1]`; gradients flow through all steps unless the caller forbids it.
     """
-    for t, t_next in zip(grids.T[:-1], grids.T[1:], strict=True):
+    columns = grids.to(x_t.device).T
+    for place, (t, t_next) in enumerate(pairwise(columns)):
+        guided = None
+        if interval is not None:
+            inside = (interval[0] <= grids[:, place]) & (grids[:, place] <= interval[1])
+            guided = inside.nonzero().squeeze(1).to(x_t.device)
         if visited is not None:
             visited.append(x_t)
-        x_t = ddim_step(schedule, guided_output(denoiser, x_t, t, cond, uncond, guidance), x_t, t, t_next)
+        x_t = ddim_step(schedule, guided_output(denoiser, x_t, t, cond, uncond, guidance, guided), x_t, t, t_next)
         if on_step is not None:
             on_step()
     return x_t

@@ -14,6 +14,7 @@ from torch.testing import assert_close
 from fewstep.errors import InputError
 from fewstep.methods import METHODS
 from fewstep.methods.kstep import KStep
+from fewstep.randomness import generator
 from fewstep.sampling import PictureNoise, lcm_sample
 from fewstep.schedule import NoiseSchedule
 from fewstep.solver import ddim_rollout
@@ -72,8 +73,54 @@ def test_a_draw_depends_on_seed_update_and_position_alone(schedule: NoiseSchedul
         assert torch.equal(part.t, whole.t[positions])
         assert torch.equal(part.noise, whole.noise[positions])
         assert torch.equal(part.pure, whole.pure[positions])
+        assert torch.equal(part.steps, whole.steps[positions])
+    assert all(t in student_grid(steps) for t, steps in zip(whole.t.tolist(), whole.steps.tolist(), strict=True))
     for seed, update in ((8, 3), (7, 4)):
         assert not torch.equal(method.draw(seed, update, range(16), SHAPE).noise, whole.noise)
+
+
+def test_the_students_own_guess_is_where_its_sampler_stands_before_t(schedule: NoiseSchedule, toy: Any) -> None:
+    method = kstep(schedule)
+    draws = method.draw(7, 3, range(12), SHAPE)
+    cond = torch.randn(12, 2, 6)
+    guesses = method.own_guesses(toy, draws, cond, 7, 3, range(12))
+
+    class Noise:
+        def __init__(self, position: int) -> None:
+            self.source = generator(7, "kstep", "guess", 3, position)
+
+        def draw(self, shape: tuple[int, ...]) -> Tensor:
+            return torch.randn(1, *shape, generator=self.source)
+
+    jumps = 0
+    for row, (t, steps) in enumerate(zip(draws.t.tolist(), draws.steps.tolist(), strict=True)):
+        grid = student_grid(steps)
+        before = grid[: grid.index(t)]
+        jumps += len(before)
+        if before:
+            sampled = lcm_sample(toy, schedule, Noise(row), SHAPE, before, cond[row : row + 1])  # type: ignore[arg-type]
+            assert_close(guesses[row : row + 1], sampled, rtol=1e-4, atol=1e-4)
+        else:
+            assert t == 999 and not guesses[row].any()
+    assert jumps >= 12 and not guesses.requires_grad
+    part = [8, 1, 5]
+    cut = method.draw(7, 3, part, SHAPE)
+    assert_close(method.own_guesses(toy, cut, cond[part], 7, 3, part), guesses[part], rtol=1e-5, atol=1e-5)
+
+
+def test_the_interval_is_the_teachers_and_the_oracles(
+    schedule: NoiseSchedule, toy: Any, batch: dict[str, Tensor]
+) -> None:
+    narrow = kstep(schedule, guidance_interval=(300, 700))
+    grids = torch.tensor([rollout_grid(int(t), 8, narrow.points) for t in batch["t"]])
+    x_t, cond, uncond = batch["x_t"], batch["cond"], batch["uncond"]
+    with torch.no_grad():
+        expected = ddim_rollout(toy, schedule, x_t, grids, cond, uncond, 7.5, interval=(300, 700))
+    target = narrow.target(toy, x_t, batch["t"], cond, uncond)
+    assert torch.equal(target, expected)
+    assert not torch.allclose(target, kstep(schedule).target(toy, x_t, batch["t"], cond, uncond))
+    said = narrow.oracle(toy, uncond)(x_t, batch["t"], cond)
+    assert_close(schedule.to_x0(said, x_t, batch["t"]), target, rtol=1e-3, atol=1e-3)
 
 
 def test_the_teachers_own_pictures_begin_from_noise_of_their_own(schedule: NoiseSchedule, toy: Any) -> None:

@@ -146,6 +146,43 @@ def test_guidance_is_one_forward_of_2b(toy: Any, batch: dict[str, Tensor]) -> No
         guided_output(toy, x_t, t, cond, None, 3.0)
 
 
+def test_samples_that_are_not_guided_cost_half(toy: Any, batch: dict[str, Tensor]) -> None:
+    x_t, cond, uncond = batch["x_t"], batch["cond"], batch["uncond"]
+    t = torch.tensor([3, 400, 999, 0])
+    with torch.no_grad():
+        all_guided, plain = guided_output(toy, x_t, t, cond, uncond, 3.0), toy(x_t, t, cond)
+        for rows in ([], [2], [0, 3], [0, 1, 2, 3]):
+            toy.batches.clear()
+            mixed = guided_output(toy, x_t, t, cond, uncond, 3.0, torch.tensor(rows, dtype=torch.int64))
+            assert toy.batches == [4 + len(rows)]
+            others = [row for row in range(4) if row not in rows]
+            assert_close(mixed[rows], all_guided[rows], rtol=1e-5, atol=1e-6)
+            assert_close(mixed[others], plain[others], rtol=1e-5, atol=1e-6)
+
+
+def test_guidance_in_an_interval_is_each_samples_own(
+    schedule: NoiseSchedule, toy: Any, batch: dict[str, Tensor], mixed_grids: Tensor
+) -> None:
+    def rolled(interval: tuple[int, int] | None, guidance: float = GUIDANCE) -> Tensor:
+        toy.batches.clear()
+        return ddim_rollout(toy, schedule, grids=mixed_grids, guidance=guidance, interval=interval, **batch)
+
+    low, high = 130, 500
+    with torch.no_grad():
+        assert torch.equal(rolled((0, 999)), rolled(None)), "everywhere"
+        assert torch.equal(rolled((998, 998)), rolled(None, guidance=1.0)), "nowhere"
+        ours = rolled((low, high))
+        inside = ((mixed_grids[:, :-1] >= low) & (mixed_grids[:, :-1] <= high)).sum().item()
+        assert 0 < inside < 4 * 8 and sum(toy.batches) == 4 * 8 + inside
+        for row, grid in enumerate(mixed_grids):
+            x_t, cond = batch["x_t"][row : row + 1], batch["cond"][row : row + 1]
+            for t, t_next in pairwise(grid.unsqueeze(1)):
+                weight = GUIDANCE if low <= int(t) <= high else 1.0
+                output = guided_output(toy, x_t, t, cond, batch["uncond"], weight)
+                x_t = ddim_step(schedule, output, x_t, t, t_next)
+            assert_close(ours[row : row + 1], x_t, rtol=1e-4, atol=1e-4)
+
+
 def test_one_forward_and_one_report_a_step(schedule: NoiseSchedule, toy: Any, batch: dict[str, Tensor]) -> None:
     reports: list[int] = []
     grids = torch.tensor([[999, 400, -1]]).expand(4, -1)

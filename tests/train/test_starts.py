@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from fewstep import lora
 from fewstep.backbone import Backbone, adapters_off, load_backbone
 from fewstep.config import TrainSettings
 from fewstep.data import Batch
@@ -73,6 +74,57 @@ def test_a_start_belongs_to_its_position(backbone: Backbone, method: KStep) -> N
     torch.testing.assert_close(whole.pairs.x_t[[2, 6]], alone.pairs.x_t, rtol=1e-4, atol=1e-4)
 
 
+def test_the_students_guess_is_the_students_and_the_teacher_starts_from_there(base: Path) -> None:
+    backbone = load_backbone(base, device="cpu")
+    parameters = lora.attach(backbone.unet, 4, 32, ("to_q", "to_v"), 0)
+    with torch.no_grad():
+        for parameter in parameters:
+            parameter += 0.05 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(len(parameter)))
+    method = KStep(schedule=backbone.schedule, step_counts=(1, 4), num_ddim_steps=2, guidance=3.0)
+    positions = tuple(range(12))
+    draws = method.draw(5, 3, positions, SHAPE)
+    lesson = Teacher(backbone, Fresh(backbone), method, 5, SHAPE, "student")(batch_of(positions))
+    late = ~draws.pure
+    assert late.any() and torch.equal(lesson.pairs.x_t[draws.pure], draws.noise[draws.pure])
+
+    def noised(adapter: bool) -> torch.Tensor:
+        guesses = method.own_guesses(backbone.denoiser(adapter), draws, lesson.cond, 5, 3, positions)
+        return backbone.schedule.add_noise(guesses, draws.noise, draws.t)
+
+    torch.testing.assert_close(lesson.pairs.x_t[late], noised(True)[late], rtol=1e-4, atol=1e-4)
+    assert not torch.allclose(lesson.pairs.x_t[late], noised(False)[late], rtol=1e-2, atol=1e-2)
+    with torch.no_grad():
+        teacher, uncond = backbone.denoiser(adapter=False), backbone.embed([""])
+        again = method.target(teacher, lesson.pairs.x_t, draws.t, lesson.cond, uncond)
+    torch.testing.assert_close(lesson.pairs.target, again, rtol=1e-3, atol=1e-3)
+    assert all(parameter.requires_grad for parameter in parameters)
+
+
+def test_a_run_on_the_students_guesses_resumes_bit_for_bit(prompts: TrainSettings) -> None:
+    own, heard = prompts.replace(start="student", max_steps=4), Heard()
+    whole = distill(own, reporter=heard)
+    assert any(line.endswith("else, noised to t, the student's guesses on its own way to t") for line in heard.said)
+    asked = iter([False, True])
+    cut = own.replace(run_name="cut")
+    with pytest.raises(Interrupted, match="step 2 of 4"):
+        distill(cut, should_stop=lambda: next(asked))
+    assert same(distill(cut.replace(resume_from_checkpoint="latest")), whole)
+
+
+def test_guidance_in_an_interval_trains_another_student_and_keeps_other_rollouts(
+    prompts: TrainSettings, tmp_path: Path
+) -> None:
+    heard = Heard()
+    short = prompts.replace(max_steps=3, teacher_rollouts=4, teacher_cache=tmp_path / "cache")
+    everywhere = distill(short)
+    narrow = short.replace(run_name="narrow", guidance_interval=(0, 700))
+    with pytest.raises(CheckpointError, match="guidance_interval None, this run has"):
+        distill(narrow)
+    other = distill(narrow.replace(run_name="other", teacher_cache=tmp_path / "other"), reporter=heard)
+    assert any("with guidance 3 at timesteps 0 to 700 alone; t is one of" in line for line in heard.said)
+    assert not same(other, everywhere)
+
+
 def test_captions_alone_train_a_student_and_resume_bit_for_bit(prompts: TrainSettings) -> None:
     heard = Heard()
     whole = distill(prompts, reporter=heard)
@@ -120,9 +172,15 @@ def test_other_captions_are_another_run(prompts: TrainSettings) -> None:
 
 def test_contradictions_are_refused(prompts: TrainSettings, pictures: Path, tmp_path: Path) -> None:
     with pytest.raises(
-        InputError, match=r"start data came with prompts_file .*, which has no pictures; allowed is teacher"
+        InputError, match=r"start data came with prompts_file .*, which has no pictures; allowed are teacher"
     ):
         prompts.replace(start="data")
+    with pytest.raises(InputError, match=r"start student came with teacher_rollouts; .* cannot be kept"):
+        prompts.replace(start="student", teacher_rollouts=8)
+    with pytest.raises(InputError, match="start student came with teacher_cache"):
+        prompts.replace(start="student", teacher_cache=tmp_path)
+    with pytest.raises(InputError, match=r"pure_noise_share 0\.5 came with start student; allowed is 1"):
+        prompts.replace(start="student", pure_noise_share=0.5)
     with pytest.raises(InputError, match="data_dir and prompts_file came together"):
         prompts.replace(data_dir=pictures)
     with pytest.raises(DataError, match="cannot be read"):

@@ -11,6 +11,9 @@ data is needed then, and the student is trained where the teacher's pictures are
 at: it is noised to t, and the target is where the teacher gets to from there, in a second rollout. (To aim at the
 picture that was noised would be plain denoising: its answer is the mean of all pictures that fit, a blur.)
 
+Or x0 is the student's own guess: where it stands when it is sampled in the drawn number of steps and comes to t. It
+is trained then where its own errors take it, on states that change as it learns.
+
 A rollout from t passes the student's own timesteps below t (`timesteps.rollout_grid` sees to it), and each state there
 has the same end point: one more pair (state, target) at no cost to the teacher. With `pairs_per_rollout` above 1 some
 of them are learnt from too, weighted so that every timestep counts as much as without: the objective stays what it is,
@@ -42,12 +45,14 @@ class Draws:
         t: int64 [B].
         noise: [B, C, H, W] fp32, standard normal.
         pure: bool [B]; the sample starts from `noise` alone.
+        steps: int64 [B], the number of steps in which the student would come by t.
         order: [B, K] fp32 in 0 … 1; of the states that a rollout passes, those with the lowest numbers are learnt from.
     """
 
     t: Tensor
     noise: Tensor
     pure: Tensor
+    steps: Tensor
     order: Tensor
 
     @property
@@ -89,6 +94,7 @@ class KStep:
         criterion: the loss, by its name in `losses.LOSSES`.
         weighting: w(t), by its name in `losses.WEIGHTINGS`.
         pairs_per_rollout: at most how many pairs are learnt from a rollout, its start included.
+        guidance_interval: (low, high), the timesteps at which the teacher is guided; None for all.
     """
 
     schedule: NoiseSchedule
@@ -99,6 +105,7 @@ class KStep:
     criterion: LossName = "mse"
     weighting: Weighting = "x0"
     pairs_per_rollout: int = 1
+    guidance_interval: tuple[int, int] | None = None
 
     def __post_init__(self) -> None:
         """Find out before training whether every rollout exists.
@@ -128,17 +135,17 @@ class KStep:
             shape: of one latent, (C, H, W).
         """
         draws = [self._draw_one(generator(seed, "kstep", update, position), shape) for position in positions]
-        t, noise, pure, order = zip(*draws, strict=True)
-        return Draws(torch.tensor(t), torch.stack(noise), torch.tensor(pure), torch.stack(order))
+        t, noise, pure, steps, order = zip(*draws, strict=True)
+        return Draws(torch.tensor(t), torch.stack(noise), torch.tensor(pure), torch.tensor(steps), torch.stack(order))
 
-    def _draw_one(self, rng: torch.Generator, shape: Sequence[int]) -> tuple[int, Tensor, bool, Tensor]:
-        """t, noise, whether it is pure, and the order of the states to learn from, of one sample."""
+    def _draw_one(self, rng: torch.Generator, shape: Sequence[int]) -> tuple[int, Tensor, bool, int, Tensor]:
+        """t, noise, whether it is pure, the number of steps, and the order of the states to learn from, of a sample."""
         steps = self.step_counts[_below(len(self.step_counts), rng)]
         t = student_grid(steps, self.schedule.num_train_timesteps)[_below(steps, rng)]
         chance = torch.rand((), generator=rng).item()  # drawn at every t, so that the noise below never shifts
         noise = torch.randn(*shape, generator=rng)
         order = torch.rand(self.num_ddim_steps, generator=rng)
-        return t, noise, t == self.points[0] and chance < self.pure_noise_share, order
+        return t, noise, t == self.points[0] and chance < self.pure_noise_share, steps, order
 
     def draw_origins(self, seed: int, update: int, positions: Sequence[int], shape: Sequence[int]) -> Tensor:
         """The noise [B, C, H, W] fp32 that the teacher's own pictures begin from, on the CPU: its own at each sample.
@@ -153,6 +160,36 @@ class KStep:
         """Clean latents [B, C, H, W] of the teacher's own: K guided steps from pure noise [B, C, H, W], no gradient."""
         return self.target(teacher, noise, torch.full((len(noise),), self.points[0]), cond, uncond)
 
+    @torch.no_grad()
+    def own_guesses(
+        self, student: Denoiser, draws: Draws, cond: Tensor, seed: int, update: int, positions: Sequence[int]
+    ) -> Tensor:
+        """The x0 [B, C, H, W] that the student guesses at the timestep before t, on its way there from pure noise.
+
+        As `sampling.lcm_sample` in `draws.steps` steps: it jumps to x0, gets fresh noise up to the next timestep, and
+        jumps again. Zeros where t is the noisiest timestep, before which there is none.
+
+        Args:
+            cond: embeddings [B, L, D].
+            seed, update, positions: as in `draw`, whose noise is another one.
+        """
+        sources = [generator(seed, "kstep", "guess", update, position) for position in positions]
+        before = [self._before(t, steps) for t, steps in zip(draws.t.tolist(), draws.steps.tolist(), strict=True)]
+        x0 = torch.zeros_like(draws.noise, device=cond.device)
+        for jump in range(max(map(len, before))):
+            rows = [row for row, grid in enumerate(before) if jump < len(grid)]
+            here = torch.tensor(rows).to(x0.device)
+            t = torch.tensor([before[row][jump] for row in rows]).to(x0.device)
+            drawn = [torch.randn(draws.noise.shape[1:], generator=sources[row]) for row in rows]
+            noise = torch.stack(drawn).to(x0.device)
+            x_t = self.schedule.add_noise(x0[here], noise, t) if jump else noise
+            x0.index_copy_(0, here, self.schedule.consistency(student(x_t, t, cond[here]), x_t, t))
+        return x0
+
+    def _before(self, t: int, steps: int) -> list[int]:
+        """The student's timesteps above `t` when it is sampled in `steps` steps."""
+        return [point for point in student_grid(steps, self.schedule.num_train_timesteps) if point > t]
+
     def start(self, x0: Tensor, draws: Draws) -> Tensor:
         """x_t [B, C, H, W] on the device of the clean latents `x0` [B, C, H, W]."""
         t, noise, pure = (part.to(x0.device) for part in (draws.t, draws.noise, draws.pure))
@@ -166,8 +203,7 @@ class KStep:
             t: int64 [B]; on the CPU the device need not be waited for.
             cond, uncond: embeddings [B, L, D]; `uncond` may be [1, L, D].
         """
-        grids = self._grids(t).to(x_t.device)
-        return ddim_rollout(teacher, self.schedule, x_t, grids, cond, uncond, self.guidance)
+        return self._rollout(teacher, x_t, self._grids(t), cond, uncond)
 
     @torch.no_grad()
     def pairs(self, teacher: Denoiser, x_t: Tensor, draws: Draws, cond: Tensor, uncond: Tensor | None) -> Pairs:
@@ -177,14 +213,33 @@ class KStep:
             x_t: the starts [B, C, H, W], at `draws.t`.
         """
         grids, visited = self._grids(draws.t), list[Tensor]()
-        end = ddim_rollout(
-            teacher, self.schedule, x_t, grids.to(x_t.device), cond, uncond, self.guidance, None, visited
-        )
+        end = self._rollout(teacher, x_t, grids, cond, uncond, visited)
         rows, steps = self._learnt_from(grids, draws.order)
         states = torch.stack(visited)[steps.to(x_t.device), rows.to(x_t.device)]
         t = grids[rows, steps]
         weight = torch.tensor([self._weights[one] for one in t.tolist()], device=x_t.device)
         return Pairs(states, t, rows, weight, end[rows.to(x_t.device)])
+
+    def _rollout(
+        self,
+        teacher: Denoiser,
+        x_t: Tensor,
+        grids: Tensor,
+        cond: Tensor,
+        uncond: Tensor | None,
+        visited: list[Tensor] | None = None,
+    ) -> Tensor:
+        return ddim_rollout(
+            teacher,
+            self.schedule,
+            x_t,
+            grids,
+            cond,
+            uncond,
+            self.guidance,
+            visited=visited,
+            interval=self.guidance_interval,
+        )
 
     def _grids(self, t: Tensor) -> Tensor:
         """The rollout of each t, int64 [B, K + 1] on the CPU."""

@@ -118,6 +118,7 @@ def method_of(settings: TrainSettings, backbone: Backbone) -> KStep:
         guidance=settings.guidance_scale,
         pure_noise_share=settings.pure_noise_share,
         pairs_per_rollout=settings.pairs_per_rollout,
+        guidance_interval=settings.guidance_interval,
         criterion=settings.loss,
         weighting=settings.loss_weighting,
     )
@@ -206,15 +207,21 @@ def check_resumed(folder: Path, settings: TrainSettings, backbone: Backbone, mor
 def plan(settings: TrainSettings, method: KStep, slices: Slices, trainable: int, device: torch.device) -> Iterator[str]:
     """What is going to happen, line by line; the resolved settings last."""
     rank, alpha = settings.lora_rank, settings.alpha
+    interval = settings.guidance_interval
+    where = "" if interval is None else f" at timesteps {interval[0]} to {interval[1]} alone"
     yield (
         f"student: LoRA of rank {rank}, alpha {alpha} (alpha / rank = {alpha / rank:g}) on "
         f"{spell(settings.lora_targets)}: {trainable:,} trainable parameters"
     )
     yield (
-        f"teacher: {method.num_ddim_steps} DDIM steps from t to x0 with guidance {method.guidance:g}; "
+        f"teacher: {method.num_ddim_steps} DDIM steps from t to x0 with guidance {method.guidance:g}{where}; "
         f"t is one of {spell(method.points)}"
     )
-    noised = {"data": "the data's pictures", "teacher": "the teacher's own pictures, made by a rollout more each"}
+    noised = {
+        "data": "the data's pictures",
+        "teacher": "the teacher's own pictures, made by a rollout more each",
+        "student": "the student's guesses on its own way to t",
+    }
     yield (
         f"starts: pure noise for {settings.pure_noise_share:.0%} at t = {method.points[0]}, else, noised to t, "
         f"{noised[settings.starts_from]}"
@@ -244,7 +251,7 @@ def rollout_key(settings: TrainSettings, backbone: Backbone) -> dict[str, Any]:
     """All that the teacher's rollouts depend on besides the data and the global batch."""
     names = (
         *("seed", "guidance_scale", "num_ddim_steps", "num_inference_steps", "pure_noise_share", "pairs_per_rollout"),
-        *("start", "resolution", "mixed_precision", "prediction_type"),
+        *("guidance_interval", "start", "resolution", "mixed_precision", "prediction_type"),
     )
     return {"base_fingerprint": backbone.fingerprint} | {name: getattr(settings, name) for name in names}
 
