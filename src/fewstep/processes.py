@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 from datetime import timedelta
 
+import torch
 from accelerate import PartialState
 from accelerate.state import AcceleratorState, GradientState
 from accelerate.utils import parse_flag_from_env
@@ -18,11 +20,17 @@ def join_processes(device: str) -> PartialState:
     """The processes that were started together, one or several; a call after another in one process starts anew.
 
     Raises:
-        InputError: one device is named for several processes.
+        InputError: there are more of them than GPUs here, or one device is named for several.
     """
     AcceleratorState._reset_state(reset_partial_state=True)
     GradientState._reset_state()
-    processes = PartialState(cpu=device == "cpu" or parse_flag_from_env("ACCELERATE_USE_CPU"), timeout=PATIENCE)
+    on_cpu = device == "cpu" or parse_flag_from_env("ACCELERATE_USE_CPU")
+    here, gpus = int(os.environ.get("LOCAL_WORLD_SIZE", "1")), torch.cuda.device_count()
+    if not on_cpu and here > gpus > 0:
+        raise InputError(
+            f"{here} processes came for {gpus} GPUs; allowed is one process a GPU; start {gpus} on this machine"
+        )
+    processes = PartialState(cpu=on_cpu, timeout=PATIENCE)
     if processes.num_processes > 1 and ":" in device:
         raise InputError(
             f"device {device!r} came with {processes.num_processes} processes, each of which takes one of its own; "
