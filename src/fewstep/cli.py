@@ -29,7 +29,7 @@ from fewstep.config import (
     GenerateSettings,
     PretrainSettings,
     ReportSettings,
-    TrainSettings,
+    TrainCommand,
     allowed,
     merged,
     refusal,
@@ -52,7 +52,7 @@ class Command:
 
 COMMANDS = {
     "demo": Command(DemoSettings, "fewstep.walkthrough:walkthrough"),
-    "train": Command(TrainSettings, "fewstep.train:train"),
+    "train": Command(TrainCommand, "fewstep.train:train"),
     "cache": Command(CacheSettings, "fewstep.train.fill:fill"),
     "doctor": Command(DoctorSettings, "fewstep.doctor:doctor"),
     "bench": Command(BenchSettings, "fewstep.benchmark:benchmark"),

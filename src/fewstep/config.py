@@ -213,11 +213,6 @@ class TrainSettings(BaseModelSettings):
     output_dir: Folder = Field(Path("./checkpoints"), description="Folder that holds the runs.")
     run_name: Text = Field("lora_flash", description="Folder of this run inside output_dir.")
     log_file: Folder | None = Field(None, description="Also write what is printed to this file.")
-    dry_run: bool = Field(
-        False,
-        description="Train for a few steps at batch 1 and 2, write nothing, and say what the run would take: memory, "
-        "the largest batch, time, disk.",
-    )
     resume_from_checkpoint: Text | None = Field(
         None,
         description="checkpoint-N folder to go on from; 'latest': this run's newest, an error where there is none; "
@@ -362,6 +357,16 @@ class TrainSettings(BaseModelSettings):
                 "shorter than the training; lower --lr_warmup_steps"
             )
         return self
+
+
+class TrainCommand(TrainSettings):
+    """Distil a base model into a few-step LoRA."""
+
+    dry_run: bool = Field(
+        False,
+        description="Train for a few steps at batch 1 and 2, write nothing, and say what the run would take: memory, "
+        "the largest batch, time, disk.",
+    )
 
 
 class CacheSettings(TrainSettings):

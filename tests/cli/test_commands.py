@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from fewstep import __version__, cli
-from fewstep.config import STABLE_DIFFUSION, BenchSettings, Settings, TrainSettings
+from fewstep.config import STABLE_DIFFUSION, BenchSettings, Settings, TrainCommand
 from fewstep.errors import CheckpointError, DataError, InputError, Interrupted
 
 ROOT = Path(__file__).parents[2]
@@ -114,7 +114,7 @@ BENCH = (
 
 def test_the_descriptions_training_command(procedures: Procedures) -> None:
     assert cli.main(TRAIN.split()) == 0
-    assert procedures.settings == TrainSettings(
+    assert procedures.settings == TrainCommand(
         data_dir="coco", output_dir="out", run_name="coco_lora_flash", max_steps=30, batch_size=2,
         gradient_accumulation_steps=4, learning_rate=1e-4, lora_rank=8, lora_alpha=16, guidance_scale=3,
         num_ddim_steps=6, num_inference_steps=(4,), seed=7, max_grad_norm=0.5, resume_from_checkpoint="latest",

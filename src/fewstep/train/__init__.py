@@ -6,7 +6,7 @@ takes the same settings and says what the run would take.
 
 from __future__ import annotations
 
-from fewstep.config import TrainSettings
+from fewstep.config import TrainCommand, TrainSettings
 from fewstep.reporting import SILENT, Reporter
 from fewstep.train.dry_run import DryRun, rehearse
 from fewstep.train.loop import DistillResult, distill, learning_rate
@@ -14,6 +14,7 @@ from fewstep.train.loop import DistillResult, distill, learning_rate
 __all__ = ["DistillResult", "DryRun", "distill", "learning_rate", "rehearse", "train"]
 
 
-def train(settings: TrainSettings, *, reporter: Reporter = SILENT) -> DistillResult | DryRun:
+def train(settings: TrainCommand, *, reporter: Reporter = SILENT) -> DistillResult | DryRun:
     """What `fewstep train` runs: the training, or with `dry_run` its rehearsal."""
-    return (rehearse if settings.dry_run else distill)(settings, reporter=reporter)
+    run = TrainSettings(**{name: getattr(settings, name) for name in TrainSettings.model_fields})
+    return (rehearse if settings.dry_run else distill)(run, reporter=reporter)

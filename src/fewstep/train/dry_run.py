@@ -31,9 +31,8 @@ from fewstep.ui import duration
 SEARCHED = 200
 """Updates among which a dear one is looked for."""
 
-SPARED = 0.95
-"""Of the memory there is, how much a batch may take: allocators do not fill it to the last byte."""
-
+FILLED = 0.95
+"""Of the free memory, how much a batch may take: allocators do not fill it to the last byte."""
 
 ResultT = TypeVar("ResultT")
 
@@ -204,7 +203,7 @@ def _largest_batch(one: Trial, two: Trial, device: torch.device) -> int | None:
     else:
         first, second = one.activations, two.activations
     each = second - first
-    return None if space is None or each <= 0 else 1 + max(0, floor((SPARED * space - first) / each))
+    return None if space is None or each <= 0 else 1 + max(0, floor((FILLED * space - first) / each))
 
 
 def _durations(one: Trial, two: Trial, settings: TrainSettings, slices: Slices) -> tuple[float, float]:

@@ -91,8 +91,6 @@ def distill(
             back as it was saved.
         Interrupted: stopped on request; the state is saved.
     """
-    if settings.dry_run:
-        raise InputError("dry_run came to what trains; allowed there is a run; call train.rehearse, or leave it out")
     with ExitStack() as cleanup:
         # ---- Processes: each has a device of its own; the first one speaks, measures and writes for all.
         processes = join_processes(settings.device)

@@ -30,7 +30,7 @@ ORACLE_PICTURES = 16
 
 MAY_CHANGE = {
     *("output_dir", "run_name", "log_file", "checkpoint_every", "validate_every", "log_every", "oracle_images"),
-    *("keep_last", "keep_every", "dry_run"),
+    *("keep_last", "keep_every"),
     *("device", "gradient_checkpointing", "default_base", "revision", "allow_pickle"),
     *("teacher_cache", "cache_dir"),  # their own keys tell
     *("base_model", "data_dir", "dataset_name", "prompts_file", "image_column", "caption_column"),  # fingerprints tell
