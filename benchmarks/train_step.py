@@ -34,7 +34,7 @@ from fewstep.methods.kstep import Draws, KStep
 from fewstep.solver import ddim_step
 from fewstep.timesteps import rollout_grid
 from fewstep.timing import machine, matrix_rate, synchronise
-from fewstep.train.encoding import Fresh
+from fewstep.train.encoding import Cached, Encoder, Fresh
 from fewstep.train.rollouts import Lesson, RolloutStore, Teacher, kept_lessons
 
 TOLERANCE = 1e-3
@@ -80,14 +80,17 @@ def learn(job: Job, lesson: Lesson) -> None:
     mean.backward()
 
 
-def ours(job: Job, *, parts: bool = True, pairs: int = 1) -> None:
+def ours(job: Job, *, parts: bool = True, pairs: int = 1, encoder: Encoder | None = None) -> None:
     """The whole batch at once, in one UNet; with `parts`, on the CPU, a part of it a thread."""
     method = replace(job.method, pairs_per_rollout=pairs)
     small = cores.SMALL
     cores.SMALL = small if parts else 0
     try:
         shape = job.backbone.latent_shape(job.batch.pictures.shape[1])
-        learn(replace(job, method=method), Teacher(job.backbone, Fresh(job.backbone), method, 0, shape)(job.batch))
+        learn(
+            replace(job, method=method),
+            Teacher(job.backbone, encoder or Fresh(job.backbone), method, 0, shape)(job.batch),
+        )
     finally:
         cores.SMALL = small
 
@@ -151,6 +154,7 @@ def main() -> None:
 
     with TemporaryDirectory() as folder:
         store = RolloutStore(Path(folder), {}, writes_key=True)
+        cache = Cached(Path(folder, "cache"), backbone, {}, writes_key=True)
         shape = backbone.latent_shape(side)
 
         def kept(job: Job) -> None:
@@ -169,10 +173,11 @@ def main() -> None:
             "naive": (naive, count, count),
             "whole batch, one UNet": (lambda job: ours(job, parts=False), count, count),
             "+ a part a thread (CPU)": (ours, count, count),
-            "+ up to 4 pairs a rollout": (lambda job: ours(job, pairs=4), count, len(lesson.pairs.t)),
+            "+ latents and embeddings cached": (lambda job: ours(job, encoder=cache), count, count),
+            "+ up to 4 pairs a rollout": (lambda job: ours(job, pairs=4, encoder=cache), count, len(lesson.pairs.t)),
             f"or rollouts kept for {args.epochs} epochs": (kept, count * args.epochs, count * args.epochs),
         }
-        same = ("whole batch, one UNet", "+ a part a thread (CPU)")
+        same = ("whole batch, one UNet", "+ a part a thread (CPU)", "+ latents and embeddings cached")
         check(job, {name: forms[name][0] for name in same})
 
         seconds: dict[str, list[float]] = {name: [] for name in forms}
