@@ -62,34 +62,29 @@ def work(monkeypatch: pytest.MonkeyPatch) -> Work:
 def test_a_full_cache_trains_the_student_that_an_empty_one_does_and_computes_nothing(
     settings: TrainSettings, tmp_path: Path, work: Work
 ) -> None:
-    filling = distill(cached(settings, tmp_path, run_name="filling"))
-    before = work.done.copy()
-    assert 0 < before["pictures"] <= 12
-    full = distill(cached(settings, tmp_path, run_name="full"))
-    assert same(full, filling)
-    assert work.done["pictures"] == before["pictures"]
-    without = weights(distill(cached(settings, tmp_path, run_name="without").replace(cache_dir=None)))
-    for name, value in weights(full).items():  # rounded to fp16
+    filling = distill(cached(settings, tmp_path / "filling"))
+    assert 0 < work.done["pictures"] <= 12
+    full = cached(settings, tmp_path / "full")
+    fill(for_fill(full))
+    before = work.done["pictures"]
+    trained = distill(full)
+    assert same(trained, filling) and work.done["pictures"] == before
+    without = weights(distill(cached(settings, tmp_path / "without").replace(cache_dir=None)))
+    for name, value in weights(trained).items():  # rounded to fp16
         torch.testing.assert_close(value, without[name], rtol=0.02, atol=2e-4)
 
 
-def test_cache_fills_it_with_what_the_run_will_ask_for(
-    settings: TrainSettings, tmp_path: Path, work: Work, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_cache_fills_it_with_what_the_run_will_ask_for(settings: TrainSettings, tmp_path: Path, work: Work) -> None:
     heard = Heard()
     asked = cached(settings, tmp_path)
     result = fill(for_fill(asked), reporter=heard)
-    assert work.done["pictures"] == result.latents <= 12 and work.done["captions"] == result.captions == 13
+    assert 0 < result.latents <= 12
+    assert work.done == {"pictures": result.latents, "captions": 13}, "each once, and the empty caption"
     assert heard.said[-1] == f"cache: {result.latents} latents and 13 captions in {tmp_path / 'cache'}"
     assert heard.bars["cache"] == (8, 8)
     assert not asked.output_dir.exists()
-    assert fill(for_fill(asked)) == result
-    assert work.done["pictures"] == result.latents, "the second time there is nothing to do"
-
-    filled = distill(asked.replace(run_name="filled"))
-    assert work.done["pictures"] == result.latents
-    monkeypatch.undo()
-    assert same(filled, distill(asked.replace(run_name="fresh", cache_dir=tmp_path / "other")))
+    before = work.done.copy()
+    assert fill(for_fill(asked)) == result and work.done == before, "the second time there is nothing to do"
 
 
 def test_one_that_was_stopped_goes_on(settings: TrainSettings, tmp_path: Path, work: Work) -> None:
@@ -238,3 +233,11 @@ def test_a_network_that_rests_is_woken_by_what_needs_it(base: Path, monkeypatch:
     elsewhere.rest(backbone.vae)
     backbone.rest(backbone.vae)
     assert moved == ["meta", "cpu"], "on the CPU there is nowhere to go"
+
+
+@pytest.mark.gpu
+def test_a_network_that_rests_leaves_the_gpu(base: Path) -> None:
+    backbone = load_backbone(base, device="cuda")
+    backbone.rest(backbone.vae)
+    assert next(backbone.vae.parameters()).device.type == "cpu"
+    assert backbone.decode(torch.zeros(1, 4, 8, 8)).device.type == "cuda"

@@ -95,6 +95,14 @@ def test_a_batch_that_does_not_fit_is_said_in_one_line(asked: TrainSettings, mon
         rehearse(asked)
 
 
+@pytest.mark.gpu
+def test_a_gpu_tells_its_peak(asked: TrainSettings) -> None:
+    found = rehearse(asked.replace(device="cuda"))
+    assert found.one.peak is not None and found.two.peak is not None
+    assert found.two.peak > found.one.peak > found.held["base"]
+    assert found.largest_batch is not None and found.largest_batch > 2
+
+
 def test_a_full_disk_is_warned_of(asked: TrainSettings, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(dry_run, "free_disk", lambda folder: 10)
     heard = Heard()
