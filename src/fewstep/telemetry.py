@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
+import os
+import socket
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, suppress
 from datetime import datetime
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, TypeVar, cast
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -17,9 +19,6 @@ from torch import Tensor
 from fewstep.errors import CheckpointError, InputError
 from fewstep.files import write_text_atomic
 from fewstep.reporting import Bar, Reporter
-
-if TYPE_CHECKING:
-    from torch.utils.tensorboard import SummaryWriter
 
 ItemT = TypeVar("ItemT")
 
@@ -40,16 +39,13 @@ class Telemetry:
     def __init__(self, folder: Path, *, resumed_at: int | None = None, active: bool = True) -> None:
         self.file = folder / "metrics.jsonl"
         self.history: list[dict[str, float]] = []
-        self._board: SummaryWriter | None = None
+        self._board: _Board | None = None
         if not active:
             return
-        # Imported here because TensorBoard takes a second to import, and only one process needs it.
-        from torch.utils.tensorboard import SummaryWriter
-
         if resumed_at is not None:
             self.history = [row for row in read_metrics(self.file) if row["step"] <= resumed_at]
         write_text_atomic(self.file, "".join(json.dumps(row) + "\n" for row in self.history))
-        self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=0 if resumed_at is None else resumed_at + 1)
+        self._board = _Board(folder / "tensorboard", first_step=0 if resumed_at is None else resumed_at + 1)
 
     def record(self, step: int, values: Mapping[str, float]) -> None:
         """Add one line: the update it is about, and named figures."""
@@ -59,8 +55,7 @@ class Telemetry:
             return
         with self.file.open("a", encoding="utf-8") as file:
             file.write(json.dumps(row) + "\n")  # one write of one line: a reader never sees half of one
-        for name, value in values.items():
-            self._board.add_scalar(name, value, step)
+        self._board.add(step, values)
 
     def __enter__(self) -> Telemetry:
         return self
@@ -70,6 +65,47 @@ class Telemetry:
     ) -> None:
         if self._board is not None:
             self._board.close()
+
+
+class _Board:
+    """TensorBoard's file of events, written where it is called.
+
+    torch's and TensorBoard's own writers do it in a thread, which on a full disk prints a trace and takes the reason
+    with it.
+
+    Args:
+        folder: made if need be; each run and each resumption has a file of its own in it.
+        first_step: what earlier files say about this update and later ones no longer holds.
+    """
+
+    def __init__(self, folder: Path, *, first_step: int) -> None:
+        # Imported here because TensorBoard takes its time to import, and only one process needs it.
+        from tensorboard.compat.proto.event_pb2 import Event, SessionLog
+        from tensorboard.compat.proto.summary_pb2 import Summary
+        from tensorboard.summary.writer.record_writer import RecordWriter
+
+        self._event, self._summary = Event, Summary
+        folder.mkdir(parents=True, exist_ok=True)
+        now = time.time_ns()
+        name = f"events.out.tfevents.{now // 10**9:010d}.{socket.gethostname()}.{os.getpid()}.{now % 10**9}"
+        self._file = (folder / name).open("wb")
+        self._writer = RecordWriter(self._file)
+        self._write(file_version="brain.Event:2")
+        self._write(step=first_step, session_log=SessionLog(status=SessionLog.START))
+
+    def add(self, step: int, values: Mapping[str, float]) -> None:
+        """One point of each curve."""
+        points = [self._summary.Value(tag=name, simple_value=value) for name, value in values.items()]
+        self._write(step=step, summary=self._summary(value=points))
+
+    def _write(self, **content: Any) -> None:
+        self._writer.write(self._event(wall_time=time.time(), **content).SerializeToString())
+        self._file.flush()
+
+    def close(self) -> None:
+        """Everything is written already; what could not be was reported where it was tried."""
+        with suppress(OSError):
+            self._file.close()
 
 
 def read_metrics(file: Path) -> list[dict[str, float]]:
@@ -227,6 +263,7 @@ class LoggedReporter:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if error is not None:
-            self._write(f"ended: {error}")
-        self._file.close()
+        with suppress(OSError):  # on a full disk the error that is on its way out says more
+            if error is not None:
+                self._write(f"ended: {error}")
+            self._file.close()

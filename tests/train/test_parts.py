@@ -92,6 +92,22 @@ def test_a_resumed_history_forgets_what_is_made_again(tmp_path: Path) -> None:
         assert telemetry.history == [], "a new run does not take over an old one's figures"
 
 
+def test_tensorboard_shows_the_history_as_it_is(tmp_path: Path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    def shown() -> list[tuple[int, float]]:
+        board = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+        return [(point.step, round(point.value, 6)) for point in board.Scalars("loss")]
+
+    with Telemetry(tmp_path) as telemetry:
+        for step in (1, 2, 3):
+            telemetry.record(step, {"loss": step / 10})
+        assert shown() == [(1, 0.1), (2, 0.2), (3, 0.3)], "what is recorded can be seen at once"
+    with Telemetry(tmp_path, resumed_at=2) as telemetry:
+        telemetry.record(3, {"loss": 0.5})
+    assert shown() == [(1, 0.1), (2, 0.2), (3, 0.5)]
+
+
 def test_only_the_first_process_writes(tmp_path: Path) -> None:
     with Telemetry(tmp_path / "run", active=False) as telemetry:
         telemetry.record(1, {"loss": 0.1})
