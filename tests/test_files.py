@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from fewstep.errors import CheckpointError, DataError, FewstepError, InputError, Interrupted
-from fewstep.files import replace_folder_atomic, sha256, write_bytes_atomic, write_text_atomic
+from fewstep.files import remove_leftovers, replace_folder_atomic, sha256, write_bytes_atomic, write_text_atomic
 from fewstep.reporting import SILENT
 
 
@@ -59,3 +59,12 @@ def test_silence_is_a_reporter(capsys: pytest.CaptureFixture[str]) -> None:
         bar.advance()
         bar.advance(2, loss=0.5)
     assert capsys.readouterr() == ("", "")
+
+
+def test_what_a_killed_writer_left_is_removed_and_nothing_else(tmp_path: Path) -> None:
+    for name in (".a.png.17.partial", ".best.old/file", ".b.partial/file", "c.partial", ".lock", "below/.d.partial"):
+        write_text_atomic(tmp_path / name, "x")
+    remove_leftovers(tmp_path)
+    remove_leftovers(tmp_path / "nowhere")
+    left = {path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*") if path.is_file()}
+    assert left == {"c.partial", ".lock", "below/.d.partial"}

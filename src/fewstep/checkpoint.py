@@ -3,9 +3,11 @@
     lora/checkpoint-N/   pytorch_lora_weights.safetensors  scheduler/  settings.toml  manifest.json
                          resume/{NAME.safetensors, state.json}
     lora/final/          the same without resume/
+    lora/best/           as final: the one that validation liked best
 
-A checkpoint is written beside its place under another name, synchronised to disk, and renamed. `manifest.json` lists
-every other file with its SHA-256; a folder whose files do not fit it is broken and is not loaded.
+A checkpoint is written beside its place under another name, synchronised to disk, and renamed; before that, the disk is
+asked for room. `manifest.json` lists every other file with its SHA-256, and has one of its own; a folder whose files do
+not fit it is broken and is not loaded.
 
 What can be resumed is a dictionary of named objects with `state_dict()` and `load_state_dict()`, the contract of
 torch's optimizers and schedulers. Tensors go to safetensors and all else to JSON, both exactly, so that a resumed run
@@ -15,6 +17,7 @@ for.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import re
@@ -37,7 +40,11 @@ SETTINGS = "settings.toml"
 RESUME = "resume"
 STATE = "state.json"
 FINAL = "final"
-SCHEMA_VERSION = 1
+BEST = "best"
+SCHEMA_VERSION = 2
+
+SMALL_FILES = 2**20
+"""Bytes that are set aside for what a checkpoint holds besides tensors."""
 
 
 class Stateful(Protocol):
@@ -83,39 +90,73 @@ def save(
     settings: str,
     record: Record,
     stateful: Mapping[str, Stateful] | None = None,
+    adapter_bytes: int = 0,
 ) -> Path:
     """Write a checkpoint; it appears under its name when everything in it is on the disk.
 
     Args:
-        folder: its place, `RUN/lora/checkpoint-N` or `RUN/lora/final`; one that is there is replaced.
+        folder: its place, `RUN/lora/checkpoint-N`, `RUN/lora/final` or `RUN/lora/best`; one that is there is replaced.
+            RUN itself has to be there.
         write_adapter: writes the adapter and its scheduler into the folder that it is given and proves them there:
             if it raises, nothing is published.
         settings: the run's settings as TOML.
         record: goes into the manifest.
-        stateful: what it takes to resume, by name; None for the final adapter.
+        stateful: what it takes to resume, by name; None for an adapter alone.
+        adapter_bytes: how much `write_adapter` writes; it may need twice that on the way.
 
     Returns:
         The folder.
 
     Raises:
-        CheckpointError: an object's state holds something that JSON and safetensors cannot.
+        CheckpointError: an object's state holds something that JSON and safetensors cannot; or the disk has no room
+            for it or cannot be written to. What was there before is as it was.
     """
-    folder.parent.mkdir(parents=True, exist_ok=True)
+    from safetensors import SafetensorError
+
     partial = folder.with_name(f".{folder.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)  # what an interrupted run left
-    partial.mkdir()
+    states = {name: thing.state_dict() for name, thing in (stateful or {}).items()}
     try:
+        folder.parent.mkdir(exist_ok=True)
+        shutil.rmtree(partial, ignore_errors=True)  # what an interrupted run left
+        _require_room(folder, 2 * adapter_bytes + _tensor_bytes(states) + SMALL_FILES)
+        partial.mkdir()
         write_adapter(partial)
         (partial / SETTINGS).write_text(settings, encoding="utf-8")
         if stateful is not None:
-            _write_state(partial / RESUME, stateful)
+            _write_states(partial / RESUME, states)
         _write_manifest(partial, record)
         _synchronise(partial)
         replace_folder_atomic(partial, folder)
         _synchronise_folder(folder.parent)
+    except (OSError, SafetensorError) as error:
+        reason = (error.strerror if isinstance(error, OSError) else None) or str(error)
+        raise _unwritten(folder, reason) from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     return folder
+
+
+def _require_room(folder: Path, needed: int) -> None:
+    free = shutil.disk_usage(folder.parent).free
+    if free < needed:
+        raise _unwritten(folder, f"it needs {needed:,} bytes, {free:,} are free")
+
+
+def _unwritten(folder: Path, reason: str) -> CheckpointError:
+    return CheckpointError(
+        f"{folder.name} cannot be written to {str(folder.parent)!r}: {reason}; what was saved before is whole; make "
+        "room there, or the folder writable, then go on with --resume_from_checkpoint auto"
+    )
+
+
+def _tensor_bytes(state: Any) -> int:
+    """How many bytes the tensors in nested dictionaries, lists and tuples hold."""
+    import torch
+
+    if isinstance(state, torch.Tensor):
+        return state.numel() * state.element_size()
+    parts = state.values() if isinstance(state, Mapping) else state if isinstance(state, list | tuple) else ()
+    return sum(_tensor_bytes(part) for part in parts)
 
 
 def _write_manifest(folder: Path, record: Record) -> None:
@@ -125,7 +166,14 @@ def _write_manifest(folder: Path, record: Record) -> None:
         if path.is_file()
     }
     content = {"schema_version": SCHEMA_VERSION, **asdict(record), "files": files}
+    content["sha256"] = _digest(content)
     (folder / MANIFEST).write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def _digest(content: Mapping[str, Any]) -> str:
+    """SHA-256 of a manifest's content, its own digest left out."""
+    rest = {key: value for key, value in content.items() if key != "sha256"}
+    return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
 
 
 def _synchronise(folder: Path) -> None:
@@ -149,16 +197,16 @@ def _synchronise_folder(folder: Path) -> None:
         os.close(handle)
 
 
-def _write_state(folder: Path, stateful: Mapping[str, Stateful]) -> None:
+def _write_states(folder: Path, states: Mapping[str, Mapping[Any, Any]]) -> None:
     from safetensors.torch import save_file
 
     folder.mkdir()
     trees: dict[str, Any] = {}
-    for name, thing in stateful.items():
+    for name, state in states.items():
         if not re.fullmatch(r"[a-z0-9_-]+", name):
             raise ValueError(f"{name!r} names an object of a checkpoint; allowed are a-z, 0-9, _ and -")
         tensors: dict[str, Tensor] = {}
-        trees[name] = _flatten(thing.state_dict(), name, tensors)
+        trees[name] = _flatten(state, name, tensors)
         if tensors:
             save_file(tensors, folder / f"{name}.safetensors")
     (folder / STATE).write_text(json.dumps({"objects": trees}), encoding="utf-8")
@@ -232,6 +280,8 @@ def verify(folder: Path) -> Record:
                 f"checkpoint {str(folder)!r} has schema_version {version}, this release reads {SCHEMA_VERSION}; "
                 "use the release of fewstep that wrote it"
             )
+        if content["sha256"] != _digest(content):
+            raise _broken(folder, f"{MANIFEST} is not the file that was written")
         for name, facts in listed.items():
             path = folder / name
             if not path.is_file():

@@ -55,6 +55,19 @@ def replace_folder_atomic(partial: str | Path, final: str | Path) -> Path:
     return final
 
 
+def remove_leftovers(folder: str | Path) -> None:
+    """Remove what writers of this module left in `folder`, not below it, when they were killed.
+
+    To be called where nobody else writes.
+    """
+    for ending in ("partial", "old"):
+        for left in Path(folder).glob(f".*.{ending}"):
+            if left.is_dir():
+                shutil.rmtree(left, ignore_errors=True)
+            else:
+                left.unlink(missing_ok=True)
+
+
 def sha256(path: str | Path) -> str:
     """SHA-256 of a file's content, in hexadecimal."""
     with Path(path).open("rb") as file:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import os
@@ -9,6 +10,7 @@ import random
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -68,7 +70,7 @@ def test_the_layout_is_the_contracts(tmp_path: Path) -> None:
     }
     assert [path.name for path in folder.parent.iterdir()] == ["checkpoint-3"]
     listed = json.loads((folder / "manifest.json").read_text())
-    assert listed["files"].keys() == files - {"manifest.json"} and listed["schema_version"] == 1
+    assert listed["files"].keys() == files - {"manifest.json"} and listed["schema_version"] == 2
     final = make(tmp_path / "lora" / "final")
     assert not (final / "resume").exists()
     assert verify(folder) == verify(final) == recorded(final) == RECORD
@@ -188,6 +190,43 @@ def test_a_checkpoint_that_is_not_proven_is_not_published(tmp_path: Path) -> Non
     assert [path.name for path in tmp_path.iterdir()] == ["final"]
 
 
+def test_a_disk_without_room_is_named_before_anything_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    old = make(tmp_path / "lora" / "checkpoint-2")
+    free = 2**20 + 2_000  # what is set aside, and room for one adapter or for the state
+    monkeypatch.setattr("shutil.disk_usage", lambda folder: SimpleNamespace(free=free))
+    state = {"box": Box({"x": [torch.ones(100), {"y": torch.ones(100)}]})}
+    with pytest.raises(CheckpointError, match=r"checkpoint-3 cannot .* needs 1,052,376 bytes, 1,050,576 are free; "):
+        save(
+            tmp_path / "lora" / "checkpoint-3",
+            lambda folder: pytest.fail("it was written"),
+            settings=SETTINGS,
+            record=RECORD,
+            stateful=state,
+            adapter_bytes=1_500,
+        )
+    assert [path.name for path in old.parent.iterdir()] == ["checkpoint-2"]
+    verify(old)
+    make(tmp_path / "lora" / "checkpoint-3", state)
+
+
+def test_a_write_that_fails_leaves_what_was_there(tmp_path: Path) -> None:
+    old = make(tmp_path / "lora" / "best")
+
+    def fail(folder: Path) -> None:
+        write_adapter(folder)
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with pytest.raises(CheckpointError, match=r"best cannot be written .*: No space left on device; what was saved"):
+        save(old, fail, settings="x = 1\n", record=RECORD)
+    assert [path.name for path in old.parent.iterdir()] == ["best"]
+    verify(old)
+    with pytest.raises(CheckpointError, match=r"checkpoint-1 cannot be written .*: No such file"):
+        make(tmp_path / "gone" / "lora" / "checkpoint-1")
+    assert not (tmp_path / "gone").exists(), "a run's folder that was taken away is not made again"
+
+
 def test_leftovers_of_a_killed_run_do_no_harm(tmp_path: Path) -> None:
     partial = tmp_path / "lora" / ".checkpoint-3.partial"
     partial.mkdir(parents=True)
@@ -215,30 +254,60 @@ def test_everything_is_synchronised_before_it_gets_its_name(tmp_path: Path, monk
     assert synchronised[-1] == str(tmp_path)
 
 
-@pytest.mark.parametrize("harm", ["change", "remove", "truncate", "manifest", "no manifest", "version", "list"])
-def test_a_broken_checkpoint_is_not_loaded(tmp_path: Path, harm: str) -> None:
+def harmed(content: bytes, harm: str) -> bytes | None:
+    """A file's content after an accident; None where the file is gone."""
+    middle = len(content) // 2
+    flipped = content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1 :]
+    return {"cut": content[:middle], "emptied": b"", "flipped": flipped, "removed": None}[harm]
+
+
+FILES = (
+    "pytorch_lora_weights.safetensors",
+    "scheduler/scheduler_config.json",
+    "settings.toml",
+    "manifest.json",
+    "resume/box.safetensors",
+    "resume/state.json",
+)
+
+
+@pytest.mark.parametrize("harm", ["cut", "emptied", "flipped", "removed"])
+@pytest.mark.parametrize("name", FILES)
+def test_a_checkpoint_with_a_damaged_file_is_not_loaded(tmp_path: Path, name: str, harm: str) -> None:
     folder = make(tmp_path / "c", {"box": Box({"x": torch.ones(8)})})
-    target, manifest = folder / "resume" / "box.safetensors", folder / "manifest.json"
-    content = target.read_bytes()
-    if harm == "change":
-        target.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
-    elif harm == "remove":
-        target.unlink()
-    elif harm == "truncate":
-        target.write_bytes(content[:-4])
-    elif harm == "manifest":
-        manifest.write_text(manifest.read_text()[:-20])
-    elif harm == "no manifest":
-        manifest.unlink()
-    elif harm == "version":
-        manifest.write_text(json.dumps(json.loads(manifest.read_text()) | {"schema_version": 99}))
+    assert {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()} == set(FILES)
+    content = harmed((folder / name).read_bytes(), harm)
+    if content is None:
+        (folder / name).unlink()
     else:
-        manifest.write_text("[]")
+        (folder / name).write_bytes(content)
     box = Box("untouched")  # type: ignore[arg-type]
     with pytest.raises(CheckpointError) as caught:
         load(folder, {"box": box})
-    assert str(folder) in str(caught.value) and "\n" not in str(caught.value)
+    assert str(folder) in str(caught.value) and name in str(caught.value) and "\n" not in str(caught.value)
     assert box.state == "untouched"
+
+
+def test_every_byte_of_a_manifest_counts(tmp_path: Path) -> None:
+    folder = make(tmp_path / "c")
+    manifest = folder / "manifest.json"
+    content = manifest.read_bytes()
+    for place, byte in enumerate(content):
+        manifest.write_bytes(content[:place] + bytes([byte ^ 1 << place % 8]) + content[place + 1 :])
+        with pytest.raises(CheckpointError):
+            verify(folder)
+    manifest.write_bytes(content)
+    verify(folder)
+
+
+@pytest.mark.parametrize(
+    ("content", "words"), [("[]", "no JSON object"), ('{"schema_version": 99, "files": {}}', "this release reads 2")]
+)
+def test_a_manifest_of_another_kind_is_refused(tmp_path: Path, content: str, words: str) -> None:
+    folder = make(tmp_path / "c")
+    (folder / "manifest.json").write_text(content)
+    with pytest.raises(CheckpointError, match=words):
+        verify(folder)
 
 
 def test_asked_for_but_missing_raises_and_so_does_the_reverse(tmp_path: Path) -> None:

@@ -31,7 +31,7 @@ from fewstep.config import TrainSettings, settings_toml
 from fewstep.data import Batches, Slices, open_data
 from fewstep.ema import EMA
 from fewstep.errors import InputError, Interrupted
-from fewstep.files import write_text_atomic
+from fewstep.files import remove_leftovers, write_text_atomic
 from fewstep.locks import alone_in
 from fewstep.oracle import Oracle, describe, measure_oracle
 from fewstep.previews import Previews
@@ -144,8 +144,11 @@ def distill(
             reporter.say(f"resumed from {resumed} at step {step}")
         for line in start.plan(settings, method, slices, lora.trainable_parameters(backbone.unet), device):
             reporter.say(line)
+        check_folder: Callable[[], None] | None = None
         if main:
-            cleanup.enter_context(alone_in(settings.run_dir))
+            check_folder = cleanup.enter_context(alone_in(settings.run_dir))
+            for folder in (settings.run_dir, settings.run_dir / "lora", settings.run_dir / "previews"):
+                remove_leftovers(folder)
             write_text_atomic(settings.run_dir / "settings.toml", settings_toml(settings))
         telemetry = cleanup.enter_context(
             Telemetry(settings.run_dir, resumed_at=None if resumed is None else step, active=main)
@@ -192,7 +195,14 @@ def distill(
             encoder.flush()  # what a resumed run finds is what this one had
             folder = settings.run_dir / "lora" / name
             if main:
-                checkpoint.save(folder, publish, settings=settings_toml(settings), record=record, stateful=state)
+                checkpoint.save(
+                    folder,
+                    publish,
+                    settings=settings_toml(settings),
+                    record=record,
+                    stateful=state,
+                    adapter_bytes=sum(parameter.nbytes for parameter in parameters),
+                )
                 checkpoint.prune(settings.run_dir, keep_last=settings.keep_last, keep_every=settings.keep_every)
             processes.wait_for_everyone()
             return folder
@@ -260,6 +270,8 @@ def distill(
 
                 # The update is made, or skipped: the data goes on, the weights stay.
                 step += 1
+                if check_folder is not None:
+                    check_folder()
                 if sound:
                     ema.update(step)
                     for t, values in seen:
