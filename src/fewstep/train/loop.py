@@ -40,6 +40,7 @@ from fewstep.reporting import SILENT, Reporter
 from fewstep.telemetry import LoggedReporter, LossByTimestep, Telemetry
 from fewstep.train import start
 from fewstep.train.rollouts import Lesson, RolloutStore, Teacher, kept_lessons
+from fewstep.train.watch import Watch
 
 PREVIEW_PROMPTS = 4
 """Rows of a grid of previews."""
@@ -238,6 +239,7 @@ def distill(
 
         # ---- The loop.
         student = backbone.denoiser()
+        watch = Watch(lora.AdapterWeights(backbone.unet).parameters(), reporter.warn)
         losses = LossByTimestep(method.points, device)
         update: list[Lesson] = []
         overflows, skipped, skipped_since_logged, cut_captions, stopping = 0, 0, 0, False, False
@@ -256,6 +258,7 @@ def distill(
                     seen.append((lesson.pairs.t, each.detach()))
                 _average_gradients(accelerator, parameters)
                 norm = accelerator.clip_grad_norm_(parameters, settings.max_grad_norm)  # unscales first
+                watch.gradients()
                 # Under fp16 the scaler sees to it: it skips, and the update is made again. Else this is the one number
                 # that is waited for.
                 sound = accelerator.scaler is not None or math.isfinite(float(norm))
@@ -306,6 +309,7 @@ def distill(
                     peak = peak_so_far(device)
                     shown |= {} if peak is None else {"peak_memory_bytes": peak}
                     skipped_since_logged = 0
+                    watch.losses(step, shown)
                     telemetry.record(step, shown)
                 try:
                     bar.advance(1, **{key: shown[key] for key in ("loss", "pictures_per_second") if key in shown})
