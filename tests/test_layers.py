@@ -29,7 +29,8 @@ LAYERS = [
         "arithmetic backbone checkpoint data ema locks lora methods metrics pictures processes quiet "
         "report safety scenes sd15 telemetry timing",
         # 4: one readable procedure each, and the parts that procedures share
-        "benchmark doctor export generate pretrain train ui walkthrough opening oracle previews proving redraw",
+        "benchmark doctor export generate pretrain train ui walkthrough opening oracle previews proving redraw "
+        "validation",
         # 5: the doors
         "__init__ __main__ cli",
     )

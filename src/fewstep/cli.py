@@ -75,7 +75,7 @@ SECTIONS = {
     "pairs_per_rollout teacher_rollouts teacher_cache cache_dir loss loss_weighting",
     "Base model": "base_model default_base revision prediction_type resolution allow_pickle",
     "Results": "runs output_dir run_name outdir resume dry_run log_file checkpoint_every keep_last keep_every "
-    "validate_every log_every oracle_images",
+    "validate_every validate_images log_every oracle_images",
     "Running": "seed batch_size device mixed_precision config",
 }
 

@@ -117,6 +117,11 @@ Names = Annotated[tuple[Text, ...], BeforeValidator(_as_list), Field(min_length=
 Folders = Annotated[tuple[Folder, ...], BeforeValidator(_as_list), Field(min_length=1), AfterValidator(_distinct)]
 Device = Annotated[str, AfterValidator(_device)]
 
+CLIP_MODEL = Field(
+    "openai/clip-vit-base-patch32",
+    description="CLIP model of the alignment metric, for bases that bring none of their own; none leaves it out.",
+)
+
 
 # ------------------------------------------------------------------------------------------------------- the base class
 
@@ -294,7 +299,15 @@ class TrainSettings(BaseModelSettings):
     checkpoint_every: CountOrNone = Field(500, description="Updates between checkpoints; 0 saves the end alone.")
     keep_last: CountOrNone = Field(0, description="Newest checkpoints to keep; 0 keeps all.")
     keep_every: CountOrNone = Field(0, description="With keep_last: those at multiples of this stay too; 0: none.")
-    validate_every: CountOrNone = Field(500, description="Updates between grids of previews; 0 is off.")
+    validate_every: CountOrNone = Field(
+        500, description="Updates between grids of previews, and figures of the student; 0 is off."
+    )
+    validate_images: CountOrNone = Field(
+        16,
+        description="Pictures at each promised step count behind the figure by which the best student is kept in "
+        "lora/best: of the base's answer key, else of a CLIP model that is at hand; 0 is off.",
+    )
+    clip_model_id: Text = CLIP_MODEL
     log_every: Count = Field(10, description="Updates between lines of metrics.jsonl.")
     oracle_images: CountOrNone | None = Field(
         None,
@@ -434,10 +447,7 @@ class BenchSettings(SamplingSettings):
         description="TOML file with an [[adapter]] table for each further adapter to compare with: id, lora_path or "
         "lora_id, and sampler, eta, guidance, scale, steps.",
     )
-    clip_model_id: Text = Field(
-        "openai/clip-vit-base-patch32",
-        description="CLIP model of the alignment metric, for bases that bring none of their own; none leaves it out.",
-    )
+    clip_model_id: Text = CLIP_MODEL
     batch_sizes: Counts | None = Field(None, description="Pictures a timed batch. Unset: 1 and batch_size.")
     timing_repeats: Count = Field(5, description="Timed runs after the warm-up; the median is reported.")
     frechet_images: CountOrNone | None = Field(

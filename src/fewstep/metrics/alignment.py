@@ -25,12 +25,20 @@ class CLIPAlignment:
         model: folder or Hub id in transformers' layout.
         device: where to run it; always in fp32, so that scores do not depend on the precision of a run.
         allow_pickle: also take weights that are not safetensors.
+        fetch: whether a Hub id that is not in the cache is fetched.
 
     Raises:
         CheckpointError: the weights are not at hand, or are not those of a CLIP model.
     """
 
-    def __init__(self, model: str | Path, *, device: torch.device | str = "cpu", allow_pickle: bool = False) -> None:
+    def __init__(
+        self,
+        model: str | Path,
+        *,
+        device: torch.device | str = "cpu",
+        allow_pickle: bool = False,
+        fetch: bool = True,
+    ) -> None:
         # Heavy, and only needed by those who score pictures.
         from huggingface_hub.constants import HF_HUB_CACHE
         from transformers import CLIPImageProcessorPil, CLIPModel, CLIPTokenizer
@@ -44,9 +52,10 @@ class CLIPAlignment:
                     use_safetensors=None if allow_pickle else True,
                     dtype=torch.float32,
                     output_loading_info=True,
+                    local_files_only=not fetch,
                 )
-                self._tokenizer = CLIPTokenizer.from_pretrained(self.name)
-                self._processor = CLIPImageProcessorPil.from_pretrained(self.name)
+                self._tokenizer = CLIPTokenizer.from_pretrained(self.name, local_files_only=not fetch)
+                self._processor = CLIPImageProcessorPil.from_pretrained(self.name, local_files_only=not fetch)
         except (OSError, ValueError, KeyError) as error:
             kept = os.environ.get("HF_HUB_CACHE", HF_HUB_CACHE)
             raise CheckpointError(

@@ -41,6 +41,7 @@ from fewstep.telemetry import LoggedReporter, LossByTimestep, Telemetry
 from fewstep.train import start
 from fewstep.train.rollouts import Lesson, RolloutStore, Teacher, kept_lessons
 from fewstep.train.watch import Watch
+from fewstep.validation import FIGURE, MEASURE, open_validation
 
 PREVIEW_PROMPTS = 4
 """Rows of a grid of previews."""
@@ -60,6 +61,7 @@ class DistillResult:
     Attributes:
         folder: OUTPUT_DIR/RUN_NAME.
         adapter: the folder of the finished adapter, what `--lora_path` takes.
+        best: the folder of the adapter that validation liked best; None where nothing was measured.
         steps: updates that it was trained for.
         settings: as resolved.
         oracle: what a perfect student would reach; None where it was not measured, as in a resumed run.
@@ -68,6 +70,7 @@ class DistillResult:
 
     folder: Path
     adapter: Path
+    best: Path | None
     steps: int
     settings: TrainSettings
     oracle: Oracle | None
@@ -145,11 +148,13 @@ def distill(
             reporter.say(f"resumed from {resumed} at step {step}")
         for line in start.plan(settings, method, slices, lora.trainable_parameters(backbone.unet), device):
             reporter.say(line)
+        best_folder = settings.run_dir / "lora" / checkpoint.BEST
         check_folder: Callable[[], None] | None = None
         if main:
             check_folder = cleanup.enter_context(alone_in(settings.run_dir))
             for folder in (settings.run_dir, settings.run_dir / "lora", settings.run_dir / "previews"):
                 remove_leftovers(folder)
+            start.drop_best(best_folder, resumed=resumed is not None, warn=reporter.warn)
             write_text_atomic(settings.run_dir / "settings.toml", settings_toml(settings))
         telemetry = cleanup.enter_context(
             Telemetry(settings.run_dir, resumed_at=None if resumed is None else step, active=main)
@@ -170,10 +175,13 @@ def distill(
             )
             reporter.say(describe(oracle, oracle_pictures))
             telemetry.record(0, {f"oracle/{arm}/{key}": v for arm, found in oracle.items() for key, v in found.items()})
-        previews = None
+        previews, validation = None, None
         if settings.validate_every and main:
             prompts = start.captions_to_show(PREVIEW_PROMPTS, settings, backbone, opened)
             previews = Previews(backbone, method, prompts, resolution=settings.resolution, seed=settings.seed)
+        if settings.validate_every and settings.validate_images and main:
+            prompts = start.captions_to_show(settings.validate_images, settings, backbone, opened)
+            validation = open_validation(backbone, method, prompts, settings, reporter)
         processes.wait_for_everyone()
 
         def publish(folder: Path) -> None:
@@ -184,14 +192,20 @@ def distill(
 
         encoder = start.encoder_of(settings, backbone, opened, main=main)
 
-        def save(name: str, state: Mapping[str, checkpoint.Stateful] | None) -> Path:
+        def save(
+            name: str,
+            state: Mapping[str, checkpoint.Stateful] | None = None,
+            more: Mapping[str, str | float] | None = None,
+        ) -> Path:
             record = checkpoint.Record(
                 step=step,
                 base_model=backbone.name,
                 base_fingerprint=backbone.fingerprint,
                 step_counts=tuple(settings.num_inference_steps),
                 revision=backbone.revision,
-                more=identity | {"rank": settings.lora_rank, "alpha": settings.alpha, "torch": torch.__version__},
+                more=identity
+                | {"rank": settings.lora_rank, "alpha": settings.alpha, "torch": torch.__version__}
+                | dict(more or {}),
             )
             encoder.flush()  # what a resumed run finds is what this one had
             folder = settings.run_dir / "lora" / name
@@ -205,8 +219,20 @@ def distill(
                     adapter_bytes=sum(parameter.nbytes for parameter in parameters),
                 )
                 checkpoint.prune(settings.run_dir, keep_last=settings.keep_last, keep_every=settings.keep_every)
-            processes.wait_for_everyone()
             return folder
+
+        def validate() -> None:
+            """Draw previews, take the figures, and keep the adapter if it is the best so far."""
+            figures = {}
+            with ema.applied():
+                if previews is not None:
+                    previews.save(start.preview_file(step, settings))
+                if validation is not None:
+                    figures = validation.figures()
+            if validation is not None:
+                if validation.prefers(figures, checkpoint.recorded(best_folder)):
+                    save(checkpoint.BEST, more={MEASURE: validation.measure, **figures})
+                telemetry.record(step, figures)
 
         # ---- What is learnt from.
         batches = partial(
@@ -244,6 +270,8 @@ def distill(
         update: list[Lesson] = []
         overflows, skipped, skipped_since_logged, cut_captions, stopping = 0, 0, 0, False, False
 
+        if resumed is not None and start.left_undone(step, settings, telemetry.history, validation is not None):
+            validate()
         with reporter.progress("training", settings.max_steps - step) as bar:
             while step < settings.max_steps and not stopping:
                 # An update that overflowed is made again from the same lessons.
@@ -319,11 +347,10 @@ def distill(
 
                 last = step == settings.max_steps
                 with speed.paused():
+                    if start.validates_at(step, settings) and (last or not stopping):
+                        validate()  # before the checkpoint: a run that goes on from there has had it
                     if last or stopping or (settings.checkpoint_every and step % settings.checkpoint_every == 0):
                         save(f"checkpoint-{step}", stateful)
-                    if previews is not None and (last or step % settings.validate_every == 0) and not stopping:
-                        with ema.applied():
-                            previews.save(settings.run_dir / "previews" / f"step-{step:06d}.png")
                     processes.wait_for_everyone()
 
         if step < settings.max_steps:
@@ -331,11 +358,19 @@ def distill(
                 f"stopped at step {step} of {settings.max_steps}, saved in {settings.run_dir}; "
                 "go on with --resume_from_checkpoint latest"
             )
-        adapter = save(checkpoint.FINAL, None)
+        adapter = save(checkpoint.FINAL)
+        processes.wait_for_everyone()
         reporter.say(f"adapter: {adapter}")
+        best = checkpoint.recorded(best_folder)
+        if validation is not None and best is not None and best.step < step:
+            reporter.say(
+                f"best: {best_folder}, of step {best.step}, whose {FIGURE} was {best.more[FIGURE]:.4g}; training "
+                "longer did not raise it"
+            )
         return DistillResult(
             folder=settings.run_dir,
             adapter=adapter,
+            best=None if best is None else best_folder,
             steps=step,
             settings=settings,
             oracle=oracle,

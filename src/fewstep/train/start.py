@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import os
+import shutil
 import tomllib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,12 +25,14 @@ from fewstep.telemetry import Throughput
 from fewstep.timing import quick_matrix_rate
 from fewstep.train.encoding import Cached, Encoder, Fresh, cache_key
 from fewstep.train.rollouts import RolloutStore, Teacher
+from fewstep.validation import FIGURE
 
 ORACLE_PICTURES = 16
 """Pictures an arm of the oracle where none are asked for and the base has an answer key."""
 
 MAY_CHANGE = {
     *("output_dir", "run_name", "log_file", "checkpoint_every", "validate_every", "log_every", "oracle_images"),
+    *("validate_images", "clip_model_id"),
     *("keep_last", "keep_every"),
     *("device", "gradient_checkpointing", "default_base", "revision", "allow_pickle"),
     *("teacher_cache", "cache_dir"),  # their own keys tell
@@ -287,6 +290,40 @@ def keep_rollouts(
                     "--resume_from_checkpoint auto"
                 )
     teacher.encoder.flush()
+
+
+def drop_best(folder: Path, *, resumed: bool, warn: Callable[[str], None]) -> None:
+    """Remove a `lora/best` that a run cannot go on with: of an earlier start in its folder, or not whole."""
+    if not folder.exists():
+        return
+    if resumed:
+        try:
+            checkpoint.verify(folder)
+            return
+        except CheckpointError as error:
+            warn(f"removed: {error}")
+    shutil.rmtree(folder)
+
+
+def validates_at(step: int, settings: TrainSettings) -> bool:
+    """Whether the student is looked at after update `step`."""
+    every = settings.validate_every
+    return bool(every and step and (step % every == 0 or step == settings.max_steps))
+
+
+def preview_file(step: int, settings: TrainSettings) -> Path:
+    return settings.run_dir / "previews" / f"step-{step:06d}.png"
+
+
+def left_undone(step: int, settings: TrainSettings, history: Sequence[Mapping[str, float]], measures: bool) -> bool:
+    """Whether a run that goes on from `step` was stopped there before the student was looked at.
+
+    Args:
+        history: the lines of metrics.jsonl.
+        measures: whether figures are taken, besides previews.
+    """
+    measured = any(FIGURE in row for row in history if row["step"] == step)
+    return validates_at(step, settings) and not (measured if measures else preview_file(step, settings).exists())
 
 
 def captions_to_show(count: int, settings: TrainSettings, backbone: Backbone, opened: OpenedData) -> list[str]:

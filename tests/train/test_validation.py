@@ -1,0 +1,169 @@
+"""The student is measured as training goes on, and the best one is kept apart."""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from fewstep import validation
+from fewstep.backbone import Backbone, load_backbone
+from fewstep.checkpoint import Record, verify
+from fewstep.config import TrainSettings
+from fewstep.errors import CheckpointError, Interrupted
+from fewstep.methods.kstep import KStep
+from fewstep.train import DistillResult, distill
+from fewstep.validation import FIGURE, MEASURE, Validation, open_validation
+from tests.train.conftest import Heard
+
+RISE_AND_FALL = [0.2, 0.6, 0.9, 0.4, 0.3, 0.3]
+"""Figures of six measurements: the third is best."""
+
+
+@pytest.fixture
+def scripted(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """Figures that validation finds, one a measurement, instead of looking at pictures."""
+    coming = list(RISE_AND_FALL)
+
+    def figures(self: Validation) -> dict[str, float]:
+        return {FIGURE: coming.pop(0)}
+
+    def opened(backbone: Backbone, method: KStep, prompts: list[str], *_: Any) -> Validation:
+        drawing: Any = {"resolution": 64, "seed": 0, "batch_size": 4}
+        return Validation(backbone, method, prompts, lambda batch: {}, measure="by script", **drawing)
+
+    monkeypatch.setattr(Validation, "figures", figures)
+    monkeypatch.setattr("fewstep.train.loop.open_validation", opened)
+    return coming
+
+
+@pytest.fixture
+def short(settings: TrainSettings, tmp_path: Path) -> TrainSettings:
+    return settings.replace(output_dir=tmp_path, max_steps=6, validate_every=1, validate_images=3, checkpoint_every=2)
+
+
+def measured(run: DistillResult) -> dict[int, float]:
+    return {int(row["step"]): row[FIGURE] for row in run.history if FIGURE in row}
+
+
+def same_weights(one: Path, two: Path) -> bool:
+    name = "pytorch_lora_weights.safetensors"
+    return (one / name).read_bytes() == (two / name).read_bytes()
+
+
+def test_the_best_is_kept_apart_and_said_where_it_is_not_the_last(scripted: list[float], short: TrainSettings) -> None:
+    heard = Heard()
+    run = distill(short.replace(checkpoint_every=3), reporter=heard)
+    assert measured(run) == dict(enumerate(RISE_AND_FALL, start=1))
+    assert run.best == run.folder / "lora" / "best"
+    record = verify(run.best)
+    assert record.step == 3 and record.more[FIGURE] == 0.9
+    assert same_weights(run.best, run.folder / "lora" / "checkpoint-3")
+    assert not same_weights(run.best, run.adapter)
+    assert not (run.best / "resume").exists() and (run.best / "scheduler").is_dir()
+    assert heard.said[-1] == f"best: {run.best}, of step 3, whose validation was 0.9; training longer did not raise it"
+
+
+def test_nothing_is_said_where_the_last_is_the_best(scripted: list[float], short: TrainSettings) -> None:
+    heard = Heard()
+    run = distill(short.replace(max_steps=3), reporter=heard)
+    assert heard.said[-1] == f"adapter: {run.adapter}"
+    assert run.best is not None and same_weights(run.best, run.adapter)
+
+
+def test_a_resumed_run_remembers_the_best(scripted: list[float], short: TrainSettings) -> None:
+    asked = iter(range(1, 7))
+    with pytest.raises(Interrupted):
+        distill(short, should_stop=lambda: next(asked) == 4)
+    run = distill(short.replace(resume_from_checkpoint="latest"))
+    assert measured(run) == dict(enumerate(RISE_AND_FALL, start=1)), "the one that the stop came before is made up for"
+    assert run.best is not None and verify(run.best).step == 3
+
+
+def test_a_best_that_is_broken_or_of_an_earlier_start_is_not_taken_over(
+    scripted: list[float], short: TrainSettings
+) -> None:
+    first = distill(short.replace(max_steps=4))
+    assert first.best is not None and verify(first.best).step == 3
+    (first.best / "settings.toml").write_text("")
+    heard = Heard()
+    run = distill(short.replace(resume_from_checkpoint="auto"), reporter=heard)
+    assert any(line.startswith("removed: checkpoint") and "settings.toml" in line for line in heard.warned)
+    assert run.best is not None and verify(run.best).step == 5
+    for folder in (run.folder / "lora").glob("checkpoint-*"):
+        shutil.rmtree(folder)
+    scripted[:] = [0.1]
+    again = distill(short.replace(max_steps=1, lr_warmup_steps=0, resume_from_checkpoint="auto"))
+    assert again.best is not None and verify(again.best).more[FIGURE] == 0.1
+
+
+# ------------------------------------------------------------------------------------------------------- the measures
+
+
+def _opened(backbone: Backbone, settings: TrainSettings, reporter: Heard | None = None) -> Any:
+    method = KStep(schedule=backbone.schedule, step_counts=(1, 4), num_ddim_steps=2, guidance=3.0)
+    return open_validation(backbone, method, ["pattern 1", "pattern 2"], settings, reporter or Heard())
+
+
+class Answers:
+    """An answer key to which the first picture has one thing of two right and the second has both."""
+
+    def answers(self, pixels: Tensor, prompts: list[str]) -> dict[str, Tensor]:
+        assert pixels.shape == (len(prompts), 3, 64, 64) and pixels.min() >= 0 and pixels.max() <= 1
+        second = torch.tensor([prompt == "pattern 2" for prompt in prompts])
+        return {"colour": torch.ones_like(second), "place": second, "all_right": second}
+
+
+def test_a_base_with_an_answer_key_is_asked_for_the_share_that_is_right(base: Path, settings: TrainSettings) -> None:
+    heard = Heard()
+    backbone: Any = replace(load_backbone(base, device="cpu"), abilities=Answers())
+    opened = _opened(backbone, settings, heard)
+    assert opened.figures() == {FIGURE: 0.75, f"{FIGURE}/1": 0.75, f"{FIGURE}/4": 0.75}
+    assert heard.said == ["validation: share of attributes that are right, 2 pictures each at 1 4 steps"]
+
+
+def test_figures_of_different_measures_are_not_compared(base: Path, settings: TrainSettings) -> None:
+    backbone: Any = replace(load_backbone(base, device="cpu"), abilities=Answers())
+    opened = _opened(backbone, settings)
+
+    def best(measure: str) -> Record:
+        more = {MEASURE: measure, FIGURE: 0.5}
+        return Record(step=1, base_model="", base_fingerprint="", step_counts=(1, 4), more=more)
+
+    assert opened.prefers({FIGURE: 0.6}, best(opened.measure))
+    assert not opened.prefers({FIGURE: 0.5}, best(opened.measure)), "the earlier of equals"
+    assert opened.prefers({FIGURE: 0.1}, best("alignment x 100")) and opened.prefers({FIGURE: 0.1}, None)
+
+
+def test_any_other_base_is_judged_by_a_clip_model_that_is_at_hand(
+    base: Path, settings: TrainSettings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class CLIP:
+        """Finds that a picture fits its own prompt by 0.25, and any other not at all."""
+
+        def __init__(self, model: str, *, fetch: bool, **_: Any) -> None:
+            assert not fetch
+            if model == "missing":
+                raise CheckpointError("not at hand")
+
+        def texts(self, prompts: list[str]) -> Tensor:
+            return torch.eye(len(prompts))
+
+        def images(self, pixels: Tensor) -> Tensor:
+            assert pixels.dtype == torch.uint8
+            return 0.25 * torch.eye(2)
+
+    monkeypatch.setattr(validation, "CLIPAlignment", CLIP)
+    heard, backbone = Heard(), load_backbone(base, device="cpu")
+    opened = _opened(backbone, settings.replace(clip_model_id="a/clip"), heard)
+    assert opened.figures()[FIGURE] == 25.0
+    assert _opened(backbone, settings.replace(clip_model_id="missing"), heard) is None
+    assert heard.said == [
+        "validation: alignment x 100 by a/clip, 2 pictures each at 1 4 steps",
+        "validation: previews alone, for the base has no answer key and no CLIP 'missing' is at hand",
+    ]
