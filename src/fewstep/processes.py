@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 
 import torch
@@ -10,7 +12,9 @@ from accelerate import PartialState
 from accelerate.state import AcceleratorState, GradientState
 from accelerate.utils import parse_flag_from_env
 
-from fewstep.errors import InputError
+from torch.distributed import DistError
+
+from fewstep.errors import DataError, InputError, Interrupted
 
 PATIENCE = timedelta(hours=2)
 """How long processes wait for the first one, which alone measures, draws previews and saves."""
@@ -44,3 +48,28 @@ def own_device(device: str, processes: PartialState) -> str:
     if processes.num_processes == 1 and device != "auto":
         return device
     return "cpu" if processes.device.type == "cpu" else str(processes.device)  # there they are numbered too: cpu:0
+
+
+@contextmanager
+def noticing_losses() -> Iterator[None]:
+    """Inside, what torch raises where another process has died is told as what it is.
+
+    Raises:
+        Interrupted: it was one of those that were started together.
+        DataError: it was one that loads data for this one.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        reason = str(error).strip().partition("\n")[0]
+        if isinstance(error, DistError) or "gloo" in reason:  # gloo's errors have no class of their own
+            raise Interrupted(
+                f"another process of this run has gone ({reason}); look at what it said last, then start all again "
+                "with --resume_from_checkpoint auto"
+            ) from error
+        if reason.startswith("DataLoader worker"):
+            raise DataError(
+                f"a process that loads data was ended from outside ({reason}), as systems do that run out of memory; "
+                "make room in it, then go on with --resume_from_checkpoint auto"
+            ) from error
+        raise

@@ -8,11 +8,12 @@ import sys
 from pathlib import Path
 
 import pytest
+from torch.distributed import DistNetworkError
 
 from fewstep.backbone import Backbone, random_backbone
 from fewstep.config import TrainSettings, settings_toml
-from fewstep.errors import InputError
-from fewstep.processes import join_processes
+from fewstep.errors import DataError, InputError, Interrupted
+from fewstep.processes import join_processes, noticing_losses
 from fewstep.train import distill
 from tests.train.conftest import Heard
 from tests.train.test_distill import assert_same, few_updates, weights
@@ -49,6 +50,22 @@ def test_two_processes_do_what_one_does(settings: TrainSettings, tmp_path: Path)
     split = distill(asked.replace(run_name="split", batch_size=4, gradient_accumulation_steps=2))
     assert_same(weights(split.adapter), weights(one.adapter), rtol=1e-3, atol=2e-6)
     assert len((run / "metrics.jsonl").read_text().splitlines()) == 3, "only the first process writes"
+
+
+@pytest.mark.parametrize(
+    ("error", "became", "words"),
+    [
+        (RuntimeError("[…/gloo/transport/tcp/pair.cc:553] Connection closed by peer\nmore"), Interrupted, "peer\\)"),
+        (DistNetworkError("connection reset"), Interrupted, "another process of this run has gone"),
+        (RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed."), DataError, "a process that loads"),
+        (RuntimeError("mat1 and mat2 shapes cannot be multiplied"), RuntimeError, "mat1"),
+        (ValueError("gloo"), ValueError, "gloo"),
+    ],
+)
+def test_a_process_that_died_is_told_from_a_bug(error: Exception, became: type[Exception], words: str) -> None:
+    with pytest.raises(became, match=words) as caught, noticing_losses():
+        raise error
+    assert type(caught.value) is became and "\n" not in str(caught.value)
 
 
 @pytest.mark.slow

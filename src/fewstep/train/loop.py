@@ -35,7 +35,7 @@ from fewstep.files import remove_leftovers, write_text_atomic
 from fewstep.locks import alone_in
 from fewstep.oracle import Oracle, describe, measure_oracle
 from fewstep.previews import Previews
-from fewstep.processes import join_processes, own_device
+from fewstep.processes import join_processes, noticing_losses, own_device
 from fewstep.reporting import SILENT, Reporter
 from fewstep.telemetry import LoggedReporter, LossByTimestep, Telemetry
 from fewstep.train import start
@@ -93,9 +93,9 @@ def distill(
         DataError: no data, or too little of it is usable.
         CheckpointError: a checkpoint to resume from that is damaged or of another run; an adapter that does not read
             back as it was saved.
-        Interrupted: stopped on request; the state is saved.
+        Interrupted: stopped on request, with the state saved; or another process of the run has died.
     """
-    with ExitStack() as cleanup:
+    with ExitStack() as cleanup, noticing_losses():
         # ---- Processes: each has a device of its own; the first one speaks, measures and writes for all.
         processes = join_processes(settings.device)
         main = processes.is_main_process
