@@ -258,6 +258,9 @@ def _unflatten(tree: Any, tensors: Mapping[str, Tensor]) -> Any:
 
 # -------------------------------------------------------------------------------------------------------------- reading
 
+_UNUSABLE = (KeyError, TypeError, ValueError, AttributeError, OverflowError)
+"""What JSON of another form than ours brings about where it is used."""
+
 
 def verify(folder: Path) -> Record:
     """Check every file of a checkpoint against its manifest.
@@ -289,7 +292,7 @@ def verify(folder: Path) -> Record:
             if path.stat().st_size != facts["bytes"] or sha256(path) != facts["sha256"]:
                 raise _broken(folder, f"{name} is not the file that was written")
         return _record(content)
-    except (KeyError, TypeError, ValueError, AttributeError, OSError) as error:
+    except (*_UNUSABLE, OSError) as error:
         raise _broken(folder, f"{MANIFEST} cannot be used ({type(error).__name__}: {error})") from None
 
 
@@ -342,7 +345,7 @@ def _manifest(folder: Path) -> dict[str, Any] | None:
         content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         return None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise _broken(folder, f"{MANIFEST} cannot be read ({error})") from None
     if not isinstance(content, dict):
         raise _broken(folder, f"{MANIFEST} holds no JSON object")
@@ -446,7 +449,7 @@ def recorded(folder: Path) -> Record | None:
         return None
     try:
         return _record(content)
-    except (KeyError, TypeError, ValueError) as error:
+    except _UNUSABLE as error:
         raise _broken(folder, f"{MANIFEST} cannot be used ({type(error).__name__}: {error})") from None
 
 
@@ -465,7 +468,8 @@ def recorded_steps(folder: Path) -> tuple[int, ...] | None:
     if record is not None:
         return record.step_counts
     steps = _settings(folder).get("num_inference_steps")
-    return tuple(int(count) for count in steps) if isinstance(steps, list) else None
+    usable = isinstance(steps, list) and all(type(count) is int for count in steps)
+    return tuple(steps) if usable else None
 
 
 def _settings(folder: Path) -> dict[str, Any]:
@@ -474,7 +478,7 @@ def _settings(folder: Path) -> dict[str, Any]:
         return tomllib.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         return {}
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{str(path)!r} cannot be read ({error}); fetch or copy the adapter again") from None
 
 

@@ -571,7 +571,7 @@ def _toml(path: Path) -> dict[str, Any]:
         raise InputError(f"no settings file {str(path)!r}; allowed is a TOML file; check the path") from None
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"{str(path)!r} cannot be read ({error}); allowed is a TOML file in UTF-8") from None
-    except tomllib.TOMLDecodeError as error:
+    except (ValueError, RecursionError) as error:  # tomllib's own, of numbers without end, of nesting without end
         raise InputError(f"{str(path)!r} is no TOML: {error}; allowed are lines such as max_steps = 300") from None
 
 

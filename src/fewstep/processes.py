@@ -11,7 +11,6 @@ import torch
 from accelerate import PartialState
 from accelerate.state import AcceleratorState, GradientState
 from accelerate.utils import parse_flag_from_env
-
 from torch.distributed import DistError
 
 from fewstep.errors import DataError, InputError, Interrupted

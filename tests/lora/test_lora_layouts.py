@@ -255,6 +255,10 @@ def from_elsewhere(weights: State) -> State:
     return {key.replace("down_blocks.0", "down_blocks.7"): value for key, value in weights.items()}
 
 
+def of_rank_0(weights: State) -> State:
+    return {key: value[:0] if "lora_A" in key else value[:, :0] for key, value in weights.items()}
+
+
 def extra(name: str) -> Callable[[State], State]:
     return lambda weights: weights | {name: torch.zeros(1)}
 
@@ -265,6 +269,8 @@ def extra(name: str) -> Callable[[State], State]:
         (zeros, "changes nothing"),
         (half_a_pair, "half a LoRA"),
         (wider, "made for another architecture: at "),
+        (of_rank_0, "has rank 0"),
+        (lambda weights: {key: value + 0j for key, value in weights.items()}, "torch.complex64; allowed are real"),
         (from_elsewhere, "belong to no layer of this base"),
         (lambda weights: {"conv_in.weight": torch.zeros(1)}, "is not an adapter: it holds conv_in.weight"),
         (lambda weights: {}, "is not an adapter"),
@@ -291,6 +297,20 @@ def test_files_that_cannot_be_read(base: Backbone, tmp_path: Path) -> None:
     assert "cannot be read" in refused(base, path)
     save_file({"unet.conv_in.lora_A.weight": torch.zeros(4, 4)}, path, {"lora_adapter_metadata": "{}"})
     assert "does not state lora_alpha" in refused(base, path)
+
+
+@pytest.mark.parametrize(
+    "stated",
+    [{"lora_alpha": 10**400}, {"alpha_pattern": {"(": 4}}, {"alpha_pattern": {".*": "x"}}, {"alpha_pattern": 4}],
+)
+def test_an_alpha_that_cannot_be_used_is_refused(
+    base: Backbone, saved: Path, weights: State, stated: dict[str, object]
+) -> None:
+    path = saved / "stated.safetensors"
+    header = {f"unet.{key}": value for key, value in ({"lora_alpha": 4} | stated).items()}
+    save_file(weights, path, {"lora_adapter_metadata": json.dumps(header)})
+    base.unet.unload_lora()
+    assert "states no alpha for " in refused(base, path)
 
 
 def test_pickled_adapters_need_leave(student: Backbone, saved: Path, weights: State, output: Run) -> None:

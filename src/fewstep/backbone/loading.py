@@ -281,7 +281,7 @@ def read_json(path: Path, name: str) -> dict[str, Any]:
     """
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"base model {name!r}: {path} cannot be read ({error}); fetch or copy it again") from None
     if not isinstance(content, dict):
         raise CheckpointError(f"base model {name!r}: {path} holds no JSON object; fetch or copy it again")

@@ -86,9 +86,14 @@ def read(source: AdapterSource, modules: Iterable[str], *, allow_pickle: bool) -
     assumed = False
     for module, (down, up) in sorted(matrices.items()):
         rank = down.shape[0]
+        if rank == 0 or down.is_complex() or up.is_complex():
+            raise CheckpointError(
+                f"adapter {source.name!r}: {module} has rank {rank} and is {down.dtype}; allowed are real numbers and "
+                "a rank of at least 1; save or fetch it again"
+            )
         stated = alphas.get(module)
         if config is not None:
-            stated = _alpha(config, module, rank)
+            stated = _alpha(config, module, rank, source)
         assumed |= stated is None
         pairs[module] = LoraPair(down.float(), up.float(), float(rank) if stated is None else stated)
     return ParsedAdapter(layout, pairs, assumed)
@@ -181,7 +186,7 @@ def _config(source: AdapterSource, header: Mapping[str, str], layout: Layout) ->
             config = own or stated
         if not isinstance(config["lora_alpha"], int | float):
             raise TypeError
-    except (ValueError, KeyError, TypeError, AttributeError, OSError):
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError, OSError):
         where = PEFT_CONFIG_NAME if layout == "peft" else "its header"
         raise CheckpointError(
             f"adapter {source.name!r}: {where} does not state lora_alpha; save or fetch it again"
@@ -194,13 +199,18 @@ def _config(source: AdapterSource, header: Mapping[str, str], layout: Layout) ->
     return dict(config)
 
 
-def _alpha(config: Mapping[str, Any], module: str, rank: int) -> float:
+def _alpha(config: Mapping[str, Any], module: str, rank: int, source: AdapterSource) -> float:
     """The alpha that PEFT would take for `module`, as the scale alpha / rank times the rank."""
-    alpha = float(config["lora_alpha"])
-    for pattern, own in (config.get("alpha_pattern") or {}).items():
-        if re.match(rf"(.*\.)?({pattern})$", module):
-            alpha = float(own)
-            break
+    try:
+        alpha = float(config["lora_alpha"])
+        for pattern, own in (config.get("alpha_pattern") or {}).items():
+            if re.match(rf"(.*\.)?({pattern})$", module):
+                alpha = float(own)
+                break
+    except (ValueError, TypeError, AttributeError, OverflowError, re.error) as error:
+        raise CheckpointError(
+            f"adapter {source.name!r} states no alpha for {module} that can be used ({error}); save or fetch it again"
+        ) from None
     return alpha * math.sqrt(rank) if config.get("use_rslora") else alpha
 
 
