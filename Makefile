@@ -10,7 +10,7 @@ NEW_ENOUGH := import sys; sys.exit(sys.version_info < (3, 11))
 FOUND = $(shell for python in $(or $(PYTHON),python3.14 python3.13 python3.12 python3.11 python3); do \
 	"$$python" -c '$(NEW_ENOUGH)' 2>/dev/null && echo "$$python" && break; done)
 
-.PHONY: demo test install clean
+.PHONY: demo test test-faults install clean
 
 demo: $(STAMP)
 	@$(BIN)/fewstep demo $(ARGS)
@@ -20,6 +20,10 @@ test: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 $(ARGS)
+
+# What a run survives: kills, full disks, damaged files, any bytes. Mounting small disks takes root, or sudo.
+test-faults: $(STAMP)
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 -m "faults or not faults" --hypothesis-profile faults tests/faults $(ARGS)
 
 install: $(STAMP)
 

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from fewstep import checkpoint
 from fewstep.checkpoint import Record, Stateful, load, recorded, recorded_base, recorded_steps, resolve, save, verify
 from fewstep.errors import CheckpointError
+from tests.faults.harness import HARMS, harm
 
 RECORD = Record(
     step=3,
@@ -254,13 +255,6 @@ def test_everything_is_synchronised_before_it_gets_its_name(tmp_path: Path, monk
     assert synchronised[-1] == str(tmp_path)
 
 
-def harmed(content: bytes, harm: str) -> bytes | None:
-    """A file's content after an accident; None where the file is gone."""
-    middle = len(content) // 2
-    flipped = content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1 :]
-    return {"cut": content[:middle], "emptied": b"", "flipped": flipped, "removed": None}[harm]
-
-
 FILES = (
     "pytorch_lora_weights.safetensors",
     "scheduler/scheduler_config.json",
@@ -271,16 +265,12 @@ FILES = (
 )
 
 
-@pytest.mark.parametrize("harm", ["cut", "emptied", "flipped", "removed"])
+@pytest.mark.parametrize("how", HARMS)
 @pytest.mark.parametrize("name", FILES)
-def test_a_checkpoint_with_a_damaged_file_is_not_loaded(tmp_path: Path, name: str, harm: str) -> None:
+def test_a_checkpoint_with_a_damaged_file_is_not_loaded(tmp_path: Path, name: str, how: str) -> None:
     folder = make(tmp_path / "c", {"box": Box({"x": torch.ones(8)})})
     assert {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()} == set(FILES)
-    content = harmed((folder / name).read_bytes(), harm)
-    if content is None:
-        (folder / name).unlink()
-    else:
-        (folder / name).write_bytes(content)
+    harm(folder / name, how)
     box = Box("untouched")  # type: ignore[arg-type]
     with pytest.raises(CheckpointError) as caught:
         load(folder, {"box": box})
