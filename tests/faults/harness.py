@@ -166,7 +166,7 @@ def steps_recorded(folder: Path) -> int:
 
 
 def is_writing_a_checkpoint(folder: Path, since: float = 0.0) -> bool:
-    """Whether a checkpoint is being written, or was when the run was killed; what is older than `since` is left over."""
+    """Whether a checkpoint is being written, or was when the run was killed; older than `since` it is a leftover."""
     try:
         return any(path.parent.stat().st_mtime > since for path in (folder / "lora").glob(".*.partial/*"))
     except FileNotFoundError:  # it has got its name meanwhile

@@ -315,7 +315,11 @@ def test_resuming_a_finished_run_changes_nothing(
 @pytest.mark.parametrize(
     ("change", "error", "words"),
     [
-        ({"learning_rate": 1e-5}, InputError, "learning_rate 1e-05 came.*trained with 0.003"),
+        (
+            {"learning_rate": 1e-5, "max_grad_norm": 2.0, "checkpoint_every": 3},
+            InputError,
+            r"^learning_rate 1e-05 \(not 0.003\), max_grad_norm 2 \(not 1\) came, unlike what checkpoint",
+        ),
         ({"max_steps": 9}, InputError, "at step 10, max_steps is 9"),
         ({"batch_size": 3}, CheckpointError, "global_batch 4, now it is 6"),
         ({"resume_from_checkpoint": "OLD"}, InputError, "has gone on from checkpoint-4 to checkpoint-10"),

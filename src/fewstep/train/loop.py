@@ -270,9 +270,10 @@ def distill(
         update: list[Lesson] = []
         overflows, skipped, skipped_since_logged, cut_captions, stopping = 0, 0, 0, False, False
 
-        if resumed is not None and start.left_undone(step, settings, telemetry.history, validation is not None):
-            validate()
         with reporter.progress("training", settings.max_steps - step) as bar:
+            if resumed is not None and start.left_undone(step, settings, telemetry.history, validation is not None):
+                with speed.paused():
+                    validate()
             while step < settings.max_steps and not stopping:
                 # An update that overflowed is made again from the same lessons.
                 update = update or list(islice(lessons, settings.gradient_accumulation_steps))

@@ -199,12 +199,13 @@ def check_resumed(folder: Path, settings: TrainSettings, backbone: Backbone, mor
         )
     before, after = load_toml(folder / checkpoint.SETTINGS), tomllib.loads(settings_toml(settings))
     free = MAY_CHANGE if settings.lr_schedule == "constant" else MAY_CHANGE - {"max_steps"}
-    for key in sorted((before.keys() | after.keys()) - free):
-        if before.get(key) != after.get(key):
-            raise InputError(
-                f"{key} {spell(after.get(key))} came, checkpoint {name!r} was trained with {spell(before.get(key))}; a "
-                f"resumed run keeps its settings; pass --config {folder / checkpoint.SETTINGS} or a new --run_name"
-            )
+    changed = [key for key in sorted((before.keys() | after.keys()) - free) if before.get(key) != after.get(key)]
+    if changed:
+        named = ", ".join(f"{key} {spell(after.get(key))} (not {spell(before.get(key))})" for key in changed)
+        raise InputError(
+            f"{named} came, unlike what checkpoint {name!r} was trained with; a resumed run keeps its settings; pass "
+            f"--config {folder / checkpoint.SETTINGS} or a new --run_name"
+        )
 
 
 def plan(settings: TrainSettings, method: KStep, slices: Slices, trainable: int, device: torch.device) -> Iterator[str]:
