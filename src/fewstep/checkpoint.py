@@ -468,8 +468,9 @@ def recorded_steps(folder: Path) -> tuple[int, ...] | None:
     if record is not None:
         return record.step_counts
     steps = _settings(folder).get("num_inference_steps")
-    usable = isinstance(steps, list) and all(type(count) is int for count in steps)
-    return tuple(steps) if usable else None
+    if not isinstance(steps, list) or any(type(count) is not int for count in steps):
+        return None
+    return tuple(steps)
 
 
 def _settings(folder: Path) -> dict[str, Any]:

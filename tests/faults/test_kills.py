@@ -41,7 +41,12 @@ def kill(child: Child, moment: str, folder: Path, numbers: random.Random) -> boo
     elif moment == "checkpoint":
         child.until(lambda: is_writing_a_checkpoint(folder, started))
     time.sleep(numbers.uniform(0, LONGEST_WAIT[moment]))
-    child.send(signal.SIGKILL)
+    with child.held():
+        too_late = moment == "checkpoint" and not is_writing_a_checkpoint(folder, started)
+        if not too_late:
+            child.send(signal.SIGKILL)
+    if too_late:
+        return kill(child, moment, folder, numbers)
     child.process.wait()
     return is_writing_a_checkpoint(folder, started)
 

@@ -30,7 +30,7 @@ def disk_of_run(
     looks = _times(settings.max_steps, settings.validate_every)
     page = PREVIEW_PROMPTS * (len(settings.num_inference_steps) + 1) * 3 * (settings.resolution or 0) ** 2
     needed = {
-        "checkpoints": _checkpoints(settings) * resumable + adapter,
+        "checkpoints": _checkpoints(settings) * resumable + 2 * adapter,  # final and best
         "previews": looks * page,
     }
     latent, samples = prod(backbone.latent_shape(settings.resolution)), rollouts_to_keep(settings, slices)
