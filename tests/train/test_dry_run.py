@@ -131,7 +131,8 @@ def test_the_disk_it_takes_is_what_a_run_leaves(whole: DistillResult, base: Path
     latent, embedding = 2 * 4 * 8 * 8, 2 * 77 * 32
     assert needed(cache_dir="c")["cache"] == 12 * latent + 40 * embedding, "40 samples, 12 pictures, 60 captions"
     final = 4 * trainable_parameters(backbone.unet)
-    assert needed(keep_last=1)["checkpoints"] == final + (needed()["checkpoints"] - final) // 3
+    assert needed()["checkpoints"] - needed(validate_images=0)["checkpoints"] == final, "the best one"
+    assert needed(keep_last=1)["checkpoints"] == 2 * final + (needed()["checkpoints"] - 2 * final) // 3
     assert needed(keep_last=1, keep_every=5)["checkpoints"] == needed()["checkpoints"]
     assert needed(validate_every=0, checkpoint_every=0) == {"checkpoints": 6 * final, "previews": 0}
 

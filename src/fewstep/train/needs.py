@@ -28,9 +28,10 @@ def disk_of_run(
     adapter = FP32 * trainable
     resumable = adapter * (5 if settings.ema_decay else 4)  # published, raw, AdamW's two moments, the average
     looks = _times(settings.max_steps, settings.validate_every)
+    alone = 2 if looks and settings.validate_images else 1  # final, and best
     page = PREVIEW_PROMPTS * (len(settings.num_inference_steps) + 1) * 3 * (settings.resolution or 0) ** 2
     needed = {
-        "checkpoints": _checkpoints(settings) * resumable + 2 * adapter,  # final and best
+        "checkpoints": _checkpoints(settings) * resumable + alone * adapter,
         "previews": looks * page,
     }
     latent, samples = prod(backbone.latent_shape(settings.resolution)), rollouts_to_keep(settings, slices)
