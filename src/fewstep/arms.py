@@ -10,8 +10,8 @@ from typing import Literal
 from fewstep.errors import InputError
 from fewstep.timesteps import karras_grid, student_grid, teacher_grid
 
-Sampler = Literal["ddim", "lcm", "tcd", "dpmpp", "dpmpp-karras"]
-Role = Literal["teacher", "solver", "student", "base"]
+Sampler = Literal["ddim", "lcm", "tcd", "dpmpp", "dpmpp-karras", "none"]
+Role = Literal["teacher", "solver", "student", "base", "real"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,10 +21,12 @@ class Arm:
     Args:
         id: names files and rows; small letters, digits and hyphens.
         role: ``teacher``: what is to be matched; ``solver``: the teacher in fewer steps by a better solver, the
-            alternative that costs no training; ``student``: with adapter; ``base``: the control without one.
+            alternative that costs no training; ``student``: with adapter; ``base``: the control without one;
+            ``real``: the ceiling, pictures of the same captions that no network drew.
         adapter: whether the adapter is on.
         sampler: ``ddim`` (trailing, deterministic), ``lcm`` (re-noises between steps), ``tcd`` (re-noises as far as
-            ``eta`` says), ``dpmpp`` (DPM-Solver++ 2M, trailing) or ``dpmpp-karras`` (the same on Karras noise levels).
+            ``eta`` says), ``dpmpp`` (DPM-Solver++ 2M, trailing) or ``dpmpp-karras`` (the same on Karras noise levels);
+            ``none`` for real pictures.
         steps: how many network evaluations a picture takes, those for guidance not counted.
         timesteps: the timesteps visited, descending; after the last one comes x0.
         guidance: w in u + w(c - u); at 1 and below nothing is guided (facts: as in diffusers' pipelines).
@@ -49,13 +51,18 @@ class Arm:
     def __post_init__(self) -> None:
         if not re.fullmatch(r"[a-z0-9]+(-[a-z0-9]+)*", self.id):
             raise InputError(f"{self.id!r} came as an arm's id; allowed are a-z, 0-9 and single hyphens between them")
-        if self.steps < 1 or self.steps != len(self.timesteps):
+        if (self.steps < 1 and self.is_drawn) or self.steps != len(self.timesteps):
             raise InputError(
                 f"arm {self.id} came with {self.steps} steps and {len(self.timesteps)} timesteps; "
                 "allowed are as many timesteps as steps, at least one"
             )
         if any(earlier <= later for earlier, later in zip(self.timesteps, self.timesteps[1:], strict=False)):
             raise InputError(f"arm {self.id} came with timesteps {self.timesteps}; allowed are descending ones")
+
+    @property
+    def is_drawn(self) -> bool:
+        """Whether a network draws it, which takes time: real pictures are there."""
+        return self.role != "real"
 
     @property
     def guided(self) -> bool:
@@ -74,6 +81,8 @@ class Arm:
     @property
     def title(self) -> str:
         """For people: ``student, 4 steps``."""
+        if not self.is_drawn:
+            return "real pictures"
         name = {"dpmpp": "DPM-Solver++", "dpmpp-karras": "DPM-Solver++ Karras"}.get(self.sampler, self.role)
         name = self.source or name
         return f"{name}, {self.steps} step{'s' if self.steps != 1 else ''}"
@@ -168,6 +177,11 @@ def base_arm(
         guidance=guidance,
         eta=eta,
     )
+
+
+def real_arm() -> Arm:
+    """The ceiling: real pictures of the same captions, as many as an arm draws."""
+    return Arm(id="real", role="real", adapter=False, sampler="none", steps=0, timesteps=(), guidance=1.0)
 
 
 def control_of(arm: Arm, arms: Iterable[Arm]) -> Arm | None:

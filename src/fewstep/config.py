@@ -452,8 +452,8 @@ class BenchSettings(SamplingSettings):
     timing_repeats: Count = Field(5, description="Timed runs after the warm-up; the median is reported.")
     frechet_images: CountOrNone | None = Field(
         None,
-        description="Reference pictures a prompt for the Fréchet distance; 0 leaves it out. Unset: 5 where the base "
-        "draws pictures of its own, else 0.",
+        description="Reference pictures a prompt for the Fréchet distance; 0 leaves it and the arm of real pictures "
+        "out. Unset: 5 where the base draws pictures of its own, else 0.",
     )
     resume: bool = Field(
         False,

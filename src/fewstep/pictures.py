@@ -296,33 +296,73 @@ def evaluate(
     conditioning = prompts if isinstance(prompts, Conditioning) else encode_prompts(painter, prompts)
     if judges is None:
         judges = {} if painter.abilities is None else {"answers": answer_judge(painter.abilities)}
-    ids = picture_ids(len(conditioning.prompts), pictures_per_prompt)
+
+    def draw(ids: Sequence[tuple[int, int]], on_step: OnStep) -> PictureBatch:
+        (batch,) = draw_pictures(
+            painter,
+            arm,
+            conditioning,
+            ids,
+            seed=seed,
+            batch_size=batch_size,
+            resolution=resolution,
+            denoiser=denoiser,
+            on_step=on_step,
+        )
+        return batch
+
+    return evaluate_batches(
+        draw,
+        arm,
+        prompts=len(conditioning.prompts),
+        pictures_per_prompt=pictures_per_prompt,
+        batch_size=batch_size,
+        judges=judges,
+        on_batch=on_batch,
+        kept=kept,
+        share=share,
+        reporter=reporter,
+    )
+
+
+def evaluate_batches(
+    draw: Callable[[Sequence[tuple[int, int]], OnStep], PictureBatch],
+    arm: Arm,
+    *,
+    prompts: int,
+    pictures_per_prompt: int,
+    batch_size: int,
+    judges: Mapping[str, Judge],
+    on_batch: Callable[[PictureBatch], object] | None = None,
+    kept: Kept | None = None,
+    share: tuple[int, int] = (0, 1),
+    reporter: Reporter = SILENT,
+) -> Evaluation:
+    """`evaluate` of pictures that come from anywhere.
+
+    Args:
+        draw: the pictures of these ids, calling its second argument after every step of the arm, or once if it has
+            none.
+        prompts: how many there are.
+    """
+    ids = picture_ids(prompts, pictures_per_prompt)
     batches = [tuple(ids[first : first + batch_size]) for first in range(0, len(ids), batch_size)]
     mine = range(share[0], len(batches), share[1])
     cells: list[Cell] = []
     # Counted in sampler steps: a batch of the teacher takes long, and the bar should move meanwhile.
-    with reporter.progress(arm.title, len(mine) * arm.steps) as bar:
+    steps = max(1, arm.steps)
+    with reporter.progress(arm.title, len(mine) * steps) as bar:
         for number in mine:
             cell = kept.get(number) if kept is not None else None
             if cell is None:
-                (batch,) = draw_pictures(
-                    painter,
-                    arm,
-                    conditioning,
-                    batches[number],
-                    seed=seed,
-                    batch_size=batch_size,
-                    resolution=resolution,
-                    denoiser=denoiser,
-                    on_step=bar.advance,
-                )
+                batch = draw(batches[number], bar.advance)
                 cell = _judged(batch, judges)
                 if on_batch is not None:
                     on_batch(batch)
                 if kept is not None:
                     kept.put(number, cell)
             else:
-                bar.advance(arm.steps)
+                bar.advance(steps)
             cells.append(cell)
     found = {
         judge: {name: torch.cat([cell.found[judge][name] for cell in cells]) for name in cells[0].found[judge]}

@@ -15,7 +15,7 @@ from pydantic import TypeAdapter, ValidationError
 from fewstep.arms import Arm
 from fewstep.errors import InputError
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 """Of `clipscore_results.json`; goes up whenever a reader of the old shape would misread the new one."""
 
 
@@ -118,8 +118,8 @@ class Row:
     prompt_idx: int
     avg_clip_align_x100: float | None
     std_clip_align_x100: float | None
-    time_total_s: float
-    time_per_image_s: float
+    time_total_s: float | None
+    time_per_image_s: float | None
     speedup_vs_baseline: float | None
     delta_clip_vs_baseline: float | None
     num_images: int
@@ -135,13 +135,15 @@ class Row:
 
 @dataclass(frozen=True, kw_only=True)
 class ArmSummary:
-    """One arm over all prompts. Differences are paired: same prompt, same initial noise.
+    """One arm over all prompts. Differences are paired: same prompt, same initial noise; real pictures have no noise.
 
+    ``time_per_image_s``: None for real pictures, which nothing drew.
     ``floor``: alignment of the arm's own pictures with everyone else's captions.
     ``retention_raw``: score over the baseline's. ``retention_corrected``: the same with each one's floor taken off.
     ``gain_*``: over the control, which is the base without adapter at the same steps, sampler and guidance.
     ``distances``: "kid", "cmmd", "precision" and "recall" against pictures of the same captions, "kid_teacher" and
-    "cmmd_teacher" against the teacher's; what was not measured is absent.
+    "cmmd_teacher" against the teacher's; what was not measured is absent. Those of the real pictures, like their
+    ``frechet``, are real against other real ones: what the figures are when nothing is wrong.
     ``diversity``: mean feature distance among the pictures of a prompt, over the teacher's. ``faithfulness``: mean
     feature distance to the teacher's picture from the same noise.
     ``saturation``: per-channel latent std over the baseline's.
@@ -150,7 +152,7 @@ class ArmSummary:
     arm: Arm
     prompts: int
     pictures: int
-    time_per_image_s: float
+    time_per_image_s: float | None
     speedup_vs_baseline: float | None
     timings: tuple[ArmTiming, ...]
     alignment: Interval | None = None
@@ -201,8 +203,6 @@ class BenchmarkRecord:
     prompts: tuple[str, ...]
     floor: FloorRecord | None
     feature_extractor: str | None
-    reference_frechet: float | None
-    reference_distances: dict[str, float]
     warnings: tuple[str, ...]
     summary: dict[str, ArmSummary]
     scores: tuple[PictureScore, ...]
@@ -210,6 +210,11 @@ class BenchmarkRecord:
     @property
     def baseline(self) -> ArmSummary | None:
         return next((arm for arm in self.summary.values() if arm.arm.is_baseline), None)
+
+    @property
+    def real(self) -> ArmSummary | None:
+        """The real pictures, where there were any."""
+        return next((arm for arm in self.summary.values() if not arm.arm.is_drawn), None)
 
     def to_json(self) -> str:
         return json.dumps(asdict(self), indent=1, ensure_ascii=False, allow_nan=False) + "\n"

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from fewstep import lora
@@ -17,6 +18,7 @@ from fewstep.backbone import Backbone
 from fewstep.benchmark import BenchmarkResult, benchmark
 from fewstep.config import BenchSettings, load_toml
 from fewstep.errors import CheckpointError, InputError
+from fewstep.metrics.alignment import CLIPAlignment
 from fewstep.records import BenchmarkRecord
 from fewstep.report import picture_path
 from tests.benchmark.fakes import PROMPTS, Notes, make_adapter
@@ -27,7 +29,7 @@ CONTRACT = (
 )
 
 
-ARMS = ["teacher-5", "dpmpp-3", "dpmpp-karras-3", "student-1", "student-2", "base-1", "base-2"]
+ARMS = ["teacher-5", "dpmpp-3", "dpmpp-karras-3", "student-1", "student-2", "base-1", "base-2", "real"]
 
 
 def prompts_file(folder: Path) -> Path:
@@ -106,7 +108,7 @@ def test_results_csv_starts_with_the_columns_of_the_contract(run: tuple[Benchmar
         theirs = next(one for one in teacher if one["prompt_idx"] == row["prompt_idx"])
         difference = float(row["avg_clip_align_x100"]) - float(theirs["avg_clip_align_x100"])
         assert float(row["delta_clip_vs_baseline"]) == pytest.approx(difference, abs=1e-3)
-        assert float(row["time_total_s"]) > 0
+        assert row["arm"] == "real" or float(row["time_total_s"]) > 0
     of_arm = {row["time_per_image_s"] for row in rows if row["arm"] == "student-1"}
     timed = next(row for row in table(run[0].outdir / "timing.csv") if row["arm"] == "student-1")
     assert of_arm == {timed["time_per_image_s"]} and timed["batch_size"] == "1"
@@ -161,9 +163,40 @@ def test_the_record_is_the_json_and_agrees_with_the_table(run: tuple[BenchmarkRe
     assert student.saturation is not None and len(student.saturation) == 4
     teacher = result.record.summary["teacher-5"]
     assert set(teacher.distances) == {"kid", "cmmd", "precision", "recall"} and teacher.diversity is None
-    assert set(result.record.reference_distances) == {"kid", "cmmd"}
     assert teacher.saturation == pytest.approx((1.0,) * 4)
     assert teacher.retention_corrected is None or teacher.retention_corrected.value == pytest.approx(1)
+
+
+def test_real_pictures_are_the_ceiling(run: tuple[BenchmarkResult, Notes], base: Backbone) -> None:
+    result = run[0]
+    real = result.record.real
+    assert real is not None and real is result.record.summary["real"] and real.pictures == 8
+    # As they are: the answer key's and the alignment model's word on the very pictures that were saved.
+    saved = [pixels(picture_path(result.folders["real"], prompt, n)) for prompt in range(4) for n in range(2)]
+    drawn = base.abilities.reference_pictures(PROMPTS, 2, 43)  # type: ignore[union-attr]
+    assert np.array_equal(np.stack(saved), drawn)
+    shown = torch.from_numpy(drawn).permute(0, 3, 1, 2)
+    right = base.abilities.answers(shown / 255, [prompt for prompt in PROMPTS for _ in range(2)])["all_right"]  # type: ignore[union-attr]
+    assert real.all_right is not None and real.all_right.value == pytest.approx(right.double().mean().item())
+    clip = CLIPAlignment(base.abilities.alignment_model())  # type: ignore[union-attr]
+    score = 100 * clip.score(shown, [prompt for prompt in PROMPTS for _ in range(2)]).clamp_min(0)
+    assert real.alignment is not None and real.alignment.value == pytest.approx(score.mean().item(), abs=1e-4)
+    # Real against real at an arm's N, far below what random networks draw.
+    assert real.frechet is not None and (real.frechet.pictures, real.frechet.references) == (8, 20)
+    for arm in result.arms:
+        if arm is not real:
+            assert arm.frechet is not None and real.frechet.through_vae.value < arm.frechet.through_vae.value
+            assert real.frechet.raw.value < arm.frechet.raw.value
+    assert set(real.distances) == {"kid", "cmmd"} and real.faithfulness is None and real.diversity is not None
+    # Nothing drew them, and nothing is timed.
+    assert real.timings == () and real.time_per_image_s is None and real.speedup_vs_baseline is None
+    rows = [row for row in table(result.outdir / "results.csv") if row["arm"] == "real"]
+    assert len(rows) == 4
+    for row in rows:
+        assert (row["steps"], row["sampler"], row["adapter"]) == ("0", "none", "False")
+        assert row["time_total_s"] == row["time_per_image_s"] == row["speedup_vs_baseline"] == ""
+        assert row["avg_clip_align_x100"] != "" and row["all_right_share"] != ""
+    assert "real" not in {row["arm"] for row in table(result.outdir / "timing.csv")}
 
 
 def test_what_is_said(run: tuple[BenchmarkResult, Notes]) -> None:
@@ -256,7 +289,7 @@ def test_own_arms_can_be_measured_without_an_adapter(base: Backbone, tmp_path: P
         backbone=base,
         arms=[teacher_arm(3, 7.5), base_arm(2)],
     )
-    assert [arm.arm.id for arm in result.arms] == ["teacher-3", "base-2"] and result.record.adapter is None
+    assert [arm.arm.id for arm in result.arms] == ["teacher-3", "base-2", "real"] and result.record.adapter is None
     assert result.verdict == ["No student was drawn: there is nothing to compare."]
 
 

@@ -18,7 +18,7 @@ from fewstep.report import markdown, page, results_csv, save_grids, timing_csv, 
 from fewstep.report.columns import columns
 from fewstep.report.figures import frontier
 from fewstep.report.verdict import headline
-from tests.report.fakes import PROMPTS, interval, pictures, record, summary, without_answers
+from tests.report.fakes import PROMPTS, interval, pictures, record, summary, with_real, without_answers
 
 VOID = {"meta", "img", "input", "br", "link", "hr"}
 
@@ -79,9 +79,29 @@ def test_light_dark_and_phones(text: str) -> None:
 def test_the_page_says_what_a_sceptic_asks_for(text: str) -> None:
     for part in (
         "student-4", "55.0 % (50.0 to 60.0)", "−1.0 (−6.0 to +4.0)", "20.0×", "N = 4 pictures against 10",
-        "Real pictures against real ones at this N: 2.50", "999 759 499 259", "torch 2.13.0",
+        "999 759 499 259", "torch 2.13.0",
     ):  # fmt: skip
         assert part in text
+
+
+def test_real_pictures_are_a_ceiling_and_no_competitor(found: BenchmarkRecord, tmp_path: Path) -> None:
+    whole = with_real(found)
+    text = page(whole, pictures(tmp_path, whole))
+    Nesting().feed(text)
+    assert "Real pictures against real ones at this N: 2.50" in text and "real is no competitor" in text
+    assert "real pictures, the ceiling" in text and "real, birds: 70.0 % (68.0 to 72.0)" in text
+    assert 'alt="real: a red house"' in text
+    # A level in the plot, without a place in time; nothing that it took, nothing in the verdict.
+    level = ElementTree.fromstring(frontier(list(whole.summary.values()))).find("line[@class='real level']")
+    assert level is not None and level.get("y1") == level.get("y2") and level.findtext("title") == "real pictures: 97.0"
+    assert ElementTree.fromstring(frontier(list(whole.summary.values()))).find("circle[@class='real']") is None
+    cells = {column.title: column.cells[-1] for column in columns(list(whole.summary.values()))}
+    assert cells["All right"] == "97.0 % (92.0 to 102.0)" and cells["Fréchet"] == "2.50 (2.20 to 2.80)"
+    for title in ("Evaluations", "Guidance", "Time a picture", "Speed-up", "Peak memory"):
+        assert cells[title] == ""
+    assert verdict(whole) == verdict(found)
+    assert timing_csv(whole.summary.values(), whole.machine, whole.matrix_rate).count("\n") == 4
+    assert BenchmarkRecord.from_json(whole.to_json()) == whole
 
 
 def test_attributes_and_times_as_bars(text: str) -> None:

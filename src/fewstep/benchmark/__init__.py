@@ -4,7 +4,7 @@ Every figure has a control beside it: alignment its shuffled-caption floor, the 
 adapter, distances between distributions real pictures against real ones.
 
 `run` is the procedure, `plan` what it starts from; `drawing`, `cost`, `distribution` and `summary` are what it finds
-about an arm.
+about an arm, `real` the pictures that no arm drew.
 """
 
 from __future__ import annotations

@@ -9,25 +9,21 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from fewstep.benchmark.drawing import features_of
 from fewstep.benchmark.plan import Plan
+from fewstep.benchmark.real import RealPictures, looks_of, looks_through_vae
 from fewstep.metrics.frechet import frechet_distance
 from fewstep.metrics.halves import Distance, half_sample_distances, half_samples, with_spread
 from fewstep.metrics.intervals import bootstrap
 from fewstep.metrics.kernels import cmmd, kid
 from fewstep.metrics.manifold import NEIGHBOURS, precision_recall
 from fewstep.metrics.variety import diversity, paired_distance
-from fewstep.pictures import Evaluation, as_bytes
+from fewstep.pictures import Evaluation, picture_ids
 from fewstep.records import Frechet, Interval
 from fewstep.reporting import Reporter
-
-OWN_FEATURES = "the base's own features"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,117 +36,92 @@ class Distributions:
         distances: "kid", "cmmd", "precision", "recall" to pictures of the same captions, and "kid_teacher",
             "cmmd_teacher" to the teacher's pictures.
         variety: "diversity", over the teacher's, and "faithfulness", the paired distance to the teacher's pictures.
-        reference_frechet, reference_distances: the same of real pictures against real ones, at an arm's N.
     """
 
     extractor: str | None = None
     frechet: dict[str, Frechet] = field(default_factory=dict)
     distances: dict[str, dict[str, Interval]] = field(default_factory=dict)
     variety: dict[str, dict[str, Interval]] = field(default_factory=dict)
-    reference_frechet: float | None = None
-    reference_distances: dict[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class _Pictures:
-    """A set of pictures as the metrics see it: features [N, D], embeddings [N, E] or None, and each one's prompt."""
+    """A set of pictures as the metrics see it: features [N, D], embeddings [N, E] or None, and each one's prompt.
+
+    ``raw``: features of real pictures before they went through the VAE; an arm's own features again.
+    """
 
     features: Tensor
     embeddings: Tensor | None
+    raw: Tensor
     prompts: list[int]
-
-
-@dataclass(frozen=True)
-class _References:
-    """Pictures of the same captions; ``again`` are others of them, as many as an arm has."""
-
-    through_vae: _Pictures
-    raw: _Pictures
-    again: _Pictures
+    is_real: bool = False
 
 
 def measure_distributions(plan: Plan, evaluations: Mapping[str, Evaluation], reporter: Reporter) -> Distributions:
     """Everything that can be measured with the features, references and teacher at hand."""
     references = _references(plan, reporter)
     arms = {name: _judged(found) for name, found in evaluations.items()}
-    if any(arm is None for arm in arms.values()):
-        return Distributions()
     drawn = {name: arm for name, arm in arms.items() if arm is not None}
-    own = any("features" in found.found for found in evaluations.values())
+    if len(drawn) < len(arms):
+        return Distributions()
     teacher = next((drawn[name] for name, found in evaluations.items() if found.arm.is_baseline), None)
+    real = next((pictures for pictures in drawn.values() if pictures.is_real), None)
     halves = half_samples(next(iter(drawn.values())).prompts)
 
-    result = Distributions(extractor=OWN_FEATURES if own else plan.alignment.name if plan.alignment else None)
+    extractor = plan.features or plan.alignment
+    result = Distributions(extractor=extractor.name if extractor else None)
     with reporter.progress("distances", len(drawn)) as bar:
         if references is not None:
-            result = _reference_figures(result, references)
             result.frechet.update(_frechets(drawn, teacher, references, halves))
         for name, pictures in drawn.items():
-            result.distances[name] = _to_real(pictures, references, halves) | _to_teacher(pictures, teacher, halves)
+            result.distances[name] = _to_real(pictures, references, real, halves) | _to_teacher(
+                pictures, teacher, halves
+            )
             result.variety[name] = _variety(pictures, teacher)
             bar.advance()
     return result
 
 
 def _judged(found: Evaluation) -> _Pictures | None:
-    embeddings = found.found.get("alignment", {}).get("embedding")
-    features = found.found.get("features", {}).get("all", embeddings)
-    return None if features is None else _Pictures(features, embeddings, found.prompt_numbers)
+    alignment, features, vae = (found.found.get(judge, {}) for judge in ("alignment", "features", "through_vae"))
+    embeddings = alignment.get("embedding")
+    raw = features.get("all", embeddings)
+    if raw is None:
+        return None
+    if found.arm.is_drawn:
+        return _Pictures(raw, embeddings, raw, found.prompt_numbers)
+    embeddings = vae.get("embedding")
+    return _Pictures(_features(vae), embeddings, raw, found.prompt_numbers, is_real=True)
 
 
-# ----------------------------------------------------------------------------------------------------------- references
+def _features(looks: Mapping[str, Tensor]) -> Tensor:
+    return looks["features"] if "features" in looks else looks["embedding"]
 
 
-def _references(plan: Plan, reporter: Reporter) -> _References | None:
+def _references(plan: Plan, reporter: Reporter) -> _Pictures | None:
     """Reference pictures of the same captions; None where they were not asked for or cannot be had."""
-    settings, backbone, alignment, prompts = plan.settings, plan.backbone, plan.alignment, plan.prompts
-    per_prompt, abilities = settings.frechet_images or 0, backbone.abilities
-    if per_prompt == 0:
+    settings, prompts = plan.settings, len(plan.prompts)
+    each = settings.frechet_images or 0
+    if each == 0:
         return None
-    if abilities is None:
-        reporter.warn(f"no Fréchet distance: the base {backbone.name} brings no features and no pictures")
+    if plan.backbone.abilities is None:
+        reporter.warn(f"no Fréchet distance: the base {plan.backbone.name} brings no features and no pictures")
         return None
-    if min(per_prompt, settings.num_images) * len(prompts) < 2:
+    if min(each, settings.num_images) * prompts < 2:
         reporter.warn("no Fréchet distance: it takes at least two pictures")
         return None
-    network = abilities.features()
-    first = abilities.reference_pictures(list(prompts), per_prompt, settings.seed)
-    # Other drawings of the same captions: what the distance is when nothing is wrong.
-    second = abilities.reference_pictures(list(prompts), settings.num_images, settings.seed + 1)
-    with reporter.progress("reference pictures", 2 * len(first) + len(second)) as bar:
-
-        def judged(pictures: np.ndarray[Any, Any], each: int, *, vae: bool) -> _Pictures:
-            features, embeddings = [], []
-            for start in range(0, len(pictures), settings.batch_size):
-                some = torch.from_numpy(np.ascontiguousarray(pictures[start : start + settings.batch_size]))
-                pixels = some.permute(0, 3, 1, 2)
-                if vae:
-                    latents = backbone.encode((pixels.float() / 127.5 - 1).to(backbone.device))
-                    pixels = as_bytes(backbone.decode(latents))
-                features.append(features_of(network, pixels.float() / 255))
-                if alignment is not None:
-                    embeddings.append(alignment.images(pixels))
-                bar.advance(len(some))
-            numbers = [prompt for prompt in range(len(prompts)) for _ in range(each)]
-            return _Pictures(torch.cat(features), torch.cat(embeddings) if embeddings else None, numbers)
-
-        return _References(
-            through_vae=judged(first, per_prompt, vae=True),
-            raw=judged(first, per_prompt, vae=False),
-            again=judged(second, settings.num_images, vae=True),
-        )
-
-
-def _reference_figures(result: Distributions, references: _References) -> Distributions:
-    """Real against real, at an arm's N: what the figures are when nothing is wrong."""
-    again, real = references.again, references.through_vae
-    figures = {"kid": kid(again.features, real.features)}
-    if again.embeddings is not None and real.embeddings is not None:
-        figures["cmmd"] = cmmd(again.embeddings, real.embeddings)
-    return Distributions(
-        extractor=result.extractor,
-        reference_frechet=frechet_distance(again.features, real.features),
-        reference_distances=figures,
+    pictures, ids = RealPictures(plan, each, settings.seed), picture_ids(prompts, each)
+    raw, through_vae = [], []
+    with reporter.progress("reference pictures", len(ids)) as bar:
+        for start in range(0, len(ids), settings.batch_size):
+            batch = pictures.batch(ids[start : start + settings.batch_size], lambda: None)
+            raw.append(_features(looks_of(plan, batch.pixels)))
+            through_vae.append(looks_through_vae(plan, batch))
+            bar.advance(len(batch.ids))
+    looks = {name: torch.cat([one[name] for one in through_vae]) for name in through_vae[0]}
+    return _Pictures(
+        _features(looks), looks.get("embedding"), torch.cat(raw), [prompt for prompt, _ in ids], is_real=True
     )
 
 
@@ -158,19 +129,18 @@ def _reference_figures(result: Distributions, references: _References) -> Distri
 
 
 def _frechets(
-    drawn: Mapping[str, _Pictures], teacher: _Pictures | None, references: _References, halves: list[frozenset[int]]
+    drawn: Mapping[str, _Pictures], teacher: _Pictures | None, real: _Pictures, halves: list[frozenset[int]]
 ) -> dict[str, Frechet]:
-    def within_halves(pictures: _Pictures, real: _Pictures) -> list[float]:
+    def within_halves(pictures: _Pictures) -> list[float]:
         return half_sample_distances(
             pictures.features, pictures.prompts, real.features, real.prompts, halves, frechet_distance
         )
 
-    real, raw = references.through_vae, references.raw
     theirs = None if teacher is None else frechet_distance(teacher.features, real.features)
-    their_halves = [] if teacher is None else within_halves(teacher, real)
+    their_halves = [] if teacher is None else within_halves(teacher)
     found = {}
     for name, pictures in drawn.items():
-        value, in_halves = frechet_distance(pictures.features, real.features), within_halves(pictures, real)
+        value, in_halves = frechet_distance(pictures.features, real.features), within_halves(pictures)
         difference = None
         if theirs is not None:
             # On the same halves, so that what both have in common falls out.
@@ -179,7 +149,7 @@ def _frechets(
             )
         found[name] = Frechet(
             through_vae=with_spread(value, in_halves),
-            raw=with_spread(frechet_distance(pictures.features, raw.features), within_halves(pictures, raw)),
+            raw=_figure(frechet_distance, pictures.raw, pictures, real.raw, real, halves),
             difference=difference,
             pictures=len(pictures.features),
             references=len(real.features),
@@ -188,24 +158,26 @@ def _frechets(
     return found
 
 
-def _to_real(pictures: _Pictures, references: _References | None, halves: list[frozenset[int]]) -> dict[str, Interval]:
+def _to_real(
+    pictures: _Pictures, references: _Pictures | None, real: _Pictures | None, halves: list[frozenset[int]]
+) -> dict[str, Interval]:
+    """Against the references; precision and recall against the real arm, which has as many pictures as the others."""
     if references is None:
         return {}
-    real, equal = references.through_vae, references.again
-    found = {"kid": _figure(kid, pictures.features, pictures, real.features, real, halves)}
-    if pictures.embeddings is not None and real.embeddings is not None:
-        found["cmmd"] = _figure(cmmd, pictures.embeddings, pictures, real.embeddings, real, halves)
-    if len(pictures.features) > NEIGHBOURS:
+    found = {"kid": _figure(kid, pictures.features, pictures, references.features, references, halves)}
+    if pictures.embeddings is not None and references.embeddings is not None:
+        found["cmmd"] = _figure(cmmd, pictures.embeddings, pictures, references.embeddings, references, halves)
+    if real is not None and not pictures.is_real and len(pictures.features) > NEIGHBOURS:
         for index, name in enumerate(("precision", "recall")):
             found[name] = _figure(
                 lambda a, b, index=index: precision_recall(a, b)[index],  # type: ignore[misc]
-                pictures.features, pictures, equal.features, equal, halves, least=NEIGHBOURS + 1,
+                pictures.features, pictures, real.features, real, halves, least=NEIGHBOURS + 1,
             )  # fmt: skip
     return found
 
 
 def _to_teacher(pictures: _Pictures, teacher: _Pictures | None, halves: list[frozenset[int]]) -> dict[str, Interval]:
-    if teacher is None or teacher is pictures or len(pictures.features) < 2:
+    if teacher is None or teacher is pictures or pictures.is_real or len(pictures.features) < 2:
         return {}
     found = {"kid_teacher": _figure(kid, pictures.features, pictures, teacher.features, teacher, halves)}
     if pictures.embeddings is not None and teacher.embeddings is not None:
@@ -229,7 +201,9 @@ def _variety(pictures: _Pictures, teacher: _Pictures | None) -> dict[str, Interv
     if teacher is None or teacher is pictures or teacher.prompts != pictures.prompts:
         return {}
     prompts = pictures.prompts
-    found = {"faithfulness": bootstrap(paired_distance(pictures.features, teacher.features), prompts)}
+    found = {}
+    if not pictures.is_real:  # those came from no noise
+        found["faithfulness"] = bootstrap(paired_distance(pictures.features, teacher.features), prompts)
     own, theirs = diversity(pictures.features, prompts), diversity(teacher.features, prompts)
     if bool(own.isfinite().all() and (theirs > 0).all()):
         columns = torch.stack([own, theirs], dim=1)

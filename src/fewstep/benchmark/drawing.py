@@ -7,16 +7,16 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
-import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from fewstep.arms import Arm
 from fewstep.benchmark.cells import ArmCells
 from fewstep.benchmark.plan import Plan
+from fewstep.benchmark.real import RealPictures, looks_through_vae
 from fewstep.files import replace_folder_atomic
 from fewstep.metrics.alignment import alignment_and_floor
 from fewstep.metrics.saturation import latent_moments
-from fewstep.pictures import Conditioning, Evaluation, Judge, PictureBatch, answer_judge, evaluate
+from fewstep.pictures import Conditioning, Evaluation, Judge, PictureBatch, answer_judge, evaluate, evaluate_batches
 from fewstep.report import picture_path, save_picture
 from fewstep.reporting import Reporter
 
@@ -47,21 +47,12 @@ def judges_of(plan: Plan) -> dict[str, Judge]:
             return found | {"embedding": embeddings}
 
         judges["alignment"] = aligned
-    abilities = plan.backbone.abilities
-    if abilities is not None:
-        judges["answers"] = answer_judge(abilities)
-        if plan.settings.frechet_images:
-            network = abilities.features()
-            judges["features"] = lambda batch: {"all": features_of(network, batch.unit_pixels)}
+    if plan.backbone.abilities is not None:
+        judges["answers"] = answer_judge(plan.backbone.abilities)
+    if plan.features is not None:
+        features = plan.features
+        judges["features"] = lambda batch: {"all": features(batch.pixels)}
     return judges
-
-
-@torch.no_grad()
-def features_of(network: nn.Module, pixels: Tensor) -> Tensor:
-    """Features [B, D] on the CPU of pixels [B, 3, H, W] in 0 ... 1, wherever the network is."""
-    place = next(network.parameters(), pixels).device
-    found: Tensor = network(pixels.to(place))
-    return found.cpu()
 
 
 def draw(
@@ -73,13 +64,30 @@ def draw(
     share: tuple[int, int],
     reporter: Reporter,
 ) -> Evaluation:
-    """An arm's pictures, saved and judged, batch by batch; a batch that was finished before is not drawn again."""
+    """An arm's pictures, saved and judged, batch by batch; a batch that was finished before is not drawn again.
+
+    Real pictures are judged by "through_vae" as well, see `looks_through_vae`.
+    """
     settings, folder = plan.settings, plan.folders[arm.id]
 
     def save(batch: PictureBatch) -> None:
         for (prompt, picture), pixels in zip(batch.ids, batch.pixels, strict=True):
             save_picture(picture_path(folder, prompt, picture), pixels.permute(1, 2, 0).numpy())
 
+    if not arm.is_drawn:
+        return evaluate_batches(
+            # Another seed than that of the references, which they are compared with.
+            RealPictures(plan, settings.num_images, settings.seed + 1).batch,
+            arm,
+            prompts=len(plan.prompts),
+            pictures_per_prompt=settings.num_images,
+            batch_size=settings.batch_size,
+            judges={**judges, "through_vae": lambda batch: looks_through_vae(plan, batch)},
+            on_batch=save,
+            kept=cells,
+            share=share,
+            reporter=reporter,
+        )
     with plan.painter(arm) as painter:
         return evaluate(
             painter,

@@ -9,12 +9,13 @@ from pathlib import Path
 from typing import Any
 
 from fewstep import lora
-from fewstep.arms import Arm, check_arms, solver_arm, student_arm, teacher_arm
+from fewstep.arms import Arm, check_arms, real_arm, solver_arm, student_arm, teacher_arm
 from fewstep.backbone import Backbone
 from fewstep.benchmark.adapters import Adapters, controls
 from fewstep.config import BenchSettings
 from fewstep.errors import InputError
 from fewstep.metrics.alignment import CLIPAlignment
+from fewstep.metrics.features import Features, OwnFeatures
 from fewstep.opening import open_base, read_prompts, warn_of_prompts
 from fewstep.report import arm_folder
 from fewstep.reporting import Reporter
@@ -38,6 +39,7 @@ class Plan:
         arms: in the order in which they are drawn and shown.
         prompts: their texts.
         alignment: the alignment model; None where it is left out.
+        features: what distances are taken between; None where it is the alignment model's embeddings.
     """
 
     settings: BenchSettings
@@ -47,6 +49,7 @@ class Plan:
     arms: tuple[Arm, ...]
     prompts: tuple[str, ...]
     alignment: CLIPAlignment | None
+    features: Features | None
 
     @property
     def folders(self) -> dict[str, Path]:
@@ -71,7 +74,7 @@ class Plan:
             "precision": str(self.backbone.dtype).removeprefix("torch."),
             "device": self.backbone.device.type,
             "alignment_model": self.alignment.name if self.alignment else None,
-            "features": bool(self.settings.frechet_images),
+            "features": self.features.name if self.features else None,
             "prompts": list(self.prompts),
         }
 
@@ -124,6 +127,8 @@ def make_plan(
     settings = _resolved(settings, backbone)
     adapters = Adapters(settings, backbone, opened.source, reporter)
     arms = tuple(arms or _arms(settings, backbone, adapters, with_student=wants_adapter))
+    if settings.frechet_images and backbone.abilities is not None:
+        arms = (*arms, real_arm())
     check_arms(arms, settings.negative_prompt)
     warn_of_prompts(prompts, backbone, reporter)
     adapters.warn_of_timesteps(arms, reporter)
@@ -138,6 +143,7 @@ def make_plan(
         arms=arms,
         prompts=tuple(prompts),
         alignment=alignment,
+        features=None if backbone.abilities is None else OwnFeatures(backbone.abilities.features()),
     )
 
 

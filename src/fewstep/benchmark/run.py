@@ -172,9 +172,12 @@ def _draw(
 
 def _time(plan: Plan, kept: Mapping[str, ArmCells], reporter: Reporter) -> dict[str, tuple[ArmTiming, ...]]:
     """What each arm costs, by batch size from the smallest on."""
-    settings, timings = plan.settings, {}
+    settings, timings = plan.settings, dict[str, tuple[ArmTiming, ...]]()
     sizes = sorted(settings.batch_sizes or {1, settings.batch_size})
     for arm in plan.arms:
+        if not arm.is_drawn:
+            timings[arm.id] = ()
+            continue
         known = kept[arm.id].timings(sizes)
         with reporter.progress(f"timing {arm.id}", len(sizes)) as bar:
             if known is None:

@@ -45,8 +45,8 @@ def sum_up(
         control = control_of(arm, arms)
         found = evaluations[arm.id]
         against = evaluations[baseline.id] if baseline else None
-        time = timings[arm.id][0].time_per_image
-        speedup = timings[baseline.id][0].time_per_image / time if baseline else None
+        time = timings[arm.id][0].time_per_image if timings[arm.id] else None
+        speedup = timings[baseline.id][0].time_per_image / time if baseline and time else None
         summary[arm.id] = ArmSummary(
             arm=arm,
             prompts=len(prompts),
@@ -83,8 +83,6 @@ def sum_up(
         alignment_model=plan.alignment.name if plan.alignment else None,
         prompts=prompts,
         floor=floor,
-        reference_frechet=distributions.reference_frechet,
-        reference_distances=distributions.reference_distances,
         feature_extractor=distributions.extractor,
         warnings=tuple(warnings),
         summary=summary,
@@ -136,7 +134,7 @@ def _answer_figures(found: Evaluation, baseline: Evaluation | None, control: Eva
 
 
 def _rows(
-    found: Evaluation, baseline: Evaluation | None, prompts: Sequence[str], time: float, speedup: float | None
+    found: Evaluation, baseline: Evaluation | None, prompts: Sequence[str], time: float | None, speedup: float | None
 ) -> list[Row]:
     rows = []
     numbers = torch.tensor(found.prompt_numbers)
@@ -160,9 +158,7 @@ def _rows(
                 prompt_idx=number,
                 avg_clip_align_x100=average,
                 std_clip_align_x100=None if score is None or pictures < 2 else score[own].double().std().item(),
-                time_total_s=sum(
-                    one for one, (owner, _) in zip(found.seconds, found.ids, strict=True) if owner == number
-                ),
+                time_total_s=_seconds(found, number) if found.arm.is_drawn else None,
                 time_per_image_s=time,
                 speedup_vs_baseline=speedup,
                 delta_clip_vs_baseline=_minus(average, theirs),
@@ -180,6 +176,10 @@ def _rows(
             )
         )
     return rows
+
+
+def _seconds(found: Evaluation, prompt: int) -> float:
+    return sum(one for one, (owner, _) in zip(found.seconds, found.ids, strict=True) if owner == prompt)
 
 
 def _minus(value: float | None, other: float | None) -> float | None:

@@ -68,17 +68,21 @@ def _megabytes(count: int | None) -> str:
     return "" if count is None else f"{count / 1e6:,.0f} MB"
 
 
+def _time(arm: ArmSummary) -> str:
+    return "" if arm.time_per_image_s is None else seconds(arm.time_per_image_s)
+
+
 def _saturation(arm: ArmSummary) -> str:
     return "" if arm.saturation is None else f"{sum(arm.saturation) / len(arm.saturation):.3f}"
 
 
 _TABLE: list[tuple[str, str, Callable[[ArmSummary], str]]] = [
-    ("Evaluations", "network evaluations a picture; guidance takes two a step", lambda a: str(a.arm.evaluations)),
-    ("Guidance", "w in u + w (c − u)", lambda a: f"{a.arm.guidance:g}"),
+    ("Evaluations", "network evaluations a picture; guidance takes two a step", lambda a: str(a.arm.evaluations or "")),
+    ("Guidance", "w in u + w (c − u)", lambda a: f"{a.arm.guidance:g}" if a.arm.is_drawn else ""),
     ("All right", "pictures with every captioned attribute right", lambda a: _share(a.all_right)),
     (
         "against teacher",
-        "paired difference in points: same prompt, same noise",
+        "paired difference in points: same prompt, same noise (real pictures have none)",
         lambda a: _difference(a, a.delta_all_right, 100, 1),
     ),
     (
@@ -130,7 +134,7 @@ _TABLE: list[tuple[str, str, Callable[[ArmSummary], str]]] = [
         lambda a: _spread(a.faithfulness),
     ),
     ("Saturation", "spread of the latents over the teacher's, mean over channels", _saturation),
-    ("Time a picture", "median, end to end, at the smallest timed batch", lambda a: seconds(a.time_per_image_s)),
+    ("Time a picture", "median, end to end, at the smallest timed batch", _time),
     (
         "Peak memory",
         "at the smallest timed batch: allocated on a GPU, resident on a CPU",

@@ -11,23 +11,32 @@ from fewstep.report.verdict import quality, seconds
 
 WIDTH, HEIGHT = 720, 400
 LEFT, RIGHT, TOP, BOTTOM = 64, 24, 24, 56
-ROLES = ("teacher", "solver", "student", "base")
+ROLES = ("teacher", "solver", "student", "base", "real")
 
 
 def frontier(arms: Sequence[ArmSummary]) -> str:
     """Quality against seconds a picture (log scale) with 95 % intervals; empty where there is no quality to plot.
 
-    The steps of one family of arms are joined, so that a curve up and to the left is what one hopes for.
+    The steps of one family of arms are joined, so that a curve up and to the left is what one hopes for. Real pictures
+    took no time: they are a level.
     """
-    points = [(arm, value) for arm in arms if (value := quality(arm)) is not None and arm.time_per_image_s > 0]
+    points = [
+        (arm, value, arm.time_per_image_s)
+        for arm in arms
+        if (value := quality(arm)) is not None and arm.time_per_image_s is not None
+    ]
+    levels = [(arm, value) for arm in arms if (value := quality(arm)) is not None and not arm.arm.is_drawn]
     if not points:
         return ""
     shares = points[0][0].all_right is not None
     scale = 100 if shares else 1
     ylabel = "all attributes right, %" if shares else "alignment (100 × cosine)"
-    x0, x1 = _padded([math.log10(arm.time_per_image_s) for arm, _ in points], 0.12)
+    x0, x1 = _padded([math.log10(second) for _, _, second in points], 0.12)
     bounds = [
-        scale * bound for _, found in points for bound in (found.low, found.value, found.high) if bound is not None
+        scale * bound
+        for found in [*(found for _, found, _ in points), *(found for _, found in levels)]
+        for bound in (found.low, found.value, found.high)
+        if bound is not None
     ]
     y0, y1 = _padded(bounds, 0.08 * max(1e-9, max(bounds) - min(bounds)) or 1.0)
     if shares:
@@ -60,25 +69,29 @@ def frontier(arms: Sequence[ArmSummary]) -> str:
         f'<text class="axis" transform="translate(16 {(TOP + HEIGHT - BOTTOM) / 2}) rotate(-90)" text-anchor="middle">'
         f"{ylabel}</text>"
     )
-    families = dict.fromkeys((arm.arm.role, arm.arm.family) for arm, _ in points)
+    for arm, found in levels:
+        _, y = at(10**x0, scale * found.value)
+        told = f"{arm.arm.title}: {scale * found.value:.1f}"
+        parts.append(
+            f'<line class="{arm.arm.role} level" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y:.1f}" y2="{y:.1f}">'
+            f"<title>{escape(told)}</title></line>"
+        )
+    families = dict.fromkeys((arm.arm.role, arm.arm.family) for arm, _, _ in points)
     for role, family in sorted(families, key=lambda one: ROLES.index(one[0])):
         own = sorted(
-            ((arm, found) for arm, found in points if (arm.arm.role, arm.arm.family) == (role, family)),
-            key=lambda point: point[0].time_per_image_s,
+            (point for point in points if (point[0].arm.role, point[0].arm.family) == (role, family)),
+            key=lambda point: point[2],
         )
-        spots = [at(arm.time_per_image_s, scale * found.value) for arm, found in own]
+        spots = [at(second, scale * found.value) for _, found, second in own]
         if len(spots) > 1:
             parts.append(f'<polyline class="{role}" points="{" ".join(f"{x:.1f},{y:.1f}" for x, y in spots)}"/>')
-        for (arm, found), (x, y) in zip(own, spots, strict=True):
+        for (arm, found, second), (x, y) in zip(own, spots, strict=True):
             interval = ""
             if found.low is not None and found.high is not None:
-                top, bottom = (
-                    at(arm.time_per_image_s, scale * found.high)[1],
-                    at(arm.time_per_image_s, scale * found.low)[1],
-                )
+                top, bottom = (at(second, scale * bound)[1] for bound in (found.high, found.low))
                 parts.append(f'<line class="{role}" x1="{x:.1f}" x2="{x:.1f}" y1="{top:.1f}" y2="{bottom:.1f}"/>')
                 interval = f" ({scale * found.low:.1f} to {scale * found.high:.1f})"
-            told = f"{arm.arm.id}: {scale * found.value:.1f}{interval} at {seconds(arm.time_per_image_s)}"
+            told = f"{arm.arm.id}: {scale * found.value:.1f}{interval} at {seconds(second)}"
             parts.append(
                 f'<circle class="{role}" cx="{x:.1f}" cy="{y:.1f}" r="6"><title>{escape(told)}</title></circle>'
             )

@@ -77,9 +77,9 @@ def _notes(record: BenchmarkRecord) -> list[str]:
     frechet = next((arm.frechet for arm in arms if arm.frechet), None)
     if frechet:
         beside = (
-            ""
-            if record.reference_frechet is None
-            else f" Real pictures against real ones at this N: {record.reference_frechet:.2f}."
+            f" Real pictures against real ones at this N: {record.real.frechet.through_vae.value:.2f}."
+            if record.real and record.real.frechet
+            else ""
         )
         notes.append(
             f"Fréchet distance in {frechet.dimensions} dimensions, N = {frechet.pictures} pictures against "
@@ -87,13 +87,15 @@ def _notes(record: BenchmarkRecord) -> list[str]:
             f"{beside}"
         )
     if record.feature_extractor:
-        real = ", ".join(
-            f"{name} {1000 * value:.2f}" if name == "kid" else f"{name} {value:.2f}"
-            for name, value in record.reference_distances.items()
-        ).replace("-", "−")
         notes.append(
-            f"Kernel distances, precision, recall, diversity and faithfulness over {record.feature_extractor}"
-            f"{'; real pictures against real ones: ' + real if real else ''}. Precision and recall depend on N."
+            f"Distances, precision, recall, diversity and faithfulness over {record.feature_extractor}; CMMD over the "
+            "alignment model's embeddings. Precision and recall depend on N."
+        )
+    if record.real:
+        notes.append(
+            "real is no competitor but the ceiling: real pictures of the same captions, as many as an arm draws. "
+            "Alignment and answer key see them as they are; their distances are to other real pictures, which is what "
+            "the figures are when nothing is wrong."
         )
     timing = next((arm.timings[0] for arm in arms if arm.timings), None)
     if timing:
@@ -101,7 +103,9 @@ def _notes(record: BenchmarkRecord) -> list[str]:
             f"Times are medians of {timing.end_to_end.repeats} repeats at batch {timing.batch_size}, warmed up and "
             f"synchronised, from text to finished picture, on {record.machine.get('device', '?')}."
         )
-        reached = [arm.timings[0].floor(record.matrix_rate) / arm.timings[0].end_to_end.median for arm in arms]
+        reached = [
+            arm.timings[0].floor(record.matrix_rate) / arm.timings[0].end_to_end.median for arm in arms if arm.timings
+        ]
         notes.append(
             f"A large matrix product runs at {record.matrix_rate / 1e9:,.0f} GFLOP/s here; at that rate the arms' "
             f"operations alone would take {100 * min(reached):.0f} to {100 * max(reached):.0f} % of their times "
@@ -111,10 +115,10 @@ def _notes(record: BenchmarkRecord) -> list[str]:
 
 
 def _compared(record: BenchmarkRecord) -> list[ArmSummary]:
-    """The arms that the verdict is about: the student, its teacher and its control."""
+    """The arms that the verdict is about: the student, its teacher and its control, and the real pictures."""
     student = headline(list(record.summary.values()))
     control = None if student is None else record.summary.get(student.control or "")
-    return [arm for arm in (record.baseline, student, control) if arm is not None]
+    return [arm for arm in (record.baseline, student, control, record.real) if arm is not None]
 
 
 def _losses(record: BenchmarkRecord) -> dict[int, float]:

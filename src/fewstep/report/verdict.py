@@ -97,11 +97,13 @@ def _judged(difference: Interval, record: BenchmarkRecord) -> str:
     return f"no difference that {prompts} prompts can show"
 
 
-def _cost(student: ArmSummary, record: BenchmarkRecord) -> str:
+def _cost(student: ArmSummary, record: BenchmarkRecord) -> str | None:
+    if student.time_per_image_s is None:
+        return None
     batch = student.timings[0].batch_size
     place, teacher = record.machine.get("device", "?"), record.baseline
     text = f"It takes {seconds(student.time_per_image_s)} a picture at batch {batch} on {place}"
-    if teacher is None or student.speedup_vs_baseline is None:
+    if teacher is None or teacher.time_per_image_s is None or student.speedup_vs_baseline is None:
         return f"{text}."
     evaluations = f"{student.arm.evaluations} network evaluation{'s' if student.arm.evaluations != 1 else ''}"
     return (
@@ -113,17 +115,21 @@ def _cost(student: ArmSummary, record: BenchmarkRecord) -> str:
 def _solvers(student: ArmSummary, record: BenchmarkRecord) -> str | None:
     """What the alternative that costs no training has to say."""
     solvers = [arm for arm in record.summary.values() if arm.arm.role == "solver"]
-    reached = quality(student)
-    if not solvers or reached is None:
+    reached, own = quality(student), student.time_per_image_s
+    if not solvers or reached is None or own is None:
         return None
-    as_good = [arm for arm in solvers if (found := quality(arm)) is not None and found.value >= reached.value]
+    as_good = [
+        (arm, arm.time_per_image_s)
+        for arm in solvers
+        if (found := quality(arm)) is not None and found.value >= reached.value and arm.time_per_image_s is not None
+    ]
     if not as_good:
         return f"No untrained solver that was drawn is as good ({', '.join(arm.arm.id for arm in solvers)})."
-    best = min(as_good, key=lambda arm: arm.time_per_image_s)
-    ratio = best.time_per_image_s / student.time_per_image_s
+    best, taken = min(as_good, key=lambda pair: pair[1])
+    ratio = taken / own
     if ratio <= 1:
         return (
-            f"{best.arm.id} needs no training, is as good and takes {seconds(best.time_per_image_s)}: "
+            f"{best.arm.id} needs no training, is as good and takes {seconds(taken)}: "
             "at equal time this student has no reason to exist."
         )
     return f"To be as good without training takes {ratio:.1f} times as long ({best.arm.id})."
