@@ -25,9 +25,10 @@ _UNCOUNTED = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _cpu_a
 def flops(work: Callable[[], object]) -> int:
     """Floating point operations of `work`'s matrix products, convolutions and attention: 2 a multiply-add.
 
-    Counts what this thread does; elementwise work is not counted.
+    Counts what this thread does; elementwise work is not counted. What is compiled is counted as it was written.
     """
-    with FlopCounterMode(display=False, custom_mapping=_UNCOUNTED) as counter, torch.no_grad():
+    counter = FlopCounterMode(display=False, custom_mapping=_UNCOUNTED)
+    with torch.compiler.set_stance("force_eager"), counter, torch.no_grad():
         work()
     return int(counter.get_total_flops())
 

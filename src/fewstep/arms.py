@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from fewstep.errors import InputError
@@ -34,6 +34,7 @@ class Arm:
         source: which of several adapters it draws with; None is the run's own.
         scale: strength of the adapter.
         eta: of ``tcd``, 0 to 1.
+        option: what is meant to make it faster than the same arm without; None for most.
     """
 
     id: str
@@ -47,6 +48,7 @@ class Arm:
     source: str | None = None
     scale: float = 1.0
     eta: float = 0.0
+    option: str | None = None
 
     def __post_init__(self) -> None:
         if not re.fullmatch(r"[a-z0-9]+(-[a-z0-9]+)*", self.id):
@@ -85,6 +87,7 @@ class Arm:
             return "real pictures"
         name = {"dpmpp": "DPM-Solver++", "dpmpp-karras": "DPM-Solver++ Karras"}.get(self.sampler, self.role)
         name = self.source or name
+        name += f" {self.option}" if self.option else ""
         return f"{name}, {self.steps} step{'s' if self.steps != 1 else ''}"
 
 
@@ -177,6 +180,18 @@ def base_arm(
         guidance=guidance,
         eta=eta,
     )
+
+
+def faster_arm(arm: Arm, option: str) -> Arm:
+    """``arm`` with an option that is meant to make it faster."""
+    return replace(arm, id=f"{arm.family}-{option}-{arm.steps}", option=option)
+
+
+def plain_of(arm: Arm, arms: Iterable[Arm]) -> Arm | None:
+    """The arm that differs from ``arm`` in the option alone."""
+    if arm.option is None:
+        return None
+    return next((other for other in arms if replace(arm, id=other.id, option=None) == other), None)
 
 
 def real_arm() -> Arm:

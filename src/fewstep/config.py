@@ -47,6 +47,7 @@ MOST_STUDENT_STEPS = 50
 SettingsT = TypeVar("SettingsT", bound="Checked")
 
 Precision = Literal["auto", "no", "fp16", "bf16"]
+FastOption = Literal["fused", "channels-last", "compile", "bf16", "fp16"]
 Start = Literal["data", "teacher", "student"]
 
 
@@ -114,6 +115,9 @@ SolverSteps = Annotated[
     AfterValidator(_solvable),
 ]
 Names = Annotated[tuple[Text, ...], BeforeValidator(_as_list), Field(min_length=1), AfterValidator(_distinct)]
+FastOptions = Annotated[
+    tuple[FastOption, ...], BeforeValidator(_as_list), Field(min_length=1), AfterValidator(_distinct)
+]
 Folders = Annotated[tuple[Folder, ...], BeforeValidator(_as_list), Field(min_length=1), AfterValidator(_distinct)]
 Device = Annotated[str, AfterValidator(_device)]
 
@@ -447,6 +451,15 @@ class BenchSettings(SamplingSettings):
         description="TOML file with an [[adapter]] table for each further adapter to compare with: id, lora_path or "
         "lora_id, and sampler, eta, guidance, scale, steps.",
     )
+    fast_options: FastOptions | None = Field(
+        None,
+        description="What may make the student faster, each an arm of its own beside the plain one, for each of its "
+        "step counts: fused (the adapter merged into the weights), channels-last, compile (torch.compile of the UNet), "
+        "bf16, fp16.",
+    )
+    tiny_vae: Text | None = Field(
+        None, description="Folder or Hub id of an AutoencoderTiny: one more such arm, which decodes with it."
+    )
     clip_model_id: Text = CLIP_MODEL
     batch_sizes: Counts | None = Field(None, description="Pictures a timed batch. Unset: 1 and batch_size.")
     timing_repeats: Count = Field(5, description="Timed runs after the warm-up; the median is reported.")
@@ -458,7 +471,7 @@ class BenchSettings(SamplingSettings):
     resume: bool = Field(
         False,
         description="Go on with the benchmark in outdir, stopped or finished: what was drawn and timed is not done "
-        "again. Steps and adapters may have come to it, nothing else may have changed.",
+        "again. Steps, adapters and options may have come to it, nothing else may have changed.",
     )
 
 

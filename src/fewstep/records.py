@@ -68,6 +68,8 @@ class ArmTiming:
     ``end_to_end``: from the prompts' text to finished pictures in main memory.
     ``unet_forward``: one forward of the network at this arm's shape (2 x batch under guidance), of ``unet_calls``.
     ``flops``: operations of the batch, counted. ``peak_memory_bytes``: allocated on a GPU, resident on a CPU.
+    ``precision``: of the networks. ``matrix_rate``: operations a second of a large matrix product in it, on this
+    machine.
     """
 
     batch_size: int
@@ -78,14 +80,22 @@ class ArmTiming:
     decode: Spread
     flops: int
     peak_memory_bytes: int | None
+    precision: str
+    matrix_rate: float
 
     @property
     def time_per_image(self) -> float:
         return self.end_to_end.median / self.batch_size
 
-    def floor(self, matrix_rate: float) -> float:
+    @property
+    def floor(self) -> float:
         """Seconds that the batch's operations take where all of them run as fast as a large matrix product."""
-        return self.flops / matrix_rate
+        return self.flops / self.matrix_rate
+
+    @property
+    def share_of_floor(self) -> float:
+        """The floor over the time taken: 1 where nothing is lost."""
+        return self.floor / self.end_to_end.median
 
     @property
     def unet_total(self) -> float:
@@ -129,6 +139,10 @@ class Row:
     clip_floor_x100: float | None
     all_right_share: float | None
     delta_all_right_vs_baseline: float | None
+    option: str | None
+    speedup_vs_plain: float | None
+    delta_clip_vs_plain: float | None
+    delta_all_right_vs_plain: float | None
     prompt: str
     attributes: dict[str, float] = field(default_factory=dict)
 
@@ -141,6 +155,7 @@ class ArmSummary:
     ``floor``: alignment of the arm's own pictures with everyone else's captions.
     ``retention_raw``: score over the baseline's. ``retention_corrected``: the same with each one's floor taken off.
     ``gain_*``: over the control, which is the base without adapter at the same steps, sampler and guidance.
+    ``change_*`` and ``speedup_vs_plain``: of an arm with an option, over the same arm without, which ``plain`` names.
     ``distances``: "kid", "cmmd", "precision" and "recall" against pictures of the same captions, "kid_teacher" and
     "cmmd_teacher" against the teacher's; what was not measured is absent. Those of the real pictures, like their
     ``frechet``, are real against other real ones: what the figures are when nothing is wrong.
@@ -172,6 +187,10 @@ class ArmSummary:
     faithfulness: Interval | None = None
     saturation: tuple[float, ...] | None = None
     control: str | None = None
+    plain: str | None = None
+    change_alignment: Interval | None = None
+    change_all_right: Interval | None = None
+    speedup_vs_plain: float | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -185,17 +204,13 @@ class FloorRecord:
 
 @dataclass(frozen=True, kw_only=True)
 class BenchmarkRecord:
-    """Everything a benchmark found: the whole of `clipscore_results.json`.
-
-    ``matrix_rate``: operations a second of a large matrix product on this machine, in the networks' precision.
-    """
+    """Everything a benchmark found: the whole of `clipscore_results.json`."""
 
     schema_version: int
     created: str
     settings: dict[str, Any]
     versions: dict[str, str]
     machine: dict[str, str]
-    matrix_rate: float
     base: dict[str, str]
     adapter: dict[str, str] | None
     adapters: dict[str, dict[str, str]]

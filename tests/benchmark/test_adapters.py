@@ -112,7 +112,9 @@ def test_a_sampler_with_other_timesteps_than_the_trained_ones_is_named(base: Bac
         steps = 4
     """
     notes = Notes()
-    asked = settings(tmp_path, adapters_file=listed(tmp_path, text), compare_baseline=False, num_images=1)
+    # With an option too it is said once.
+    file = listed(tmp_path, text)
+    asked = settings(tmp_path, adapters_file=file, compare_baseline=False, num_images=1, fast_options="fused")
     benchmark(asked.replace(clip_model_id="none", frechet_images=0), backbone=base, reporter=notes)
     (warned,) = [line for line in notes.warned if "was not trained" in line]
     assert warned.startswith("arm elsewhere-4 samples at timesteps 749 249, where") and "759 499 259" in warned

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from fewstep.arms import Arm, base_arm, real_arm, student_arm, teacher_arm
+from fewstep.arms import Arm, base_arm, faster_arm, real_arm, student_arm, teacher_arm
 from fewstep.records import (
     SCHEMA_VERSION,
     ArmSummary,
@@ -43,6 +43,8 @@ def timing(seconds: float, arm: Arm) -> ArmTiming:
         decode=spread(seconds / 4),
         flops=round(1e9 * seconds),
         peak_memory_bytes=321_000_000,
+        precision="bfloat16" if arm.option == "bf16" else "float32",
+        matrix_rate=4e9,
     )
 
 
@@ -92,7 +94,6 @@ def record() -> BenchmarkRecord:
         created="2026-01-01T00:00:00+00:00",
         settings={"seed": 42, "prompt": "<b>bold</b>"},
         versions={"torch": "2.13.0"},
-        matrix_rate=4e9,
         machine={"device": "A CPU of 2 cores", "precision": "float32", "threads": "2"},
         base={"name": "a base", "why": "asked for", "fingerprint": "00"},
         adapter={"source": "lora/final"},
@@ -123,6 +124,20 @@ def with_real(found: BenchmarkRecord) -> BenchmarkRecord:
         distances={"kid": interval(-0.0002, 0.0004)}, faithfulness=None,
     )  # fmt: skip
     return replace(found, summary={**found.summary, "real": real})
+
+
+def with_options(found: BenchmarkRecord) -> BenchmarkRecord:
+    """The same benchmark with two options beside the student: one that is faster, one that is worse."""
+
+    def beside(option: str, seconds: float, change: float) -> ArmSummary:
+        return summary(
+            faster_arm(student_arm(4), option), seconds, 0.55 + change, 32.5, control="base-4", plain="student-4",
+            speedup_vs_plain=0.1 / seconds, change_all_right=interval(change, 0.01),
+            change_alignment=interval(0.0, 0.2),
+        )  # fmt: skip
+
+    faster = {arm.arm.id: arm for arm in (beside("fused", 0.08, 0.0), beside("bf16", 0.125, -0.2))}
+    return replace(found, summary={**found.summary, **faster})
 
 
 def without_answers(found: BenchmarkRecord) -> BenchmarkRecord:

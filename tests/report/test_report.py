@@ -18,7 +18,16 @@ from fewstep.report import markdown, page, results_csv, save_grids, timing_csv, 
 from fewstep.report.columns import columns
 from fewstep.report.figures import frontier
 from fewstep.report.verdict import headline
-from tests.report.fakes import PROMPTS, interval, pictures, record, summary, with_real, without_answers
+from tests.report.fakes import (
+    PROMPTS,
+    interval,
+    pictures,
+    record,
+    summary,
+    with_options,
+    with_real,
+    without_answers,
+)
 
 VOID = {"meta", "img", "input", "br", "link", "hr"}
 
@@ -100,8 +109,32 @@ def test_real_pictures_are_a_ceiling_and_no_competitor(found: BenchmarkRecord, t
     for title in ("Evaluations", "Guidance", "Time a picture", "Speed-up", "Peak memory"):
         assert cells[title] == ""
     assert verdict(whole) == verdict(found)
-    assert timing_csv(whole.summary.values(), whole.machine, whole.matrix_rate).count("\n") == 4
+    assert timing_csv(whole).count("\n") == 4
     assert BenchmarkRecord.from_json(whole.to_json()) == whole
+
+
+def test_options_stand_beside_the_plain_student(found: BenchmarkRecord, tmp_path: Path) -> None:
+    whole = with_options(found)
+    text = page(whole, pictures(tmp_path, whole))
+    Nesting().feed(text)
+    section = text[text.index("What may make it faster") : text.index("The figures")]
+    assert re.findall(r"</span>([a-z0-9-]+)</th>", section) == ["student-4", "student-fused-4", "student-bf16-4"]
+    for part in ("1.25×", "0.80×", "−20.0 (−21.0 to −19.0)", "80 ms"):
+        assert part in section
+    circles = ElementTree.fromstring(frontier(list(whole.summary.values()))).findall("circle")
+    assert [circle.get("class") for circle in circles].count("student ring") == 2
+    # They are no students of their own to the verdict, which says what they are worth.
+    told = verdict(whole)
+    assert told[:3] == verdict(found)[:3]
+    assert told[3].startswith(
+        "Of the options, student-fused-4 is the fastest: 1.25 times as fast as student-4, at +0.0"
+    )
+    slower = {name: replace(arm, speedup_vs_plain=0.9) if arm.plain else arm for name, arm in whole.summary.items()}
+    assert verdict(replace(whole, summary=slower))[3] == (
+        "Nothing that was tried makes it faster (student-fused-4, student-bf16-4)."
+    )
+    lines = timing_csv(whole).splitlines()
+    assert ",bfloat16," in lines[-1] and ",float32," in lines[-2]
 
 
 def test_attributes_and_times_as_bars(text: str) -> None:
@@ -254,7 +287,8 @@ def test_empty_cells_and_attributes_in_results_csv() -> None:
         arm="student-4", steps=4, is_baseline=False, prompt_idx=0, avg_clip_align_x100=31.25, std_clip_align_x100=None,
         time_total_s=1.5, time_per_image_s=0.1, speedup_vs_baseline=None, delta_clip_vs_baseline=None, num_images=1,
         guidance=1.0, sampler="lcm", adapter=True, clip_floor_x100=None, all_right_share=None,
-        delta_all_right_vs_baseline=None, prompt='a "red", house', attributes={"sky": 0.5},
+        delta_all_right_vs_baseline=None, option=None, speedup_vs_plain=None, delta_clip_vs_plain=None,
+        delta_all_right_vs_plain=None, prompt='a "red", house', attributes={"sky": 0.5},
     )  # fmt: skip
     head, line = results_csv([row]).splitlines()
     assert head.startswith(
@@ -262,12 +296,13 @@ def test_empty_cells_and_attributes_in_results_csv() -> None:
         "speedup_vs_baseline,delta_clip_vs_baseline,"
     )
     assert head.endswith("prompt,right_sky")
-    assert line == 'student-4,4,False,0,31.25,,1.5,0.1,,,1,1,lcm,True,,,,"a ""red"", house",0.5'
+    assert line == 'student-4,4,False,0,31.25,,1.5,0.1,,,1,1,lcm,True,,,,,,,,"a ""red"", house",0.5'
 
 
 def test_timing_csv(found: BenchmarkRecord) -> None:
-    lines = timing_csv(found.summary.values(), found.machine, found.matrix_rate).splitlines()
+    lines = timing_csv(found).splitlines()
     assert len(lines) == 4 and lines[2].startswith("student-4,4,1,5,0.1,0.01,0.1,")
+    assert lines[2].endswith(",A CPU of 2 cores,float32,2,321,0.1,0.025,0.25")
 
 
 # -------------------------------------------------------------------------------------------------- record and grids

@@ -3,6 +3,16 @@
 from .base import Backbone, adapters_off
 from .loading import load_backbone
 from .registry import BASES, Abilities
+from .tiny_vae import TinyVAE, load_tiny_vae
 from .untrained import random_backbone
 
-__all__ = ["BASES", "Abilities", "Backbone", "adapters_off", "load_backbone", "random_backbone"]
+__all__ = [
+    "BASES",
+    "Abilities",
+    "Backbone",
+    "TinyVAE",
+    "adapters_off",
+    "load_backbone",
+    "load_tiny_vae",
+    "random_backbone",
+]

@@ -111,7 +111,8 @@ class Adapters:
         """Name each arm of a further adapter that samples where, by its own record, it was never trained."""
         for arm in arms:
             promised = recorded_steps(self._sources[arm.source][0].folder) if arm.source in self._sources else None
-            if promised is None or arm.source is None:  # the run's own adapter is compared with its record elsewhere
+            # The run's own adapter is compared with its record elsewhere; an option samples where the plain arm does.
+            if promised is None or arm.source is None or arm.option is not None:
                 continue
             trained = promised_points(promised, self._backbone.schedule.num_train_timesteps)
             strange = [t for t in arm.timesteps if t not in trained]

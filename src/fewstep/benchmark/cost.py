@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -10,18 +11,28 @@ from torch import Tensor
 from fewstep.arithmetic import flops, peak_memory
 from fewstep.arms import Arm
 from fewstep.backbone import Backbone
-from fewstep.config import BenchSettings
+from fewstep.benchmark.plan import Plan
 from fewstep.pictures import Conditioning, as_bytes, draw_latents
 from fewstep.records import ArmTiming, Spread
 from fewstep.reporting import Bar
-from fewstep.timing import Timing, measure
+from fewstep.timing import Timing, matrix_rate, measure
+
+_matrix_rate = cache(matrix_rate)
+"""Of a machine that stays the same."""
 
 
 @torch.no_grad()
-def time_arm(
-    backbone: Backbone, arm: Arm, prompts: Sequence[str], batch_size: int, settings: BenchSettings, bar: Bar
-) -> ArmTiming:
-    """What a batch of ``batch_size`` pictures costs, end to end and part by part."""
+def time_arm(plan: Plan, backbone: Backbone, arm: Arm, batch_size: int, bar: Bar) -> ArmTiming:
+    """What a batch of ``batch_size`` pictures costs, end to end and part by part.
+
+    Args:
+        plan: of the benchmark.
+        backbone: the base as the arm draws with it.
+        arm: what is timed.
+        batch_size: pictures at once.
+        bar: advanced in the end.
+    """
+    settings, prompts = plan.settings, plan.prompts
     texts = [prompts[number % len(prompts)] for number in range(batch_size)]
     ids = [(number, 0) for number in range(batch_size)]
     negative = backbone.embed([settings.negative_prompt or ""])
@@ -60,8 +71,19 @@ def time_arm(
         unet_forward=spread(measure(lambda: denoise(latents, t, cond), repeats=repeats, device=device)),
         unet_calls=arm.steps,
         flops=operations(),
-        peak_memory_bytes=peak_memory(draw, device),
+        peak_memory_bytes=_peak_memory(draw, backbone, plan.backbone),
+        precision=str(backbone.dtype).removeprefix("torch."),
+        matrix_rate=_matrix_rate(device, backbone.dtype),
         decode=spread(measure(lambda: as_bytes(backbone.decode(latents[:batch_size])), repeats=repeats, device=device)),
     )
     bar.advance()
     return found
+
+
+def _peak_memory(draw: Callable[[], object], painter: Backbone, base: Backbone) -> int | None:
+    """The peak while ``painter`` draws, without the ``base`` that a copy leaves idle."""
+    peak = peak_memory(draw, painter.device)
+    if peak is None or painter is base:
+        return peak
+    idle = (network for network in (base.unet, base.vae, base.text_encoder))
+    return peak - sum(tensor.nbytes for network in idle for tensor in (*network.parameters(), *network.buffers()))

@@ -16,7 +16,16 @@ from fewstep.benchmark.real import RealPictures, looks_through_vae
 from fewstep.files import replace_folder_atomic
 from fewstep.metrics.alignment import alignment_and_floor
 from fewstep.metrics.saturation import latent_moments
-from fewstep.pictures import Conditioning, Evaluation, Judge, PictureBatch, answer_judge, evaluate, evaluate_batches
+from fewstep.pictures import (
+    Conditioning,
+    Evaluation,
+    Judge,
+    PictureBatch,
+    answer_judge,
+    encode_prompts,
+    evaluate,
+    evaluate_batches,
+)
 from fewstep.report import picture_path, save_picture
 from fewstep.reporting import Reporter
 
@@ -89,6 +98,8 @@ def draw(
             reporter=reporter,
         )
     with plan.painter(arm) as painter:
+        if arm.option is not None:  # its text encoder may be another one
+            conditioning = encode_prompts(painter, plan.prompts, settings.negative_prompt)
         return evaluate(
             painter,
             conditioning,

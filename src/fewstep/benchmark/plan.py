@@ -12,6 +12,7 @@ from fewstep import lora
 from fewstep.arms import Arm, check_arms, real_arm, solver_arm, student_arm, teacher_arm
 from fewstep.backbone import Backbone
 from fewstep.benchmark.adapters import Adapters, controls
+from fewstep.benchmark.options import Options
 from fewstep.config import BenchSettings
 from fewstep.errors import InputError
 from fewstep.metrics.alignment import CLIPAlignment
@@ -36,6 +37,7 @@ class Plan:
         backbone: the base, which every arm draws with.
         adapter: what is known of the run's own adapter; None where there is none.
         adapters: the run's own adapter and the further ones.
+        options: what may make arms faster.
         arms: in the order in which they are drawn and shown.
         prompts: their texts.
         alignment: the alignment model; None where it is left out.
@@ -46,6 +48,7 @@ class Plan:
     backbone: Backbone
     adapter: Mapping[str, str] | None
     adapters: Adapters
+    options: Options
     arms: tuple[Arm, ...]
     prompts: tuple[str, ...]
     alignment: CLIPAlignment | None
@@ -81,13 +84,14 @@ class Plan:
     def key_of(self, arm: Arm) -> dict[str, str | None]:
         """The weights that `arm` draws with besides the base's: their SHA-256."""
         with self.adapters.on(arm):
-            return {"weights": lora.digest(self.backbone.unet) if arm.adapter else None}
+            weights = lora.digest(self.backbone.unet) if arm.adapter else None
+        return {"weights": weights} | self.options.key_of(arm)
 
     @contextmanager
     def painter(self, arm: Arm) -> Iterator[Backbone]:
         """The base as `arm` draws with it."""
-        with self.adapters.on(arm):
-            yield self.backbone
+        with self.adapters.on(arm), self.options.on(self.backbone, arm) as painter:
+            yield painter
 
 
 def make_plan(
@@ -126,7 +130,8 @@ def make_plan(
         prompts = _own_prompts(settings, backbone)
     settings = _resolved(settings, backbone)
     adapters = Adapters(settings, backbone, opened.source, reporter)
-    arms = tuple(arms or _arms(settings, backbone, adapters, with_student=wants_adapter))
+    options = Options(settings, backbone)
+    arms = options.beside(arms or _arms(settings, backbone, adapters, with_student=wants_adapter))
     if settings.frechet_images and backbone.abilities is not None:
         arms = (*arms, real_arm())
     check_arms(arms, settings.negative_prompt)
@@ -140,6 +145,7 @@ def make_plan(
         backbone=backbone,
         adapter=opened.adapter,
         adapters=adapters,
+        options=options,
         arms=arms,
         prompts=tuple(prompts),
         alignment=alignment,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Iterable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -88,7 +88,9 @@ def benchmark(
     outdir = plan.settings.outdir
 
     # From here on things are written.
-    with alone_in(outdir) if main else nullcontext():
+    with ExitStack() as locks:
+        for folder in {outdir.resolve(), (plan.settings.baseline_outdir or outdir).resolve()} if main else ():
+            locks.enter_context(alone_in(folder))
         kept = _make_room(plan, processes, listening)
         try:
             # All processes draw, batch by batch; the first one does the rest alone, when nothing else runs any more.
@@ -182,7 +184,7 @@ def _time(plan: Plan, kept: Mapping[str, ArmCells], reporter: Reporter) -> dict[
         with reporter.progress(f"timing {arm.id}", len(sizes)) as bar:
             if known is None:
                 with plan.painter(arm) as painter:
-                    known = tuple(time_arm(painter, arm, plan.prompts, size, settings, bar) for size in sizes)
+                    known = tuple(time_arm(plan, painter, arm, size, bar) for size in sizes)
                 kept[arm.id].put_timings(known)
         timings[arm.id] = known
     return timings
@@ -195,7 +197,7 @@ def _write(plan: Plan, record: BenchmarkRecord, rows: Sequence[Row], reporter: R
         save_grids(grids, folders, plan.prompts, plan.settings.num_images, bar.advance)
     texts = (
         results_csv(rows),
-        timing_csv(record.summary.values(), record.machine, record.matrix_rate),
+        timing_csv(record),
         record.to_json(),
         page(record, folders),
     )

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from fewstep.arms import control_of
+from fewstep.arms import control_of, plain_of
 from fewstep.benchmark.distribution import Distributions
 from fewstep.benchmark.plan import Plan
 from fewstep.metrics.intervals import bootstrap, paired_difference, share
@@ -27,7 +28,19 @@ from fewstep.records import (
     PictureScore,
     Row,
 )
-from fewstep.timing import machine, matrix_rate
+from fewstep.timing import machine
+
+
+@dataclass(frozen=True)
+class _Others:
+    """What an arm is compared with, each None where it was not drawn.
+
+    ``control`` is the arm without the adapter, ``plain`` the one without the option.
+    """
+
+    baseline: Evaluation | None
+    control: Evaluation | None
+    plain: Evaluation | None
 
 
 def sum_up(
@@ -42,28 +55,35 @@ def sum_up(
     summary: dict[str, ArmSummary] = {}
     rows: list[Row] = []
     for arm in arms:
-        control = control_of(arm, arms)
         found = evaluations[arm.id]
-        against = evaluations[baseline.id] if baseline else None
+        control, plain = control_of(arm, arms), plain_of(arm, arms)
+        others = _Others(*(evaluations[other.id] if other else None for other in (baseline, control, plain)))
         time = timings[arm.id][0].time_per_image if timings[arm.id] else None
-        speedup = timings[baseline.id][0].time_per_image / time if baseline and time else None
+
+        def speedup(other: Evaluation | None, time: float | None = time) -> float | None:
+            return timings[other.arm.id][0].time_per_image / time if other and time else None
+
         summary[arm.id] = ArmSummary(
             arm=arm,
             prompts=len(prompts),
             pictures=len(found.ids),
             time_per_image_s=time,
-            speedup_vs_baseline=speedup,
+            speedup_vs_baseline=speedup(others.baseline),
             timings=timings[arm.id],
             frechet=distributions.frechet.get(arm.id),
             distances=distributions.distances.get(arm.id, {}),
             diversity=distributions.variety.get(arm.id, {}).get("diversity"),
             faithfulness=distributions.variety.get(arm.id, {}).get("faithfulness"),
-            saturation=saturation(found.found["latents"], against.found["latents"]) if against else None,
+            saturation=(
+                saturation(found.found["latents"], others.baseline.found["latents"]) if others.baseline else None
+            ),
             control=control.id if control else None,
-            **_alignment_figures(found, against, evaluations[control.id] if control else None),
-            **_answer_figures(found, against, evaluations[control.id] if control else None),
+            plain=plain.id if plain else None,
+            speedup_vs_plain=speedup(others.plain),
+            **_alignment_figures(found, others),
+            **_answer_figures(found, others),
         )
-        rows += _rows(found, against, prompts, time, speedup)
+        rows += _rows(found, others, prompts, summary[arm.id])
 
     floors = {name: arm.floor for name, arm in summary.items() if arm.floor is not None}
     floor = None
@@ -76,7 +96,6 @@ def sum_up(
         settings=plan.settings.model_dump(mode="json", exclude_none=True),
         versions=versions(),
         machine=machine(backbone.device, str(backbone.dtype).removeprefix("torch.")),
-        matrix_rate=matrix_rate(backbone.device, backbone.dtype),
         base={"name": backbone.name, "why": backbone.why, "fingerprint": backbone.fingerprint},
         adapter=dict(plan.adapter) if plan.adapter else None,
         adapters={one.entry.id: dict(one.facts) for one in plan.adapters.further},
@@ -91,7 +110,7 @@ def sum_up(
     return record, rows
 
 
-def _alignment_figures(found: Evaluation, baseline: Evaluation | None, control: Evaluation | None) -> dict[str, Any]:
+def _alignment_figures(found: Evaluation, others: _Others) -> dict[str, Any]:
     own = found.found.get("alignment")
     if own is None:
         return {}
@@ -101,20 +120,21 @@ def _alignment_figures(found: Evaluation, baseline: Evaluation | None, control: 
         "alignment_std": score.double().std().item() if len(score) > 1 else None,
         "floor": None if floor is None else floor.double().mean().item(),
     }
-    if baseline is not None:
-        theirs = baseline.found["alignment"]
+    if others.baseline is not None:
+        theirs = others.baseline.found["alignment"]
         figures["delta_alignment"] = paired_difference(score, theirs["score"], prompts)
         figures["retention_raw"] = retention(score, theirs["score"], prompts)
         if floor is not None:
             figures["retention_corrected"] = corrected_retention(
                 score, floor, theirs["score"], theirs["floor"], prompts
             )
-    if control is not None:
-        figures["gain_alignment"] = paired_difference(score, control.found["alignment"]["score"], prompts)
+    for figure, other in (("gain_alignment", others.control), ("change_alignment", others.plain)):
+        if other is not None:
+            figures[figure] = paired_difference(score, other.found["alignment"]["score"], prompts)
     return figures
 
 
-def _answer_figures(found: Evaluation, baseline: Evaluation | None, control: Evaluation | None) -> dict[str, Any]:
+def _answer_figures(found: Evaluation, others: _Others) -> dict[str, Any]:
     answers = found.answers
     if answers is None:
         return {}
@@ -127,15 +147,14 @@ def _answer_figures(found: Evaluation, baseline: Evaluation | None, control: Eva
 
     return {
         "all_right": share(answers["all_right"], prompts),
-        "delta_all_right": against(baseline),
-        "gain_all_right": against(control),
+        "delta_all_right": against(others.baseline),
+        "gain_all_right": against(others.control),
+        "change_all_right": against(others.plain),
         "attributes": {name: share(right, prompts) for name, right in answers.items() if name != "all_right"},
     }
 
 
-def _rows(
-    found: Evaluation, baseline: Evaluation | None, prompts: Sequence[str], time: float | None, speedup: float | None
-) -> list[Row]:
+def _rows(found: Evaluation, others: _Others, prompts: Sequence[str], summary: ArmSummary) -> list[Row]:
     rows = []
     numbers = torch.tensor(found.prompt_numbers)
     for number, prompt in enumerate(prompts):
@@ -144,11 +163,12 @@ def _rows(
         def mean(values: Tensor | None, own: Tensor = own) -> float | None:
             return None if values is None else values[own].double().mean().item()
 
-        score = found.found.get("alignment", {}).get("score")
-        right = found.answers or {}
-        average, share_right = mean(score), mean(right.get("all_right"))
-        theirs = None if baseline is None else mean(baseline.found.get("alignment", {}).get("score"))
-        theirs_right = None if baseline is None else mean((baseline.answers or {}).get("all_right"))
+        def against(other: Evaluation | None, judge: str, name: str, mean: _Mean = mean) -> float | None:
+            if other is None:
+                return None
+            return _minus(mean(_of(found, judge, name)), mean(_of(other, judge, name)))
+
+        score, right = _of(found, "alignment", "score"), found.answers or {}
         pictures = int(own.sum())
         rows.append(
             Row(
@@ -156,19 +176,23 @@ def _rows(
                 steps=found.arm.steps,
                 is_baseline=found.arm.is_baseline,
                 prompt_idx=number,
-                avg_clip_align_x100=average,
+                avg_clip_align_x100=mean(score),
                 std_clip_align_x100=None if score is None or pictures < 2 else score[own].double().std().item(),
                 time_total_s=_seconds(found, number) if found.arm.is_drawn else None,
-                time_per_image_s=time,
-                speedup_vs_baseline=speedup,
-                delta_clip_vs_baseline=_minus(average, theirs),
+                time_per_image_s=summary.time_per_image_s,
+                speedup_vs_baseline=summary.speedup_vs_baseline,
+                delta_clip_vs_baseline=against(others.baseline, "alignment", "score"),
                 num_images=pictures,
                 guidance=found.arm.guidance,
                 sampler=found.arm.sampler,
                 adapter=found.arm.adapter,
-                clip_floor_x100=mean(found.found.get("alignment", {}).get("floor")),
-                all_right_share=share_right,
-                delta_all_right_vs_baseline=_minus(share_right, theirs_right),
+                clip_floor_x100=mean(_of(found, "alignment", "floor")),
+                all_right_share=mean(right.get("all_right")),
+                delta_all_right_vs_baseline=against(others.baseline, "answers", "all_right"),
+                option=found.arm.option,
+                speedup_vs_plain=summary.speedup_vs_plain,
+                delta_clip_vs_plain=against(others.plain, "alignment", "score"),
+                delta_all_right_vs_plain=against(others.plain, "answers", "all_right"),
                 prompt=prompt,
                 attributes={
                     name: values[own].double().mean().item() for name, values in right.items() if name != "all_right"
@@ -176,6 +200,13 @@ def _rows(
             )
         )
     return rows
+
+
+_Mean = Callable[[Tensor | None], float | None]
+
+
+def _of(found: Evaluation, judge: str, name: str) -> Tensor | None:
+    return found.found.get(judge, {}).get(name)
 
 
 def _seconds(found: Evaluation, prompt: int) -> float:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 from fewstep.records import ArmSummary, Interval
 from fewstep.report.verdict import percent, seconds, signed
@@ -20,8 +21,17 @@ class Column:
 
 def columns(arms: Sequence[ArmSummary]) -> list[Column]:
     """The table: only columns that some arm has a figure for."""
-    table = [Column(title, meaning, tuple(cell(arm) for arm in arms)) for title, meaning, cell in _TABLE]
-    return [column for column in table if any(column.cells)]
+    return _filled(_TABLE, arms)
+
+
+def option_columns(arms: Sequence[ArmSummary]) -> list[Column]:
+    """The table of the arms with an option and of the plain ones that they are compared with."""
+    return _filled(_OPTIONS, arms)
+
+
+def _filled(table: Sequence[tuple[str, str, Callable[[ArmSummary], str]]], arms: Sequence[ArmSummary]) -> list[Column]:
+    found = [Column(title, meaning, tuple(cell(arm) for arm in arms)) for title, meaning, cell in table]
+    return [column for column in found if any(column.cells)]
 
 
 def attribute_columns(arms: Sequence[ArmSummary]) -> list[Column]:
@@ -68,6 +78,18 @@ def _megabytes(count: int | None) -> str:
     return "" if count is None else f"{count / 1e6:,.0f} MB"
 
 
+def _times(ratio: float | None) -> str:
+    return "" if ratio is None else f"{ratio:.2f}×"
+
+
+def _part(arm: ArmSummary, name: Literal["unet_total", "decode"]) -> str:
+    """Seconds a picture of one part of the work."""
+    if not arm.timings:
+        return ""
+    timing = arm.timings[0]
+    return seconds((timing.unet_total if name == "unet_total" else timing.decode.median) / timing.batch_size)
+
+
 def _time(arm: ArmSummary) -> str:
     return "" if arm.time_per_image_s is None else seconds(arm.time_per_image_s)
 
@@ -90,6 +112,11 @@ _TABLE: list[tuple[str, str, Callable[[ArmSummary], str]]] = [
         "paired difference in points to the same sampler and steps without adapter",
         lambda a: _difference(a, a.gain_all_right, 100, 1),
     ),
+    (
+        "against plain",
+        "paired difference in points to the same arm without the option",
+        lambda a: _difference(a, a.change_all_right, 100, 1),
+    ),
     ("Alignment", "100 × max(0, cos) of CLIP's picture and caption", lambda a: _spread(a.alignment)),
     (
         "Floor",
@@ -100,6 +127,11 @@ _TABLE: list[tuple[str, str, Callable[[ArmSummary], str]]] = [
         "Alignment against teacher",
         "paired difference: same prompt, same noise",
         lambda a: _difference(a, a.delta_alignment, 1, 2),
+    ),
+    (
+        "Alignment against plain",
+        "paired difference to the same arm without the option",
+        lambda a: _difference(a, a.change_alignment, 1, 2),
     ),
     ("Retention, raw", "alignment over the teacher's; flatters a broken student", lambda a: _share(a.retention_raw)),
     (
@@ -145,5 +177,16 @@ _TABLE: list[tuple[str, str, Callable[[ArmSummary], str]]] = [
         "over the teacher",
         lambda a: "" if a.speedup_vs_baseline is None else f"{a.speedup_vs_baseline:.1f}×",
     ),
+    ("Speed-up over plain", "over the same arm without the option", lambda a: _times(a.speedup_vs_plain)),
 ]
 """Title, meaning, and how an arm's cell is spelled."""
+
+_OPTIONS: list[tuple[str, str, Callable[[ArmSummary], str]]] = [
+    ("Speed-up over plain", "", lambda a: _times(a.speedup_vs_plain)),
+    ("Time a picture", "", _time),
+    ("of that UNet", "", lambda a: _part(a, "unet_total")),
+    ("of that decoder", "", lambda a: _part(a, "decode")),
+    ("All right against plain", "", lambda a: _difference(a, a.change_all_right, 100, 1)),
+    ("Alignment against plain", "", lambda a: _difference(a, a.change_alignment, 1, 2)),
+    ("Peak memory", "", lambda a: _megabytes(a.timings[0].peak_memory_bytes if a.timings else None)),
+]

@@ -17,8 +17,8 @@ ROLES = ("teacher", "solver", "student", "base", "real")
 def frontier(arms: Sequence[ArmSummary]) -> str:
     """Quality against seconds a picture (log scale) with 95 % intervals; empty where there is no quality to plot.
 
-    The steps of one family of arms are joined, so that a curve up and to the left is what one hopes for. Real pictures
-    took no time: they are a level.
+    The steps of one family of arms are joined, so that a curve up and to the left is what one hopes for. Arms with an
+    option are rings. Real pictures took no time: they are a level.
     """
     points = [
         (arm, value, arm.time_per_image_s)
@@ -83,7 +83,8 @@ def frontier(arms: Sequence[ArmSummary]) -> str:
             key=lambda point: point[2],
         )
         spots = [at(second, scale * found.value) for _, found, second in own]
-        if len(spots) > 1:
+        ring = " ring" if own[0][0].arm.option else ""
+        if len(spots) > 1 and not ring:
             parts.append(f'<polyline class="{role}" points="{" ".join(f"{x:.1f},{y:.1f}" for x, y in spots)}"/>')
         for (arm, found, second), (x, y) in zip(own, spots, strict=True):
             interval = ""
@@ -93,9 +94,10 @@ def frontier(arms: Sequence[ArmSummary]) -> str:
                 interval = f" ({scale * found.low:.1f} to {scale * found.high:.1f})"
             told = f"{arm.arm.id}: {scale * found.value:.1f}{interval} at {seconds(second)}"
             parts.append(
-                f'<circle class="{role}" cx="{x:.1f}" cy="{y:.1f}" r="6"><title>{escape(told)}</title></circle>'
+                f'<circle class="{role}{ring}" cx="{x:.1f}" cy="{y:.1f}" r="6"><title>{escape(told)}</title></circle>'
             )
-            parts.append(f'<text class="point" x="{x + 9:.1f}" y="{y - 7:.1f}">{arm.arm.steps}</text>')
+            if not ring:
+                parts.append(f'<text class="point" x="{x + 9:.1f}" y="{y - 7:.1f}">{arm.arm.steps}</text>')
     parts.append("</svg>")
     return "\n".join(parts)
 

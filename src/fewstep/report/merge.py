@@ -50,6 +50,7 @@ def side_by_side(records: Mapping[str, BenchmarkRecord]) -> tuple[BenchmarkRecor
                 found,
                 arm=replace(found.arm, id=new, is_baseline=False),
                 control=renamed.get(found.control) if found.control else None,
+                plain=renamed.get(found.plain) if found.plain else None,
             )
             origins[new] = (name, arm)
             scores += [replace(score, arm=new) for score in record.scores if score.arm == arm]

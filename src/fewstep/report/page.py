@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ from PIL import Image
 from fewstep.config import BenchSettings, command_line
 from fewstep.records import ArmSummary, BenchmarkRecord
 from fewstep.report.bars import attribute_bars, time_bars
-from fewstep.report.columns import attribute_columns, columns
+from fewstep.report.columns import attribute_columns, columns, option_columns
 from fewstep.report.figures import ROLES, frontier
 from fewstep.report.layout import picture_path
 from fewstep.report.verdict import headline, verdict
@@ -50,6 +50,8 @@ def page(record: BenchmarkRecord, folders: Mapping[str, Path]) -> str:
         verdict=verdict(record),
         columns=columns(arms),
         attributes=attribute_columns(arms),
+        faster=_with_options(arms),
+        faster_columns=option_columns(_with_options(arms)),
         # Our own SVG; every text in it is escaped where it is made.
         frontier=Markup(frontier(arms)),
         compared=_compared(record),
@@ -103,11 +105,9 @@ def _notes(record: BenchmarkRecord) -> list[str]:
             f"Times are medians of {timing.end_to_end.repeats} repeats at batch {timing.batch_size}, warmed up and "
             f"synchronised, from text to finished picture, on {record.machine.get('device', '?')}."
         )
-        reached = [
-            arm.timings[0].floor(record.matrix_rate) / arm.timings[0].end_to_end.median for arm in arms if arm.timings
-        ]
+        reached = [arm.timings[0].share_of_floor for arm in arms if arm.timings]
         notes.append(
-            f"A large matrix product runs at {record.matrix_rate / 1e9:,.0f} GFLOP/s here; at that rate the arms' "
+            f"A large matrix product runs at {timing.matrix_rate / 1e9:,.0f} GFLOP/s here; at that rate the arms' "
             f"operations alone would take {100 * min(reached):.0f} to {100 * max(reached):.0f} % of their times "
             "(timing.csv)."
         )
@@ -119,6 +119,12 @@ def _compared(record: BenchmarkRecord) -> list[ArmSummary]:
     student = headline(list(record.summary.values()))
     control = None if student is None else record.summary.get(student.control or "")
     return [arm for arm in (record.baseline, student, control, record.real) if arm is not None]
+
+
+def _with_options(arms: Sequence[ArmSummary]) -> list[ArmSummary]:
+    """The arms with an option, and the plain ones that they are compared with."""
+    plain = {arm.plain for arm in arms}
+    return [arm for arm in arms if arm.plain or arm.arm.id in plain]
 
 
 def _losses(record: BenchmarkRecord) -> dict[int, float]:

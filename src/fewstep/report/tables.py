@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import fields
 from typing import Any
 
-from fewstep.records import ArmSummary, Row
+from fewstep.records import ArmSummary, BenchmarkRecord, Row
 from fewstep.report.columns import columns
 
 PRINTED = {
     *("All right", "against teacher", "Alignment", "Floor", "Retention, floor off"),
-    *("Fréchet", "Time a picture", "Speed-up"),
+    *("Fréchet", "Time a picture", "Speed-up", "Speed-up over plain", "against plain", "Alignment against plain"),
 }
 """Columns of the table that is printed, by their titles."""
 
@@ -39,11 +39,11 @@ def markdown(arms: Sequence[ArmSummary]) -> str:
     return "\n".join(f"| {line} |" for line in lines)
 
 
-def timing_csv(arms: Iterable[ArmSummary], machine: Mapping[str, str], matrix_rate: float) -> str:
+def timing_csv(record: BenchmarkRecord) -> str:
     """One line an arm and batch size; seconds a batch, but for ``time_per_image_s``.
 
-    ``floor_s`` is what the operations alone would take at the machine's measured ``matrix_rate``; ``share_of_floor``
-    is it over the time taken, 1 where nothing is lost.
+    ``floor_s`` is what the operations alone would take at the rate of a large matrix product that was measured in the
+    arm's precision; ``share_of_floor`` is it over the time taken, 1 where nothing is lost.
     """
     names = [
         "arm", "steps", "batch_size", "repeats", "end_to_end_median_s", "end_to_end_iqr_s", "time_per_image_s",
@@ -56,12 +56,12 @@ def timing_csv(arms: Iterable[ArmSummary], machine: Mapping[str, str], matrix_ra
             arm.arm.id, arm.arm.steps, timing.batch_size, timing.end_to_end.repeats, timing.end_to_end.median,
             timing.end_to_end.iqr, timing.time_per_image, timing.text.median, timing.text.iqr, timing.unet_calls,
             timing.unet_forward.median, timing.unet_forward.iqr, timing.unet_total, timing.decode.median,
-            timing.decode.iqr, arm.arm.evaluations, machine.get("device"), machine.get("precision"),
-            machine.get("threads"),
+            timing.decode.iqr, arm.arm.evaluations, record.machine.get("device"), timing.precision,
+            record.machine.get("threads"),
             None if timing.peak_memory_bytes is None else timing.peak_memory_bytes / 1e6, timing.flops / 1e9,
-            timing.floor(matrix_rate), timing.floor(matrix_rate) / timing.end_to_end.median,
+            timing.floor, timing.share_of_floor,
         ]
-        for arm in arms
+        for arm in record.summary.values()
         for timing in arm.timings
     ]  # fmt: skip
     return _csv(names, lines)

@@ -10,7 +10,7 @@ SATURATION_TOLERANCE = 0.05
 
 
 def verdict(record: BenchmarkRecord) -> list[str]:
-    """Up to six sentences about the student that matters most; what was not measured is not spoken of."""
+    """Up to seven sentences about the student that matters most; what was not measured is not spoken of."""
     student = headline(list(record.summary.values()))
     if student is None:
         return ["No student was drawn: there is nothing to compare."]
@@ -19,13 +19,16 @@ def verdict(record: BenchmarkRecord) -> list[str]:
         _cost(student, record),
         _solvers(student, record),
         _control(student, record),
+        _options(student, record),
     ]
     return [sentence for sentence in [*sentences, _distribution(student), _saturation(student)] if sentence]
 
 
 def headline(arms: Sequence[ArmSummary]) -> ArmSummary | None:
     """The student to speak of: the fewest steps of those not shown to be worse than the teacher, else the best."""
-    students = sorted((arm for arm in arms if arm.arm.role == "student"), key=lambda arm: arm.arm.steps)
+    students = sorted(
+        (arm for arm in arms if arm.arm.role == "student" and arm.arm.option is None), key=lambda arm: arm.arm.steps
+    )
     if not students:
         return None
     for student in students:
@@ -148,6 +151,26 @@ def _control(student: ArmSummary, record: BenchmarkRecord) -> str | None:
     if gain.low is not None and gain.low <= 0:
         told += ", and nothing here shows that it helps" if gain.high is None or gain.high >= 0 else ": it harms"
     return f"The same sampler and steps without the adapter ({control.arm.id}) reach {what}: {told}."
+
+
+def _options(student: ArmSummary, record: BenchmarkRecord) -> str | None:
+    """The fastest of what was to make it faster, and what that costs."""
+    tried = [
+        (arm.speedup_vs_plain, arm)
+        for arm in record.summary.values()
+        if arm.plain == student.arm.id and arm.speedup_vs_plain is not None
+    ]
+    if not tried:
+        return None
+    speedup, best = max(tried, key=lambda pair: pair[0])
+    if speedup <= 1:
+        return f"Nothing that was tried makes it faster ({', '.join(arm.arm.id for _, arm in tried)})."
+    told = f"Of the options, {best.arm.id} is the fastest: {speedup:.2f} times as fast as {student.arm.id}"
+    if best.change_all_right:
+        told += f", at {signed(best.change_all_right, 100)} points"
+    elif best.change_alignment:
+        told += f", at {signed(best.change_alignment, 1, 2)} in alignment"
+    return f"{told}."
 
 
 def _distribution(student: ArmSummary) -> str | None:

@@ -1,0 +1,143 @@
+"""What may make few-step sampling faster: each option on a copy of the base, which is thrown away afterwards.
+
+The base itself is never touched, so that no option reaches another arm. One that does not work here is an error that
+names it, never an arm that is quietly like the plain one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from copy import deepcopy
+from dataclasses import replace
+
+import torch
+
+from fewstep.arms import Arm, faster_arm
+from fewstep.backbone import Backbone, load_tiny_vae
+from fewstep.config import BenchSettings
+from fewstep.errors import InputError
+
+TINY_VAE = "tiny-vae"
+PRECISIONS = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
+BACKEND = "inductor"
+"""Of torch.compile."""
+
+
+class Options:
+    """The options of a benchmark's arms, proven to work here.
+
+    Args:
+        settings: which are asked for.
+        backbone: the base.
+
+    Raises:
+        InputError: an option that this machine or this base cannot have.
+        CheckpointError: a tiny VAE that is not at hand or not one for this base.
+    """
+
+    def __init__(self, settings: BenchSettings, backbone: Backbone) -> None:
+        self._names = [*(settings.fast_options or ()), *([TINY_VAE] if settings.tiny_vae else [])]
+        for name in self._names:
+            if name in PRECISIONS:
+                _check_precision(name, backbone)
+        if "compile" in self._names:
+            _check_compiler(backbone.device)
+        self._tiny = load_tiny_vae(settings.tiny_vae, backbone) if settings.tiny_vae else None
+
+    def beside(self, arms: Sequence[Arm]) -> tuple[Arm, ...]:
+        """The arms, and after each one of the first adapter the same with each option.
+
+        Raises:
+            InputError: options, and no adapter to draw with.
+        """
+        students = [arm for arm in arms if arm.role == "student"]
+        if self._names and not students:
+            raise InputError(
+                f"{self._names[0]} came, but no student is drawn that it could make faster; allowed is an option where "
+                "an adapter is drawn; pass --lora_path, or leave --fast_options and --tiny_vae out"
+            )
+        found: list[Arm] = []
+        for arm in arms:
+            found.append(arm)
+            if arm in students and arm.source == students[0].source:
+                found += [faster_arm(arm, name) for name in self._names]
+        return tuple(found)
+
+    def key_of(self, arm: Arm) -> dict[str, str | None]:
+        """The weights that an option brings to `arm`: their SHA-256."""
+        return {"decoder": self._tiny.digest if self._tiny and arm.option == TINY_VAE else None}
+
+    @contextmanager
+    def on(self, backbone: Backbone, arm: Arm) -> Iterator[Backbone]:
+        """The base with the option of `arm`: itself where there is none, else a copy of it and of what is attached.
+
+        Raises:
+            InputError: the option fails inside.
+        """
+        if arm.option is None:
+            yield backbone
+            return
+        copies = {part: deepcopy(getattr(backbone, part)) for part in ("unet", "vae", "text_encoder")}
+        try:
+            yield self._applied(replace(backbone, **copies), arm.option)
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError as error:
+            raise InputError(
+                f"arm {arm.id} failed by its option {arm.option} ({_first_line(error)}); allowed are options that work "
+                "on this machine; leave it out"
+            ) from error
+        finally:
+            if arm.option == "compile":
+                torch.compiler.reset()  # what was compiled for the copy would count against the next one's limit
+
+    def _applied(self, copy: Backbone, option: str) -> Backbone:
+        match option:
+            case "fused":
+                copy.unet.fuse_lora()
+                copy.unet.unload_lora()
+            case "channels-last":
+                copy.unet.to(memory_format=torch.channels_last)
+                copy.vae.to(memory_format=torch.channels_last)
+            case "compile":
+                # Whole and for each shape anew: where that is not to be had, an error instead of slow code.
+                copy.unet.compile(fullgraph=True, dynamic=False, backend=BACKEND)
+            case "tiny-vae" if self._tiny is not None:
+                return replace(copy, vae=self._tiny.network)
+            case "bf16" | "fp16":
+                # The adapter too: under autocast its fp32 weights would be rounded alike, at every call.
+                for network in (copy.unet, copy.vae, copy.text_encoder):
+                    network.to(PRECISIONS[option])
+                return replace(copy, dtype=PRECISIONS[option])
+            case _:
+                raise ValueError(f"option {option!r} came; allowed are those of BenchSettings")
+        return copy
+
+
+def _check_precision(name: str, backbone: Backbone) -> None:
+    if PRECISIONS[name] == backbone.dtype:
+        raise InputError(
+            f"fast_options {name} came, but the base runs in {name} already; allowed is another precision; leave it "
+            "out, or add --mixed_precision no"
+        )
+    if name == "fp16" and backbone.device.type == "cpu":
+        raise InputError("fast_options fp16 came with the CPU; allowed there: bf16; leave fp16 out")
+
+
+def _check_compiler(device: torch.device) -> None:
+    """Compile one operation: what does not work for one does not work for a network."""
+    try:
+        torch.compile(lambda x: x + 1, backend=BACKEND, fullgraph=True)(torch.zeros(2, device=device))
+    except Exception as error:  # of dynamo, of inductor, of Triton, of the compiler: there is no common one
+        needed = "a C++ compiler" if device.type == "cpu" else "Triton and a C compiler"
+        raise InputError(
+            f"fast_options compile came, but torch.compile does not work here ({_first_line(error)}); allowed is a "
+            f"machine with {needed}; install it, or leave compile out"
+        ) from error
+
+
+def _first_line(error: BaseException) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[0].rstrip(".")[:200] if lines else type(error).__name__
