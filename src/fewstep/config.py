@@ -461,6 +461,16 @@ class BenchSettings(SamplingSettings):
         None, description="Folder or Hub id of an AutoencoderTiny: one more such arm, which decodes with it."
     )
     clip_model_id: Text = CLIP_MODEL
+    preference_model: Text | None = Field(
+        None,
+        description="PickScore by folder or Hub id (yuvalkirstain/PickScore_v1): which picture people would prefer. "
+        "Left out, and named in the report, where its weights are not at hand.",
+    )
+    feature_model: Text | None = Field(
+        None,
+        description="DINOv2 by folder or Hub id, such as facebook/dinov2-base, between whose features distances are "
+        "taken. Unset, or where its weights are not at hand, which the report names: the base's own, else CLIP's.",
+    )
     batch_sizes: Counts | None = Field(None, description="Pictures a timed batch. Unset: 1 and batch_size.")
     timing_repeats: Count = Field(5, description="Timed runs after the warm-up; the median is reported.")
     frechet_images: CountOrNone | None = Field(

@@ -112,6 +112,7 @@ class PictureScore:
     picture_idx: int
     clip_align_x100: float | None
     clip_floor_x100: float | None
+    preference: float | None
     right: dict[str, bool] | None
 
 
@@ -139,6 +140,8 @@ class Row:
     clip_floor_x100: float | None
     all_right_share: float | None
     delta_all_right_vs_baseline: float | None
+    avg_preference: float | None
+    delta_preference_vs_baseline: float | None
     option: str | None
     speedup_vs_plain: float | None
     delta_clip_vs_plain: float | None
@@ -177,6 +180,8 @@ class ArmSummary:
     gain_alignment: Interval | None = None
     retention_raw: Interval | None = None
     retention_corrected: Interval | None = None
+    preference: Interval | None = None
+    delta_preference: Interval | None = None
     all_right: Interval | None = None
     delta_all_right: Interval | None = None
     gain_all_right: Interval | None = None
@@ -215,6 +220,7 @@ class BenchmarkRecord:
     adapter: dict[str, str] | None
     adapters: dict[str, dict[str, str]]
     alignment_model: str | None
+    preference_model: str | None
     prompts: tuple[str, ...]
     floor: FloorRecord | None
     feature_extractor: str | None

@@ -41,6 +41,20 @@ def make_clip(folder: Path) -> Path:
     return folder
 
 
+def make_dino(folder: Path) -> Path:
+    """A DINOv2 of a few thousand random weights with 16 features, in transformers' layout."""
+    from transformers import BitImageProcessorPil, Dinov2Config, Dinov2Model
+
+    torch.manual_seed(12)
+    config = Dinov2Config(
+        hidden_size=16, num_hidden_layers=1, num_attention_heads=2, mlp_ratio=2, image_size=28, patch_size=14
+    )  # fmt: skip
+    Dinov2Model(config).save_pretrained(folder)
+    size = {"shortest_edge": 32}
+    BitImageProcessorPil(size=size, crop_size={"height": 28, "width": 28}).save_pretrained(folder)
+    return folder
+
+
 def make_adapter(folder: Path, backbone: Backbone, *, scale: float = 0.05) -> Path:
     """Save an adapter of random weights for this base, and leave the base without one.
 

@@ -99,6 +99,7 @@ def record() -> BenchmarkRecord:
         adapter={"source": "lora/final"},
         adapters={},
         alignment_model="a/clip",
+        preference_model=None,
         prompts=PROMPTS,
         floor=FloorRecord(value=20.0, arm="teacher-50", by_arm={"teacher-50": 20.0}),
         feature_extractor="a/clip",
@@ -107,7 +108,7 @@ def record() -> BenchmarkRecord:
         scores=(
             PictureScore(
                 arm="student-4", prompt_idx=0, picture_idx=1, clip_align_x100=31.0, clip_floor_x100=20.0,
-                right={"sky": True},
+                preference=None, right={"sky": True},
             ),
         ),
     )  # fmt: skip

@@ -155,7 +155,13 @@ def test_rows_carry_what_the_student_loses_there(found: BenchmarkRecord, tmp_pat
     def score(arm: str, prompt: int, right: bool) -> PictureScore:
         answers = {"all_right": right}
         return PictureScore(
-            arm=arm, prompt_idx=prompt, picture_idx=0, clip_align_x100=30, clip_floor_x100=20, right=answers
+            arm=arm,
+            prompt_idx=prompt,
+            picture_idx=0,
+            clip_align_x100=30,
+            clip_floor_x100=20,
+            preference=None,
+            right=answers,
         )
 
     scores = tuple(score(arm, prompt, arm == "teacher-50" or prompt == 0) for arm in found.summary for prompt in (0, 1))
@@ -287,8 +293,9 @@ def test_empty_cells_and_attributes_in_results_csv() -> None:
         arm="student-4", steps=4, is_baseline=False, prompt_idx=0, avg_clip_align_x100=31.25, std_clip_align_x100=None,
         time_total_s=1.5, time_per_image_s=0.1, speedup_vs_baseline=None, delta_clip_vs_baseline=None, num_images=1,
         guidance=1.0, sampler="lcm", adapter=True, clip_floor_x100=None, all_right_share=None,
-        delta_all_right_vs_baseline=None, option=None, speedup_vs_plain=None, delta_clip_vs_plain=None,
-        delta_all_right_vs_plain=None, prompt='a "red", house', attributes={"sky": 0.5},
+        delta_all_right_vs_baseline=None, avg_preference=None, delta_preference_vs_baseline=None, option=None,
+        speedup_vs_plain=None, delta_clip_vs_plain=None, delta_all_right_vs_plain=None, prompt='a "red", house',
+        attributes={"sky": 0.5},
     )  # fmt: skip
     head, line = results_csv([row]).splitlines()
     assert head.startswith(
@@ -296,7 +303,7 @@ def test_empty_cells_and_attributes_in_results_csv() -> None:
         "speedup_vs_baseline,delta_clip_vs_baseline,"
     )
     assert head.endswith("prompt,right_sky")
-    assert line == 'student-4,4,False,0,31.25,,1.5,0.1,,,1,1,lcm,True,,,,,,,,"a ""red"", house",0.5'
+    assert line == 'student-4,4,False,0,31.25,,1.5,0.1,,,1,1,lcm,True,,,,,,,,,,"a ""red"", house",0.5'
 
 
 def test_timing_csv(found: BenchmarkRecord) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -14,7 +14,7 @@ from fewstep.benchmark.cells import ArmCells
 from fewstep.benchmark.plan import Plan
 from fewstep.benchmark.real import RealPictures, looks_through_vae
 from fewstep.files import replace_folder_atomic
-from fewstep.metrics.alignment import alignment_and_floor
+from fewstep.metrics.alignment import CLIPAlignment, alignment_and_floor
 from fewstep.metrics.saturation import latent_moments
 from fewstep.pictures import (
     Conditioning,
@@ -56,12 +56,25 @@ def judges_of(plan: Plan) -> dict[str, Judge]:
             return found | {"embedding": embeddings}
 
         judges["alignment"] = aligned
+    if plan.preference is not None:
+        judges["preference"] = _preference_judge(plan.preference, plan.prompts)
     if plan.backbone.abilities is not None:
         judges["answers"] = answer_judge(plan.backbone.abilities)
     if plan.features is not None:
         features = plan.features
         judges["features"] = lambda batch: {"all": features(batch.pixels)}
     return judges
+
+
+def _preference_judge(model: CLIPAlignment, prompts: Sequence[str]) -> Judge:
+    """PickScore (Kirstain et al. 2023): the scaled cosine of a CLIP model that was trained on people's choices."""
+    texts = model.texts(prompts)
+
+    def preferred(batch: PictureBatch) -> dict[str, Tensor]:
+        own = texts[[prompt for prompt, _ in batch.ids]]
+        return {"score": model.logit_scale * (model.images(batch.pixels) * own).sum(dim=-1)}
+
+    return preferred
 
 
 def draw(

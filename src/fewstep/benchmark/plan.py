@@ -14,9 +14,10 @@ from fewstep.backbone import Backbone
 from fewstep.benchmark.adapters import Adapters, controls
 from fewstep.benchmark.options import Options
 from fewstep.config import BenchSettings
-from fewstep.errors import InputError
+from fewstep.errors import CheckpointError, InputError
 from fewstep.metrics.alignment import CLIPAlignment
-from fewstep.metrics.features import Features, OwnFeatures
+from fewstep.metrics.features import DINOFeatures, Features, OwnFeatures
+from fewstep.metrics.pretrained import ModelNotAtHand
 from fewstep.opening import open_base, read_prompts, warn_of_prompts
 from fewstep.report import arm_folder
 from fewstep.reporting import Reporter
@@ -41,6 +42,8 @@ class Plan:
         arms: in the order in which they are drawn and shown.
         prompts: their texts.
         alignment: the alignment model; None where it is left out.
+        preference: the model that tells which picture people would prefer; None where it was not asked for, or is
+            not at hand.
         features: what distances are taken between; None where it is the alignment model's embeddings.
     """
 
@@ -52,6 +55,7 @@ class Plan:
     arms: tuple[Arm, ...]
     prompts: tuple[str, ...]
     alignment: CLIPAlignment | None
+    preference: CLIPAlignment | None
     features: Features | None
 
     @property
@@ -77,6 +81,7 @@ class Plan:
             "precision": str(self.backbone.dtype).removeprefix("torch."),
             "device": self.backbone.device.type,
             "alignment_model": self.alignment.name if self.alignment else None,
+            "preference_model": self.preference.name if self.preference else None,
             "features": self.features.name if self.features else None,
             "prompts": list(self.prompts),
         }
@@ -149,7 +154,8 @@ def make_plan(
         arms=arms,
         prompts=tuple(prompts),
         alignment=alignment,
-        features=None if backbone.abilities is None else OwnFeatures(backbone.abilities.features()),
+        preference=_preference(settings, backbone, reporter),
+        features=_features(settings, backbone, alignment, reporter),
     )
 
 
@@ -198,4 +204,39 @@ def _alignment(settings: BenchSettings, backbone: Backbone, reporter: Reporter) 
         return None
     own = backbone.abilities is not None and asked == BenchSettings.model_fields["clip_model_id"].default
     model = backbone.abilities.alignment_model() if own and backbone.abilities else asked
-    return CLIPAlignment(model, device=backbone.device, allow_pickle=settings.allow_pickle)
+    try:
+        return CLIPAlignment(model, device=backbone.device, allow_pickle=settings.allow_pickle)
+    except ModelNotAtHand as error:
+        raise CheckpointError(f"{error}, or --clip_model_id {NO_ALIGNMENT} to leave alignment out") from error
+
+
+def _preference(settings: BenchSettings, backbone: Backbone, reporter: Reporter) -> CLIPAlignment | None:
+    name = settings.preference_model
+    if name is None:
+        return None
+    try:
+        return CLIPAlignment(
+            name, device=backbone.device, allow_pickle=settings.allow_pickle, flag="--preference_model"
+        )
+    except ModelNotAtHand as error:
+        reporter.warn(f"no preference: preference_model {name!r} was asked for and is not at hand ({error.reason})")
+        return None
+
+
+def _features(
+    settings: BenchSettings, backbone: Backbone, alignment: CLIPAlignment | None, reporter: Reporter
+) -> Features | None:
+    """The features that were asked for, else the base's own, else none."""
+    name = settings.feature_model
+    own = None if backbone.abilities is None else OwnFeatures(backbone.abilities.features())
+    if name is None:
+        return own
+    try:
+        return DINOFeatures(name, device=backbone.device, allow_pickle=settings.allow_pickle)
+    except ModelNotAtHand as error:
+        instead = own or alignment
+        reporter.warn(
+            f"feature_model {name!r} was asked for and is not at hand ({error.reason}): "
+            + (f"distances are over {instead.name} instead" if instead else "no distances")
+        )
+        return own

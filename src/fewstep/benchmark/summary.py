@@ -81,6 +81,7 @@ def sum_up(
             plain=plain.id if plain else None,
             speedup_vs_plain=speedup(others.plain),
             **_alignment_figures(found, others),
+            **_preference_figures(found, others),
             **_answer_figures(found, others),
         )
         rows += _rows(found, others, prompts, summary[arm.id])
@@ -100,6 +101,7 @@ def sum_up(
         adapter=dict(plan.adapter) if plan.adapter else None,
         adapters={one.entry.id: dict(one.facts) for one in plan.adapters.further},
         alignment_model=plan.alignment.name if plan.alignment else None,
+        preference_model=plan.preference.name if plan.preference else None,
         prompts=prompts,
         floor=floor,
         feature_extractor=distributions.extractor,
@@ -132,6 +134,17 @@ def _alignment_figures(found: Evaluation, others: _Others) -> dict[str, Any]:
         if other is not None:
             figures[figure] = paired_difference(score, other.found["alignment"]["score"], prompts)
     return figures
+
+
+def _preference_figures(found: Evaluation, others: _Others) -> dict[str, Any]:
+    score, prompts = _of(found, "preference", "score"), found.prompt_numbers
+    if score is None:
+        return {}
+    theirs = _of(others.baseline, "preference", "score") if others.baseline else None
+    return {
+        "preference": bootstrap(score, prompts),
+        "delta_preference": None if theirs is None else paired_difference(score, theirs, prompts),
+    }
 
 
 def _answer_figures(found: Evaluation, others: _Others) -> dict[str, Any]:
@@ -189,6 +202,8 @@ def _rows(found: Evaluation, others: _Others, prompts: Sequence[str], summary: A
                 clip_floor_x100=mean(_of(found, "alignment", "floor")),
                 all_right_share=mean(right.get("all_right")),
                 delta_all_right_vs_baseline=against(others.baseline, "answers", "all_right"),
+                avg_preference=mean(_of(found, "preference", "score")),
+                delta_preference_vs_baseline=against(others.baseline, "preference", "score"),
                 option=found.arm.option,
                 speedup_vs_plain=summary.speedup_vs_plain,
                 delta_clip_vs_plain=against(others.plain, "alignment", "score"),
@@ -230,6 +245,7 @@ def _scores(found: Evaluation) -> list[PictureScore]:
             picture_idx=picture,
             clip_align_x100=at(alignment.get("score"), position),
             clip_floor_x100=at(alignment.get("floor"), position),
+            preference=at(_of(found, "preference", "score"), position),
             right=None if answers is None else {name: bool(values[position]) for name, values in answers.items()},
         )
         for position, (prompt, picture) in enumerate(found.ids)

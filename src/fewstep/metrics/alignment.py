@@ -5,15 +5,13 @@ Reported as 100 x max(0, cos). Beside it stands its floor: the same pictures aga
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from fewstep.errors import CheckpointError
-from fewstep.quiet import quiet_libraries
+from fewstep.metrics.pretrained import as_arrays, load_pretrained
 
 TEXTS_AT_ONCE = 32
 
@@ -26,9 +24,14 @@ class CLIPAlignment:
         device: where to run it; always in fp32, so that scores do not depend on the precision of a run.
         allow_pickle: also take weights that are not safetensors.
         fetch: whether a Hub id that is not in the cache is fetched.
+        flag: that named it, for errors.
+
+    Attributes:
+        logit_scale: what the model multiplies cosines with; PickScore's score is the product.
 
     Raises:
-        CheckpointError: the weights are not at hand, or are not those of a CLIP model.
+        ModelNotAtHand: the weights are not at hand.
+        CheckpointError: they are not those of a CLIP model.
     """
 
     def __init__(
@@ -38,38 +41,24 @@ class CLIPAlignment:
         device: torch.device | str = "cpu",
         allow_pickle: bool = False,
         fetch: bool = True,
+        flag: str = "--clip_model_id",
     ) -> None:
         # Heavy, and only needed by those who score pictures.
-        from huggingface_hub.constants import HF_HUB_CACHE
         from transformers import CLIPImageProcessorPil, CLIPModel, CLIPTokenizer
 
         self.name = str(model)
         self.device = torch.device(device)
-        try:
-            with quiet_libraries():
-                self._model, loading = CLIPModel.from_pretrained(
-                    self.name,
-                    use_safetensors=None if allow_pickle else True,
-                    dtype=torch.float32,
-                    output_loading_info=True,
-                    local_files_only=not fetch,
-                )
-                self._tokenizer = CLIPTokenizer.from_pretrained(self.name, local_files_only=not fetch)
-                self._processor = CLIPImageProcessorPil.from_pretrained(self.name, local_files_only=not fetch)
-        except (OSError, ValueError, KeyError) as error:
-            kept = os.environ.get("HF_HUB_CACHE", HF_HUB_CACHE)
-            raise CheckpointError(
-                f"the CLIP model {self.name!r} is not at hand (looked in {kept}; {_first_line(error)}); run "
-                f"`hf download {self.name}`, or pass --clip_model_id FOLDER, or --clip_model_id none to leave "
-                "alignment out"
-            ) from error
-        missing = sorted(loading["missing_keys"])
-        if missing:
-            raise CheckpointError(
-                f"{self.name!r} lacks {len(missing)} weights of a CLIP model, such as {missing[0]}; allowed is a "
-                "complete CLIPModel in transformers' layout; pass another --clip_model_id"
-            )
-        self._model.to(self.device).eval().requires_grad_(False)
+        self._model, self._tokenizer, self._processor = load_pretrained(
+            self.name,
+            CLIPModel,
+            CLIPTokenizer,
+            CLIPImageProcessorPil,
+            flag=flag,
+            allow_pickle=allow_pickle,
+            fetch=fetch,
+        )
+        self._model.to(self.device)
+        self.logit_scale = float(self._model.logit_scale.exp())
         self._length = int(self._model.config.text_config.max_position_embeddings)
 
     @torch.no_grad()
@@ -93,9 +82,7 @@ class CLIPAlignment:
     @torch.no_grad()
     def images(self, pixels: Tensor) -> Tensor:
         """Embeddings of unit length [B, D] fp32 on the CPU, of pixels [B, 3, H, W]: uint8, or floating in 0 ... 1."""
-        whole = pixels if pixels.dtype == torch.uint8 else (pixels.clamp(0, 1) * 255).round().to(torch.uint8)
-        arrays = list(whole.permute(0, 2, 3, 1).cpu().numpy())
-        inputs = self._processor(images=arrays, input_data_format="channels_last", return_tensors="pt")
+        inputs = self._processor(images=as_arrays(pixels), input_data_format="channels_last", return_tensors="pt")
         found = self._model.get_image_features(pixel_values=inputs["pixel_values"].to(self.device)).pooler_output
         return torch.nn.functional.normalize(found, dim=-1).cpu()
 
@@ -137,8 +124,3 @@ def alignment_and_floor(
         foreign = torch.tensor([[prompts[number] != other for other in prompts] for number in numbers])
         found["floor"] = (scores * foreign).sum(dim=1) / foreign.sum(dim=1)
     return found
-
-
-def _first_line(error: Exception) -> str:
-    text = str(error).strip().splitlines()
-    return text[0].rstrip(".") if text else type(error).__name__

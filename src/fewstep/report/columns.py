@@ -125,7 +125,7 @@ _TABLE: list[tuple[str, str, Callable[[ArmSummary], str]]] = [
     ),
     (
         "Alignment against teacher",
-        "paired difference: same prompt, same noise",
+        "paired difference: same prompt, same noise (real pictures have none)",
         lambda a: _difference(a, a.delta_alignment, 1, 2),
     ),
     (
@@ -138,6 +138,16 @@ _TABLE: list[tuple[str, str, Callable[[ArmSummary], str]]] = [
         "Retention, floor off",
         "(score − floor) over the teacher's (score − floor)",
         lambda a: _share(a.retention_corrected),
+    ),
+    (
+        "Preference",
+        "scaled cosine of the preference model; only differences mean something",
+        lambda a: _spread(a.preference),
+    ),
+    (
+        "Preference against teacher",
+        "paired difference: same prompt, same noise (real pictures have none)",
+        lambda a: _difference(a, a.delta_preference, 1, 2),
     ),
     (
         "Fréchet",

@@ -9,7 +9,7 @@ from dataclasses import replace
 from fewstep.errors import InputError
 from fewstep.records import BenchmarkRecord
 
-ALIKE = ("prompts", "alignment_model", "feature_extractor")
+ALIKE = ("prompts", "alignment_model", "preference_model", "feature_extractor")
 """What two benchmarks must share for their figures to be set side by side."""
 
 

@@ -76,6 +76,8 @@ def _notes(record: BenchmarkRecord) -> list[str]:
     ]
     if record.alignment_model:
         notes.append(f"Alignment by {record.alignment_model}.")
+    if record.preference_model:
+        notes.append(f"Preference by {record.preference_model}.")
     frechet = next((arm.frechet for arm in arms if arm.frechet), None)
     if frechet:
         beside = (

@@ -1,0 +1,71 @@
+"""Models of transformers that judge pictures: opened in fp32, whole, with the Pillow processors of their own."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import torch
+
+from fewstep.errors import CheckpointError
+from fewstep.quiet import quiet_libraries
+
+
+class ModelNotAtHand(CheckpointError):
+    """A judging model that is neither cached nor to be had; ``reason`` says why in a few words."""
+
+    def __init__(self, name: str, flag: str, reason: str) -> None:
+        from huggingface_hub.constants import HF_HUB_CACHE
+
+        kept = os.environ.get("HF_HUB_CACHE", HF_HUB_CACHE)
+        self.reason = f"looked in {kept}; {reason}"
+        super().__init__(
+            f"the model {name!r} of {flag} is not at hand ({self.reason}); run `hf download {name}`, or pass {flag} "
+            "FOLDER"
+        )
+
+
+def load_pretrained(
+    name: str, *parts: Any, flag: str, allow_pickle: bool, fetch: bool = True, **options: Any
+) -> tuple[Any, ...]:
+    """The network and whatever else belongs to it, such as a processor, of a folder or Hub id.
+
+    Args:
+        name: folder or Hub id in transformers' layout.
+        parts: transformers' classes; the first is the network's.
+        flag: that named it.
+        allow_pickle: also take weights that are not safetensors.
+        fetch: whether a Hub id that is not in the cache is fetched.
+        options: for the parts after the first.
+
+    Raises:
+        ModelNotAtHand: not cached and not to be had.
+        CheckpointError: weights are missing in it.
+    """
+    network_class, *others = parts
+    try:
+        with quiet_libraries():
+            network, loading = network_class.from_pretrained(
+                name,
+                use_safetensors=None if allow_pickle else True,
+                dtype=torch.float32,
+                output_loading_info=True,
+                local_files_only=not fetch,
+            )
+            found = [part.from_pretrained(name, local_files_only=not fetch, **options) for part in others]
+    except (OSError, ValueError, KeyError) as error:
+        lines = str(error).strip().splitlines()
+        raise ModelNotAtHand(name, flag, lines[0].rstrip(".") if lines else type(error).__name__) from error
+    missing = sorted(loading["missing_keys"])
+    if missing:
+        raise CheckpointError(
+            f"{name!r} lacks {len(missing)} weights of a {type(network).__name__}, such as {missing[0]}; allowed is a "
+            f"complete one in transformers' layout; pass another {flag}"
+        )
+    return network.eval().requires_grad_(False), *found
+
+
+def as_arrays(pixels: torch.Tensor) -> list[Any]:
+    """Pixels [B, 3, H, W], uint8 or floating in 0 ... 1, as the B arrays uint8 [H, W, 3] that processors take."""
+    whole = pixels if pixels.dtype == torch.uint8 else (pixels.clamp(0, 1) * 255).round().to(torch.uint8)
+    return list(whole.permute(0, 2, 3, 1).cpu().numpy())
