@@ -159,6 +159,13 @@ def test_a_folder_that_is_being_written_to_is_left_alone(base: Backbone, tmp_pat
         assert sorted(path.name for path in (tmp_path / "out").rglob("*")) == before
 
 
+def test_so_is_one_for_the_baseline(base: Backbone, tmp_path: Path) -> None:
+    apart = tmp_path / "apart"
+    with alone_in(apart), pytest.raises(InputError, match="apart' is being written to by process"):
+        benchmark(small(tmp_path, baseline_outdir=apart), backbone=base)
+    assert not (apart / "images").exists()
+
+
 @pytest.mark.slow
 def test_two_processes_share_the_work(shared_base: Backbone, whole: BenchmarkResult, tmp_path: Path) -> None:
     own: Any = shared_base.abilities

@@ -89,7 +89,7 @@ def benchmark(
 
     # From here on things are written.
     with ExitStack() as locks:
-        for folder in {outdir.resolve(), (plan.settings.baseline_outdir or outdir).resolve()} if main else ():
+        for folder in sorted({outdir.resolve(), (plan.settings.baseline_outdir or outdir).resolve()}) if main else ():
             locks.enter_context(alone_in(folder))
         kept = _make_room(plan, processes, listening)
         try:
