@@ -26,6 +26,9 @@ from fewstep.files import write_bytes_atomic, write_text_atomic
 from fewstep.pictures import Cell
 from fewstep.records import ArmTiming
 
+CELLS = "cells"
+"""The folder in outdir with what was found so far."""
+
 KEY, TIMING = "key.json", "timing.json"
 
 

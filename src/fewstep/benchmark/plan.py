@@ -12,6 +12,7 @@ from fewstep import lora
 from fewstep.arms import Arm, check_arms, real_arm, solver_arm, student_arm, teacher_arm
 from fewstep.backbone import Backbone
 from fewstep.benchmark.adapters import Adapters, controls
+from fewstep.benchmark.cells import CELLS
 from fewstep.benchmark.options import Options
 from fewstep.config import BenchSettings
 from fewstep.errors import CheckpointError, InputError
@@ -116,9 +117,11 @@ def make_plan(
         reporter: told what was found.
 
     Raises:
-        InputError: prompts, arms or a base that cannot be used; no adapter to measure.
+        InputError: prompts, arms, options or a base that cannot be used; no adapter to measure; a folder of another
+            kind of run.
         CheckpointError: an adapter that attaches nothing or changes nothing; CLIP weights that are not at hand.
     """
+    _refuse_another_run(settings.outdir)
     prompts = read_prompts(settings)
     named = settings.lora_path is not None or settings.lora_id is not None
     # With a file of adapters the base's own one is not taken unasked.
@@ -157,6 +160,16 @@ def make_plan(
         preference=_preference(settings, backbone, reporter),
         features=_features(settings, backbone, alignment, reporter),
     )
+
+
+def _refuse_another_run(outdir: Path) -> None:
+    """A training run's or a demo's folder would lose its settings, and with them the way to go on."""
+    drawn = any((outdir / name).exists() for name in ("images", CELLS))
+    if (outdir / "settings.toml").exists() and not drawn:
+        raise InputError(
+            f"outdir {str(outdir)!r} holds a run that is no benchmark; allowed is a new folder, or that of a "
+            "benchmark; choose another --outdir"
+        )
 
 
 def _own_prompts(settings: BenchSettings, backbone: Backbone) -> list[str]:

@@ -12,7 +12,7 @@ from accelerate import PartialState
 
 from fewstep.arms import Arm
 from fewstep.backbone import Backbone
-from fewstep.benchmark.cells import ArmCells, Cells, make_room
+from fewstep.benchmark.cells import CELLS, ArmCells, Cells, make_room
 from fewstep.benchmark.cost import time_arm
 from fewstep.benchmark.distribution import measure_distributions
 from fewstep.benchmark.drawing import draw, judges_of, replacing
@@ -36,9 +36,6 @@ from fewstep.report import (
     verdict,
 )
 from fewstep.reporting import SILENT, Bar, Reporter
-
-CELLS = "cells"
-"""The folder in outdir with what was found so far."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -147,11 +144,12 @@ def _make_room(plan: Plan, processes: PartialState, reporter: Reporter) -> dict[
 def _clear(outdir: Path, folders: Iterable[Path], reporter: Reporter) -> None:
     """Take an earlier run's tables away, and its pictures from `folders`: beside this run's they would be wrong."""
     stale = [outdir / name for name in RESULT_FILES if (outdir / name).exists()]
-    if stale and folders:
-        reporter.warn(f"{outdir} holds an earlier benchmark: its tables and pictures are replaced")
+    drawn = [folder for folder in folders if folder.exists()]
+    if drawn:
+        reporter.warn(f"{outdir} holds an earlier benchmark or its pictures: tables and pictures are replaced")
     for path in stale:
         path.unlink()
-    for folder in folders:
+    for folder in drawn:
         shutil.rmtree(folder, ignore_errors=True)
 
 
