@@ -34,7 +34,7 @@ def test_one_runs_page_is_drawn_again_to_the_letter(tmp_path: Path) -> None:
 
 
 def test_two_runs_stand_side_by_side(tmp_path: Path) -> None:
-    one, two = saved(tmp_path / "one"), saved(tmp_path / "two", machine={"device": "another"})
+    one, two = saved(tmp_path / "one"), saved(tmp_path / "two", machine={**record().machine, "device": "another"})
     result = report(ReportSettings(runs=(one, two), outdir=tmp_path / "both"))
     own = record().summary
     students = [name for name, arm in own.items() if arm.arm.adapter]
@@ -48,6 +48,19 @@ def test_two_runs_stand_side_by_side(tmp_path: Path) -> None:
     text = result.file.read_text()
     assert all(f"two-{name}" in text for name in students)
     assert [score.arm for score in result.record.scores] == ["student-4", "two-student-4"]
+
+
+def test_a_run_in_another_precision_keeps_its_own_teacher(tmp_path: Path) -> None:
+    half = {"machine": {**record().machine, "precision": "bfloat16"}}
+    one, two = saved(tmp_path / "one"), saved(tmp_path / "two", **half)
+    result = report(ReportSettings(runs=(one, two), outdir=tmp_path / "both"))
+    own = list(record().summary)
+    assert list(result.record.summary) == [*own, *(f"two-{name}" for name in own)]
+    assert [arm.arm.id for arm in result.record.summary.values() if arm.arm.is_baseline] == ["teacher-50"]
+    assert result.record.summary["two-student-4"].control == "two-base-4"
+    (warned,) = [warning for warning in result.record.warnings if warning.startswith("two ")]
+    assert warned.startswith("two drew in bfloat16, one in float32") and "its own teacher in bfloat16" in warned
+    assert warned in result.file.read_text()
 
 
 def test_other_prompts_cannot_be_compared() -> None:

@@ -17,6 +17,7 @@ from fewstep.arms import Arm, faster_arm
 from fewstep.backbone import Backbone, load_tiny_vae
 from fewstep.config import BenchSettings
 from fewstep.errors import InputError
+from fewstep.quiet import quiet_libraries
 
 TINY_VAE = "tiny-vae"
 PRECISIONS = {"bf16": torch.bfloat16, "fp16": torch.float16}
@@ -108,8 +109,9 @@ class Options:
                 return replace(copy, vae=self._tiny.network)
             case "bf16" | "fp16":
                 # The adapter too: under autocast its fp32 weights would be rounded alike, at every call.
-                for network in (copy.unet, copy.vae, copy.text_encoder):
-                    network.to(PRECISIONS[option])
+                with quiet_libraries():
+                    for network in (copy.unet, copy.vae, copy.text_encoder):
+                        network.to(PRECISIONS[option])
                 return replace(copy, dtype=PRECISIONS[option])
             case _:
                 raise ValueError(f"option {option!r} came; allowed are those of BenchSettings")

@@ -10,6 +10,8 @@ from fewstep.report.verdict import percent, seconds
 
 WIDTH, LEFT, RIGHT = 720, 132, 92
 BAR, GAP = 9, 11
+LETTER = 7
+"""Units that a letter takes, about."""
 
 
 def attribute_bars(arms: Sequence[ArmSummary]) -> str:
@@ -33,7 +35,7 @@ def attribute_bars(arms: Sequence[ArmSummary]) -> str:
                     rows.append(_text(WIDTH - RIGHT + 10, middle + 4, f"{100 * found.value:.0f} %", "start"))
             y += BAR
         y += GAP
-    return _svg("How often each attribute is right", [*_rules(y), *rows], y)
+    return _svg("How often each attribute is right", [*_rules(y), *rows], y, names)
 
 
 def time_bars(arms: Sequence[ArmSummary]) -> str:
@@ -55,7 +57,8 @@ def time_bars(arms: Sequence[ArmSummary]) -> str:
             start += spent / whole
         rows.append(_text(WIDTH - RIGHT + 10, y + BAR, seconds(total), "start"))
         y += BAR + GAP
-    return _svg("Where the time of a batch goes", [*_rules(y), *rows], y) if rows else ""
+    names = [arm.arm.id for arm in arms if arm.timings]
+    return _svg("Where the time of a batch goes", [*_rules(y), *rows], y, names) if rows else ""
 
 
 def _x(share: float) -> float:
@@ -81,6 +84,9 @@ def _rules(bottom: float) -> list[str]:
     return parts
 
 
-def _svg(label: str, parts: Sequence[str], bottom: float) -> str:
-    opening = f'<svg class="plot bars" viewBox="0 0 {WIDTH} {bottom + 22:.0f}" role="img" aria-label="{escape(label)}">'
+def _svg(label: str, parts: Sequence[str], bottom: float, names: Sequence[str]) -> str:
+    """The plot, wider at the left where names need more than `LEFT`."""
+    more = max(0, max(LETTER * len(name) for name in names) + 20 - LEFT)
+    box = f"{-more} 0 {WIDTH + more} {bottom + 22:.0f}"
+    opening = f'<svg class="plot bars" viewBox="{box}" role="img" aria-label="{escape(label)}">'
     return "\n".join([opening, *parts, "</svg>"])

@@ -90,7 +90,8 @@ def frontier(arms: Sequence[ArmSummary]) -> str:
             interval = ""
             if found.low is not None and found.high is not None:
                 top, bottom = (at(second, scale * bound)[1] for bound in (found.high, found.low))
-                parts.append(f'<line class="{role}" x1="{x:.1f}" x2="{x:.1f}" y1="{top:.1f}" y2="{bottom:.1f}"/>')
+                if not ring:  # much the same as the plain arm's
+                    parts.append(f'<line class="{role}" x1="{x:.1f}" x2="{x:.1f}" y1="{top:.1f}" y2="{bottom:.1f}"/>')
                 interval = f" ({scale * found.low:.1f} to {scale * found.high:.1f})"
             told = f"{arm.arm.id}: {scale * found.value:.1f}{interval} at {seconds(second)}"
             parts.append(

@@ -39,8 +39,7 @@ def side_by_side(records: Mapping[str, BenchmarkRecord]) -> tuple[BenchmarkRecor
                     f"the runs {first_name} and {name} have different {what}; allowed are runs of the same prompts, "
                     "judged alike; draw one of them again"
                 )
-        if record.machine != first.machine:
-            warnings.append(f"{name} was timed on another machine or precision than {first_name}: times differ by that")
+        warnings += _odd_about(name, record, first_name, first)
         renamed = {arm: drawn.get(_same_pictures(record, arm)) or f"{_slug(name)}-{arm}" for arm in record.summary}
         for arm, found in record.summary.items():
             new = renamed[arm]
@@ -62,6 +61,20 @@ def side_by_side(records: Mapping[str, BenchmarkRecord]) -> tuple[BenchmarkRecor
     return merged, origins
 
 
+def _odd_about(name: str, record: BenchmarkRecord, first_name: str, first: BenchmarkRecord) -> list[str]:
+    """What sets a run apart from the first one, without forbidding to compare them."""
+    own, theirs = (one.machine.get("precision", "an unknown precision") for one in (record, first))
+    found = []
+    if own != theirs:
+        found.append(
+            f"{name} drew in {own}, {first_name} in {theirs}: all its arms are shown, differences and speed-ups are to "
+            f"its own teacher in {own}"
+        )
+    if {**record.machine, "precision": theirs} != {**first.machine, "precision": theirs}:
+        found.append(f"{name} was timed on another machine than {first_name}: times differ by that")
+    return found
+
+
 def _same_pictures(record: BenchmarkRecord, arm: str) -> object:
     """What makes two runs' arms the same pictures; with an adapter they never count as the same."""
     found = record.summary[arm].arm
@@ -69,6 +82,7 @@ def _same_pictures(record: BenchmarkRecord, arm: str) -> object:
     return (
         found,
         record.base["fingerprint"],
+        record.machine.get("precision"),
         tuple(record.settings.get(name) for name in names),
         id(record) if found.adapter else None,
     )

@@ -154,7 +154,7 @@ def _control(student: ArmSummary, record: BenchmarkRecord) -> str | None:
 
 
 def _options(student: ArmSummary, record: BenchmarkRecord) -> str | None:
-    """The fastest of what was to make it faster, and what that costs."""
+    """The fastest of what was to make it faster, and what that costs; a gain within the timings' spread is none."""
     tried = [
         (arm.speedup_vs_plain, arm)
         for arm in record.summary.values()
@@ -163,8 +163,10 @@ def _options(student: ArmSummary, record: BenchmarkRecord) -> str | None:
     if not tried:
         return None
     speedup, best = max(tried, key=lambda pair: pair[0])
-    if speedup <= 1:
-        return f"Nothing that was tried makes it faster ({', '.join(arm.arm.id for _, arm in tried)})."
+    own, plain = best.timings[0].end_to_end, student.timings[0].end_to_end
+    if plain.median - own.median <= max(own.iqr, plain.iqr):
+        names = ", ".join(arm.arm.id for _, arm in tried)
+        return f"Nothing that was tried makes it faster by more than its timings spread ({names})."
     told = f"Of the options, {best.arm.id} is the fastest: {speedup:.2f} times as fast as {student.arm.id}"
     if best.change_all_right:
         told += f", at {signed(best.change_all_right, 100)} points"
