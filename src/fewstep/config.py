@@ -429,8 +429,18 @@ class BenchSettings(SamplingSettings):
 
     steps: StepCounts = Field((2, 4, 8), description="Step counts of the student.")
     num_prompts: Count = Field(
-        20, description="How many of the base's own prompts to take where no prompt and no file is given."
+        20,
+        description="How many of the data's captions, or of the base's own prompts, to take where no others are given.",
     )
+    dataset_name: Text | None = Field(None, description="Like data_dir, a Hugging Face dataset.")
+    data_dir: Folder | None = Field(
+        None,
+        description="Pictures with captions, laid out as for training: the captions are the prompts, the pictures the "
+        "real ones that arms are measured against.",
+    )
+    image_column: Text | None = Field(None, description="Column of the pictures. Unset: found by its type.")
+    caption_column: Text | None = Field(None, description="Column of the captions. Unset: found by its name.")
+    max_dropped: Share = Field(0.01, description="Share of unusable pictures above which data is refused.")
     compare_baseline: bool = Field(
         False, description="Also draw with the teacher and with the base without adapter at the same few steps."
     )
@@ -476,13 +486,19 @@ class BenchSettings(SamplingSettings):
     frechet_images: CountOrNone | None = Field(
         None,
         description="Reference pictures a prompt for the Fréchet distance; 0 leaves it and the arm of real pictures "
-        "out. Unset: 5 where the base draws pictures of its own, else 0.",
+        "out. Unset: 1 with data, 5 where the base draws pictures of its own, else 0.",
     )
     resume: bool = Field(
         False,
         description="Go on with the benchmark in outdir, stopped or finished: what was drawn and timed is not done "
         "again. Steps, adapters and options may have come to it, nothing else may have changed.",
     )
+
+    @model_validator(mode="after")
+    def _prompts_from_one_place(self) -> Self:
+        for first, second in combinations(("dataset_name", "data_dir", "prompts_file", "prompt"), 2):
+            _forbid_both(self, first, second, "leave one out")
+        return self
 
 
 class AdapterEntry(Checked):

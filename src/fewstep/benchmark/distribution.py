@@ -13,8 +13,9 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from fewstep.benchmark.drawing import features_among, looks_of
 from fewstep.benchmark.plan import Plan
-from fewstep.benchmark.real import RealPictures, looks_of, looks_through_vae
+from fewstep.benchmark.real import through_vae
 from fewstep.metrics.frechet import frechet_distance
 from fewstep.metrics.halves import Distance, half_sample_distances, half_samples, with_spread
 from fewstep.metrics.intervals import bootstrap
@@ -84,44 +85,44 @@ def measure_distributions(plan: Plan, evaluations: Mapping[str, Evaluation], rep
 
 
 def _judged(found: Evaluation) -> _Pictures | None:
-    alignment, features, vae = (found.found.get(judge, {}) for judge in ("alignment", "features", "through_vae"))
-    embeddings = alignment.get("embedding")
-    raw = features.get("all", embeddings)
-    if raw is None:
-        return None
-    if found.arm.is_drawn:
-        return _Pictures(raw, embeddings, raw, found.prompt_numbers)
-    embeddings = vae.get("embedding")
-    return _Pictures(_features(vae), embeddings, raw, found.prompt_numbers, is_real=True)
-
-
-def _features(looks: Mapping[str, Tensor]) -> Tensor:
-    return looks["features"] if "features" in looks else looks["embedding"]
+    others = found.found.get("others")
+    if others:
+        return _Pictures(
+            features_among(others), others.get("embedding"), others["raw"], found.prompt_numbers, is_real=True
+        )
+    embeddings = found.found.get("alignment", {}).get("embedding")
+    features = found.found.get("features", {}).get("all", embeddings)
+    return None if features is None else _Pictures(features, embeddings, features, found.prompt_numbers)
 
 
 def _references(plan: Plan, reporter: Reporter) -> _Pictures | None:
     """Reference pictures of the same captions; None where they were not asked for or cannot be had."""
-    settings, prompts = plan.settings, len(plan.prompts)
-    each = settings.frechet_images or 0
-    if each == 0:
+    settings, prompts, real = plan.settings, len(plan.prompts), plan.real
+    if not settings.frechet_images:
         return None
-    if plan.backbone.abilities is None:
-        reporter.warn(f"no Fréchet distance: the base {plan.backbone.name} brings no features and no pictures")
+    if real is None:
+        reporter.warn(
+            f"no Fréchet distance: the base {plan.backbone.name} makes no real pictures; pass some with --data_dir"
+        )
         return None
-    if min(each, settings.num_images) * prompts < 2:
+    if plan.features is None and plan.alignment is None:
+        reporter.warn("no Fréchet distance: there are no features to take it between")
+        return None
+    if min(real.references, settings.num_images) * prompts < 2:
         reporter.warn("no Fréchet distance: it takes at least two pictures")
         return None
-    pictures, ids = RealPictures(plan, each, settings.seed), picture_ids(prompts, each)
-    raw, through_vae = [], []
+    ids = picture_ids(prompts, real.references)
+    raw, found = [], []
     with reporter.progress("reference pictures", len(ids)) as bar:
         for start in range(0, len(ids), settings.batch_size):
-            batch = pictures.batch(ids[start : start + settings.batch_size], lambda: None)
-            raw.append(_features(looks_of(plan, batch.pixels)))
-            through_vae.append(looks_through_vae(plan, batch))
-            bar.advance(len(batch.ids))
-    looks = {name: torch.cat([one[name] for one in through_vae]) for name in through_vae[0]}
+            some = ids[start : start + settings.batch_size]
+            pixels = real.reference(some)
+            raw.append(features_among(looks_of(plan, pixels)))
+            found.append(looks_of(plan, through_vae(plan.backbone, pixels)))
+            bar.advance(len(some))
+    looks = {name: torch.cat([one[name] for one in found]) for name in found[0]}
     return _Pictures(
-        _features(looks), looks.get("embedding"), torch.cat(raw), [prompt for prompt, _ in ids], is_real=True
+        features_among(looks), looks.get("embedding"), torch.cat(raw), [prompt for prompt, _ in ids], is_real=True
     )
 
 

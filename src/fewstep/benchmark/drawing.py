@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 from torch import Tensor
@@ -12,7 +13,7 @@ from torch import Tensor
 from fewstep.arms import Arm
 from fewstep.benchmark.cells import ArmCells
 from fewstep.benchmark.plan import Plan
-from fewstep.benchmark.real import RealPictures, looks_through_vae
+from fewstep.benchmark.real import Ids, RealPictures, latents_of, through_vae
 from fewstep.files import replace_folder_atomic
 from fewstep.metrics.alignment import CLIPAlignment, alignment_and_floor
 from fewstep.metrics.saturation import latent_moments
@@ -28,6 +29,7 @@ from fewstep.pictures import (
 )
 from fewstep.report import picture_path, save_picture
 from fewstep.reporting import Reporter
+from fewstep.solver import OnStep
 
 
 @contextmanager
@@ -77,6 +79,35 @@ def _preference_judge(model: CLIPAlignment, prompts: Sequence[str]) -> Judge:
     return preferred
 
 
+def looks_of(plan: Plan, pixels: Tensor) -> dict[str, Tensor]:
+    """What distances are taken between, of pixels uint8 [B, 3, H, W]: "features", "embedding", as far as they exist."""
+    found = {}
+    if plan.features is not None:
+        found["features"] = plan.features(pixels)
+    if plan.alignment is not None:
+        found["embedding"] = plan.alignment.images(pixels)
+    return found
+
+
+def features_among(looks: Mapping[str, Tensor]) -> Tensor:
+    """The features; the alignment model's embeddings where there are none."""
+    return looks["features"] if "features" in looks else looks["embedding"]
+
+
+def _real_batch(plan: Plan, real: RealPictures, ids: Ids, on_step: OnStep) -> PictureBatch:
+    """Real pictures as if they had been drawn, in no time."""
+    pixels = real.shown(ids)
+    on_step()
+    prompts = tuple(plan.prompts[prompt] for prompt, _ in ids)
+    return PictureBatch(tuple(ids), prompts, latents_of(plan.backbone, pixels), pixels, 0.0)
+
+
+def _others(plan: Plan, real: RealPictures, batch: PictureBatch) -> dict[str, Tensor]:
+    """`looks_of` other real pictures after the VAE, and "raw", their features before it."""
+    pixels = real.others(batch.ids)
+    return looks_of(plan, through_vae(plan.backbone, pixels)) | {"raw": features_among(looks_of(plan, pixels))}
+
+
 def draw(
     plan: Plan,
     arm: Arm,
@@ -88,7 +119,7 @@ def draw(
 ) -> Evaluation:
     """An arm's pictures, saved and judged, batch by batch; a batch that was finished before is not drawn again.
 
-    Real pictures are judged by "through_vae" as well, see `looks_through_vae`.
+    Real pictures have a judge more, "others": what their distances are taken between.
     """
     settings, folder = plan.settings, plan.folders[arm.id]
 
@@ -96,15 +127,16 @@ def draw(
         for (prompt, picture), pixels in zip(batch.ids, batch.pixels, strict=True):
             save_picture(picture_path(folder, prompt, picture), pixels.permute(1, 2, 0).numpy())
 
-    if not arm.is_drawn:
+    if not arm.is_drawn and plan.real is not None:
+        if plan.features is not None or plan.alignment is not None:
+            judges = {**judges, "others": partial(_others, plan, plan.real)}
         return evaluate_batches(
-            # Another seed than that of the references, which they are compared with.
-            RealPictures(plan, settings.num_images, settings.seed + 1).batch,
+            partial(_real_batch, plan, plan.real),
             arm,
             prompts=len(plan.prompts),
             pictures_per_prompt=settings.num_images,
             batch_size=settings.batch_size,
-            judges={**judges, "through_vae": lambda batch: looks_through_vae(plan, batch)},
+            judges=judges,
             on_batch=save,
             kept=cells,
             share=share,

@@ -14,6 +14,7 @@ from fewstep.backbone import Backbone
 from fewstep.benchmark.adapters import Adapters, controls
 from fewstep.benchmark.cells import CELLS
 from fewstep.benchmark.options import Options
+from fewstep.benchmark.real import DataPictures, OwnPictures, RealPictures, pictures_of_data
 from fewstep.config import BenchSettings
 from fewstep.errors import CheckpointError, InputError
 from fewstep.metrics.alignment import CLIPAlignment
@@ -42,6 +43,7 @@ class Plan:
         options: what may make arms faster.
         arms: in the order in which they are drawn and shown.
         prompts: their texts.
+        real: pictures of the same captions that no arm drew; None where there are none, or none are wanted.
         alignment: the alignment model; None where it is left out.
         preference: the model that tells which picture people would prefer; None where it was not asked for, or is
             not at hand.
@@ -55,6 +57,7 @@ class Plan:
     options: Options
     arms: tuple[Arm, ...]
     prompts: tuple[str, ...]
+    real: RealPictures | None
     alignment: CLIPAlignment | None
     preference: CLIPAlignment | None
     features: Features | None
@@ -85,6 +88,7 @@ class Plan:
             "preference_model": self.preference.name if self.preference else None,
             "features": self.features.name if self.features else None,
             "prompts": list(self.prompts),
+            "real_pictures": self.real.key if self.real else None,
         }
 
     def key_of(self, arm: Arm) -> dict[str, str | None]:
@@ -134,13 +138,19 @@ def make_plan(
         reporter=reporter,
     )
     backbone = opened.backbone
+    data = pictures_of_data(settings, backbone, reporter)
     if prompts is None:
-        prompts = _own_prompts(settings, backbone)
-    settings = _resolved(settings, backbone)
+        prompts = data.prompts if data else _own_prompts(settings, backbone)
+    settings = _resolved(settings, backbone, data)
     adapters = Adapters(settings, backbone, opened.source, reporter)
     options = Options(settings, backbone)
     arms = options.beside(arms or _arms(settings, backbone, adapters, with_student=wants_adapter))
-    if settings.frechet_images and backbone.abilities is not None:
+    real: RealPictures | None = data
+    if data is None and backbone.abilities is not None:
+        real = OwnPictures(backbone.abilities, prompts, settings)
+    if not settings.frechet_images:
+        real = None
+    if real is not None:
         arms = (*arms, real_arm())
     check_arms(arms, settings.negative_prompt)
     warn_of_prompts(prompts, backbone, reporter)
@@ -156,6 +166,7 @@ def make_plan(
         options=options,
         arms=arms,
         prompts=tuple(prompts),
+        real=real,
         alignment=alignment,
         preference=_preference(settings, backbone, reporter),
         features=_features(settings, backbone, alignment, reporter),
@@ -175,15 +186,15 @@ def _refuse_another_run(outdir: Path) -> None:
 def _own_prompts(settings: BenchSettings, backbone: Backbone) -> list[str]:
     if backbone.abilities is None:
         raise InputError(
-            f"no prompt came and the base {backbone.name} brings none; allowed is --prompt TEXT or --prompts_file FILE "
-            "with a prompt a line; add one of the two"
+            f"no prompt came and the base {backbone.name} brings none; allowed is --prompt TEXT, --prompts_file FILE "
+            "with a prompt a line, or --data_dir FOLDER with pictures and captions; add one of them"
         )
     return backbone.abilities.prompts(settings.num_prompts, settings.seed)
 
 
-def _resolved(settings: BenchSettings, backbone: Backbone) -> BenchSettings:
-    """What was left open is the base's."""
-    own_pictures = 0 if backbone.abilities is None else REFERENCES
+def _resolved(settings: BenchSettings, backbone: Backbone, data: DataPictures | None) -> BenchSettings:
+    """What was left open is the base's, or the data's."""
+    own_pictures = data.references if data else 0 if backbone.abilities is None else REFERENCES
     return settings.replace(
         base_model=backbone.name,
         resolution=settings.resolution or backbone.resolution,

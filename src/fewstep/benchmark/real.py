@@ -1,61 +1,145 @@
-"""Real pictures of the same captions: what the arms are measured against, and the ceiling beside them.
-
-They are the base's own making. Their distances are taken after they went through the VAE, as the arms' pictures do, so
-that what the VAE loses is held against nobody; alignment and answer key see them as they are.
-"""
+"""Real pictures of the same captions: what the arms are measured against, and the ceiling beside them."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import cached_property
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from fewstep.benchmark.plan import Plan
-from fewstep.pictures import PictureBatch, as_bytes
-from fewstep.solver import OnStep
+from fewstep.backbone import Abilities, Backbone
+from fewstep.config import BenchSettings
+from fewstep.data import PictureData, open_data
+from fewstep.errors import InputError
+from fewstep.pictures import as_bytes
+from fewstep.randomness import generator
+from fewstep.reporting import Reporter
+
+Ids = Sequence[tuple[int, int]]
+"""(prompt number, picture number) of B pictures."""
 
 
-class RealPictures:
-    """`each` real pictures for every prompt, made when the first one is asked for.
+class RealPictures(Protocol):
+    """Real pictures of a benchmark's prompts, each method's uint8 [B, 3, H, W]."""
 
-    Args:
-        plan: whose base makes them.
-        each: how many a prompt.
-        seed: other seeds give other pictures.
-    """
+    @property
+    def key(self) -> str | None:
+        """What tells them from others of the same prompts and the same seed."""
+        ...
 
-    def __init__(self, plan: Plan, each: int, seed: int) -> None:
-        self._plan, self._each, self._seed = plan, each, seed
+    @property
+    def references(self) -> int:
+        """Reference pictures a prompt."""
+        ...
+
+    def shown(self, ids: Ids) -> Tensor:
+        """Those that stand beside the arms."""
+        ...
+
+    def reference(self, ids: Ids) -> Tensor:
+        """Those that distances are taken to."""
+        ...
+
+    def others(self, ids: Ids) -> Tensor:
+        """None of the references, as many as an arm draws: their distance is what it is when nothing is wrong."""
+        ...
+
+
+class OwnPictures:
+    """Pictures that the base makes itself, as many of a caption as are wanted."""
+
+    key = None
+
+    def __init__(self, abilities: Abilities, prompts: Sequence[str], settings: BenchSettings) -> None:
+        self._abilities, self._prompts, self._settings = abilities, list(prompts), settings
+        self.references = settings.frechet_images or 0
+
+    def _made(self, each: int, seed: int) -> Tensor:
+        """`each` of every prompt, prompt by prompt."""
+        made = self._abilities.reference_pictures(self._prompts, each, seed)
+        return torch.from_numpy(made).permute(0, 3, 1, 2).contiguous()
 
     @cached_property
-    def _pixels(self) -> Tensor:
-        """uint8 [P · each, 3, H, W], prompt by prompt."""
-        abilities = self._plan.backbone.abilities
-        assert abilities is not None
-        drawn = abilities.reference_pictures(list(self._plan.prompts), self._each, self._seed)
-        return torch.from_numpy(drawn).permute(0, 3, 1, 2).contiguous()
+    def _shown(self) -> Tensor:
+        return self._made(self._settings.num_images, self._settings.seed + 1)  # not the references
 
-    def batch(self, ids: Sequence[tuple[int, int]], on_step: OnStep) -> PictureBatch:
-        """The pictures of these (prompt number, picture number), with their latents; it takes no time."""
-        pixels = self._pixels[[prompt * self._each + picture for prompt, picture in ids]]
-        backbone = self._plan.backbone
-        latents = backbone.encode((pixels.float() / 127.5 - 1).to(backbone.device)).cpu()
-        on_step()
-        return PictureBatch(tuple(ids), tuple(self._plan.prompts[prompt] for prompt, _ in ids), latents, pixels, 0.0)
+    @cached_property
+    def _reference(self) -> Tensor:
+        return self._made(self.references, self._settings.seed)
 
+    def shown(self, ids: Ids) -> Tensor:
+        return self._shown[[prompt * self._settings.num_images + picture for prompt, picture in ids]]
 
-def looks_of(plan: Plan, pixels: Tensor) -> dict[str, Tensor]:
-    """What distances are taken between, of pixels uint8 [B, 3, H, W]: "features", "embedding", as far as they exist."""
-    found = {}
-    if plan.features is not None:
-        found["features"] = plan.features(pixels)
-    if plan.alignment is not None:
-        found["embedding"] = plan.alignment.images(pixels)
-    return found
+    def reference(self, ids: Ids) -> Tensor:
+        return self._reference[[prompt * self.references + picture for prompt, picture in ids]]
+
+    def others(self, ids: Ids) -> Tensor:
+        return self.shown(ids)
 
 
-def looks_through_vae(plan: Plan, batch: PictureBatch) -> dict[str, Tensor]:
-    """`looks_of` pictures after the VAE."""
-    return looks_of(plan, as_bytes(plan.backbone.decode(batch.latents)))
+class DataPictures:
+    """The pictures of a data set, one a caption; the others are as many of its further pictures.
+
+    Args:
+        data: the pictures.
+        fingerprint: of their content.
+        settings: how many are wanted, and the seed that picks them.
+
+    Raises:
+        InputError: more prompts than the data has pictures for, or several pictures or references a caption.
+        DataError: a picture that cannot be read.
+    """
+
+    references = 1
+
+    def __init__(self, data: PictureData, fingerprint: str, settings: BenchSettings) -> None:
+        for name in ("num_images", "frechet_images"):
+            if (getattr(settings, name) or 0) > 1:
+                raise InputError(
+                    f"{name} {getattr(settings, name)} came with data, which has one real picture a caption; allowed "
+                    "is 1; raise --num_prompts instead"
+                )
+        if len(data) < 2 * settings.num_prompts:
+            raise InputError(
+                f"num_prompts {settings.num_prompts} came, the data has {len(data)} pictures; allowed are at most half "
+                "as many prompts, for real pictures are compared with as many other ones; lower --num_prompts"
+            )
+        self._data, self.key = data, fingerprint
+        picked = torch.randperm(len(data), generator=generator(settings.seed, "real pictures")).tolist()
+        self._own, self._others = picked[: settings.num_prompts], picked[settings.num_prompts :]
+        self.prompts = [data.item(index)[1][0] for index in self._own]
+
+    def shown(self, ids: Ids) -> Tensor:
+        return self._read(self._own[prompt] for prompt, _ in ids)
+
+    def reference(self, ids: Ids) -> Tensor:
+        return self.shown(ids)
+
+    def others(self, ids: Ids) -> Tensor:
+        return self._read(self._others[prompt] for prompt, _ in ids)
+
+    def _read(self, indices: Iterable[int]) -> Tensor:
+        pictures = [torch.from_numpy(self._data.item(index)[0]) for index in indices]
+        return torch.stack(pictures).permute(0, 3, 1, 2).contiguous()
+
+
+def pictures_of_data(settings: BenchSettings, backbone: Backbone, reporter: Reporter) -> DataPictures | None:
+    """The pictures and captions of the data set that the settings name; None where they name none."""
+    if settings.data_dir is None and settings.dataset_name is None:
+        return None
+    opened = open_data(settings, backbone, reporter=reporter)
+    for line in opened.report.lines():
+        reporter.say(line)
+    return DataPictures(opened.data, opened.fingerprint, settings)
+
+
+def latents_of(backbone: Backbone, pixels: Tensor) -> Tensor:
+    """The VAE's latents fp32 on the CPU of pixels uint8 [B, 3, H, W]."""
+    return backbone.encode((pixels.float() / 127.5 - 1).to(backbone.device)).cpu()
+
+
+def through_vae(backbone: Backbone, pixels: Tensor) -> Tensor:
+    """Pixels uint8 [B, 3, H, W] after the VAE, as an arm's pictures are: what it loses is held against nobody."""
+    return as_bytes(backbone.decode(latents_of(backbone, pixels)))
