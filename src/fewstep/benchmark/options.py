@@ -53,7 +53,7 @@ class Options:
         Raises:
             InputError: options, and no adapter to draw with.
         """
-        students = [arm for arm in arms if arm.role == "student"]
+        students = [arm for arm in arms if arm.role == "student" and arm.option is None]
         if self._names and not students:
             raise InputError(
                 f"{self._names[0]} came, but no student is drawn that it could make faster; allowed is an option where "

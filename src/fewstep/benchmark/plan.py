@@ -21,7 +21,7 @@ from fewstep.metrics.alignment import CLIPAlignment
 from fewstep.metrics.features import DINOFeatures, Features, OwnFeatures
 from fewstep.metrics.pretrained import ModelNotAtHand
 from fewstep.opening import open_base, read_prompts, warn_of_prompts
-from fewstep.report import arm_folder
+from fewstep.report import RECORD_FILE, arm_folder
 from fewstep.reporting import Reporter
 
 REFERENCES = 5
@@ -175,8 +175,8 @@ def make_plan(
 
 def _refuse_another_run(outdir: Path) -> None:
     """A training run's or a demo's folder would lose its settings, and with them the way to go on."""
-    drawn = any((outdir / name).exists() for name in ("images", CELLS))
-    if (outdir / "settings.toml").exists() and not drawn:
+    known = any((outdir / name).exists() for name in ("images", CELLS, RECORD_FILE))
+    if (outdir / "settings.toml").exists() and not known:
         raise InputError(
             f"outdir {str(outdir)!r} holds a run that is no benchmark; allowed is a new folder, or that of a "
             "benchmark; choose another --outdir"
