@@ -18,7 +18,9 @@ from tests.benchmark.test_benchmark import pixels, settings, table
 
 def test_preference_and_features_by_name(base: Backbone, tmp_path: Path) -> None:
     dino, clip = make_dino(tmp_path / "dino"), base.abilities.alignment_model()  # type: ignore[union-attr]
-    asked = settings(tmp_path, steps=(1,), solver_steps=0, preference_model=str(clip), feature_model=str(dino))
+    asked = settings(
+        tmp_path, steps=(1,), solver_steps=0, timing_repeats=1, preference_model=str(clip), feature_model=str(dino)
+    )
     result = benchmark(asked, backbone=base)
     record, student = result.record, result.record.summary["student-1"]
     assert (record.preference_model, record.feature_extractor) == (str(clip), str(dino))

@@ -14,7 +14,7 @@ import torch
 from fewstep import lora
 from fewstep.arms import base_arm
 from fewstep.backbone import Backbone
-from fewstep.benchmark import BenchmarkResult, benchmark, options
+from fewstep.benchmark import BenchmarkResult, benchmark, cost, options
 from fewstep.config import BenchSettings
 from fewstep.errors import CheckpointError, InputError
 from fewstep.report import picture_path
@@ -80,6 +80,7 @@ def run(
 ) -> Iterator[BenchmarkResult]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(options, "BACKEND", "eager")  # the compiler itself takes minutes
+        patch.setattr(cost, "_matrix_rate", lambda device, dtype: 1e10)  # seconds in bf16
         folder = tmp_path_factory.mktemp("run")
         yield benchmark(asked(folder, fast_options=FAST, tiny_vae=str(tiny)), backbone=attached)
 

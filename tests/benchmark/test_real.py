@@ -35,7 +35,7 @@ def bare(base: Backbone, tmp_path: Path) -> tuple[Backbone, dict[str, object]]:
     adapter = make_adapter(tmp_path / "adapter", base)
     clip = base.abilities.alignment_model()  # type: ignore[union-attr]
     plain = {"prompts_file": None, "num_prompts": 5, "num_images": 1, "frechet_images": None, "lora_path": adapter,
-             "clip_model_id": str(clip), "steps": (1,), "solver_steps": 0}  # fmt: skip
+             "clip_model_id": str(clip), "steps": (1,), "solver_steps": 0, "timing_repeats": 1}  # fmt: skip
     return replace(base, abilities=None), plain
 
 
