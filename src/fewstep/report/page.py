@@ -93,7 +93,8 @@ def _notes(record: BenchmarkRecord) -> list[str]:
     if record.feature_extractor:
         notes.append(
             f"Distances, precision, recall, diversity and faithfulness over {record.feature_extractor}; CMMD over the "
-            "alignment model's embeddings. Precision and recall depend on N."
+            "alignment model's embeddings. Pictures are resized by the models' own preprocessing. Precision and recall "
+            "depend on N."
         )
     if record.real:
         notes.append(
