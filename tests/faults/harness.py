@@ -173,6 +173,10 @@ def is_writing_a_checkpoint(folder: Path, since: float = 0.0) -> bool:
         return False
 
 
+OF_THE_MACHINE = ("_per_second", "_seconds", "_bytes", "utilisation")
+"""Ends of the names of figures that no two runs share."""
+
+
 def contents(folder: Path) -> dict[str, Any]:
     """What two runs have to have in common to be the same run, bit for bit: adapter, state, history, previews."""
     lora = folder / "lora"
@@ -180,7 +184,7 @@ def contents(folder: Path) -> dict[str, Any]:
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     return {
         **{path.relative_to(folder).as_posix(): path.read_bytes() for path in files},
-        "history": [row | {"pictures_per_second": 0} for row in rows],
+        "history": [{key: row[key] for key in row if not key.endswith(OF_THE_MACHINE)} for row in rows],
         "leftovers": [path.name for path in folder.rglob(".*")],
     }
 
