@@ -37,9 +37,15 @@ from fewstep.scenes.alignment import alignment_losses, build_alignment_model, sa
 from fewstep.scenes.attributes import sample_attributes
 from fewstep.scenes.captions import random_caption
 from fewstep.scenes.denoiser import CAPTION_DROPOUT, SCHEDULER, Denoiser, denoiser_losses, latents_of
-from fewstep.scenes.drawings import drawn_in_chunks, drawn_pixels, numbered_attributes, numbered_drawing
+from fewstep.scenes.drawings import (
+    drawn_in_chunks,
+    drawn_pixels,
+    flawed_drawings,
+    numbered_attributes,
+    numbered_drawing,
+)
 from fewstep.scenes.export import save_base, save_defaults
-from fewstep.scenes.judge import CLASSES, Judge, judge_losses, labels, save_judge, soften
+from fewstep.scenes.judge import CLASSES, SOFTNESS, Judge, judge_losses, labels, save_judge, soften, whiten_features
 from fewstep.scenes.landmarks import numbered_landmarks, standardised_levels
 from fewstep.scenes.layout import FLAWS, parameters
 from fewstep.scenes.loop import Plan, averaged, batch_indices, run
@@ -49,6 +55,9 @@ from fewstep.schedule import NoiseSchedule
 
 GUIDANCES = (1.5, 2.0, 3.0, 4.5, 6.0, 7.5)
 """Swept for the teacher's default; ties go to the lower."""
+
+WHITENED = 4_096
+"""Drawings over which the judge's features are made uncorrelated with variance 1."""
 
 STAGES = ("vae", "judges", "denoiser", "refine")
 
@@ -84,7 +93,7 @@ SIZES = {
         proved=256,
         minutes={"vae": 35, "judges": 20, "denoiser": 80, "refine": 85},
         vae=Plan(steps=4_200, batch_size=8, learning_rate=2e-3, ema_decay=0.998),
-        judge=Plan(steps=2_200, batch_size=64, learning_rate=2e-3),
+        judge=Plan(steps=2_200, batch_size=64, parts=2, learning_rate=2e-3),
         alignment=Plan(steps=500, batch_size=96, learning_rate=1e-3),
         text=Plan(steps=400, batch_size=64, learning_rate=1e-3, ema_decay=0.98),
         denoiser=Plan(steps=4_900, batch_size=64, parts=2, learning_rate=2e-3, ema_decay=0.999),
@@ -100,7 +109,7 @@ SIZES = {
         proved=8,
         minutes=dict.fromkeys(STAGES, 1),
         vae=Plan(steps=20, batch_size=4, learning_rate=2e-3, ema_decay=0.9),
-        judge=Plan(steps=10, batch_size=8, learning_rate=2e-3, ema_decay=0.9),
+        judge=Plan(steps=10, batch_size=8, parts=2, learning_rate=2e-3, ema_decay=0.9),
         alignment=Plan(steps=6, batch_size=8, learning_rate=1e-3, ema_decay=0.9),
         text=Plan(steps=6, batch_size=8, learning_rate=1e-3, ema_decay=0.9),
         denoiser=Plan(steps=20, batch_size=8, parts=2, learning_rate=1e-3, ema_decay=0.9),
@@ -213,8 +222,7 @@ class _Workshop:
         with self.reporter.progress("labels", total) as bar:
             examples = []
             pixels = np.empty((total, 128, 128, 3), np.uint8)
-            for index, flaw in enumerate(kinds):
-                drawing = numbered_drawing(self.train_seed, index, flaw=flaw)
+            for index, drawing in enumerate(flawed_drawings(self.train_seed, kinds)):
                 pixels[index] = drawing.pixels
                 examples.append((labels(drawing), parameters(drawing.attributes, drawing.layout)))
                 bar.advance()
@@ -230,14 +238,15 @@ class _Workshop:
         everything = np.concatenate([pixels, rebuilt])
         origin = torch.cat([torch.arange(total), source])
         torch.manual_seed(self.seed)
-        judge = Judge(self.size, numbers.shape[1] + 2)
+        judge = Judge(self.size, numbers.shape[1] + SOFTNESS)
 
-        def loss(step: int, _part: int) -> dict[str, Tensor]:
-            picked = batch_indices(self.seed, step, plan.batch_size, len(everything)).sort().values
-            random = generator(self.seed, "soften", step)
-            soft = torch.rand(plan.batch_size, generator=random) < 0.4
-            sigma = torch.rand(plan.batch_size, generator=random) * 1.6 * soft
-            contrast = 1 + (torch.rand(plan.batch_size, generator=random) - 0.5) * 0.4 * soft
+        def loss(step: int, part: int) -> dict[str, Tensor]:
+            picked = batch_indices(self.seed, step, plan.batch_size, len(everything)).chunk(plan.parts)[part]
+            picked = picked.sort().values
+            random = generator(self.seed, "soften", step, part)
+            soft = torch.rand(len(picked), generator=random) < 0.4
+            sigma = torch.rand(len(picked), generator=random) * 1.6 * soft
+            contrast = 1 + (torch.rand(len(picked), generator=random) - 0.5) * 0.4 * soft
             batch = soften((to_pixels(everything[picked.numpy()]) + 1) / 2, sigma, contrast)
             rows = origin[picked]
             # A reconstruction's own blur is unknown: its sharpness is not regressed.
@@ -248,6 +257,8 @@ class _Workshop:
                 return judge_losses(judge, batch, {name: values[rows] for name, values in targets.items()}, wanted)
 
         run(judge, loss, plan, self.work / "judge", self.reporter)
+        real = to_pixels(pixels[: min(sizes.drawings, WHITENED)])
+        whiten_features(judge, torch.cat([judge((some + 1) / 2)[1] for some in real.split(64)]))
         save_judge(judge, self.size, self.out / "judge")
         test = [numbered_drawing(self.test_seed, index, "unseen") for index in range(sizes.tested)]
         return measure.reading(judge, vae, test)

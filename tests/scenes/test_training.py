@@ -14,7 +14,7 @@ from torch import nn
 from fewstep.config import PretrainSettings
 from fewstep.pretrain import pretrain
 from fewstep.reporting import SILENT
-from fewstep.scenes.judge import gaussian_blur, load_judge, soften
+from fewstep.scenes.judge import Judge, gaussian_blur, load_judge, soften, whiten_features
 from fewstep.scenes.loop import Plan, batch_indices, run
 from fewstep.scenes.text import build_tokenizer
 from fewstep.scenes.vae import build_vae, fold_latent_statistics
@@ -94,6 +94,22 @@ def test_a_batch_in_parts_trains_as_the_whole_batch_does(tmp_path: Path) -> None
     assert not torch.allclose(untrained.weight, whole[0].weight, atol=1e-2)  # type: ignore[index]
     for a, b in zip(whole.parameters(), halves.parameters(), strict=True):
         torch.testing.assert_close(a, b, atol=1e-6, rtol=1e-5)
+
+
+def test_whitening_changes_the_features_scale_and_nothing_else() -> None:
+    torch.manual_seed(0)
+    judge = Judge("tiny", 7).eval()
+    pictures = torch.rand(300, 3, 128, 128)
+    with torch.no_grad():
+        reading, features, parameters = judge(pictures)
+        whiten_features(judge, features)
+        again, white, same = judge(pictures)
+    torch.testing.assert_close(white.mean(0), torch.zeros(64), atol=1e-3, rtol=0)
+    covariance = torch.cov(white.T.double())
+    torch.testing.assert_close(covariance.diagonal(), torch.ones(64).double(), atol=0.05, rtol=0)
+    assert (covariance - torch.diag(covariance.diagonal())).abs().max() < 0.05
+    torch.testing.assert_close(same, parameters, atol=1e-3, rtol=1e-3)
+    assert all(torch.equal(reading[name], again[name]) for name in reading)
 
 
 def test_softening_blurs_and_flattens() -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import multiprocessing
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
@@ -41,6 +41,16 @@ def numbered_drawing(
 
 def _pixels(seed: int, index: int) -> np.ndarray:
     return numbered_drawing(seed, index).pixels
+
+
+def flawed_drawings(seed: int, kinds: Sequence[Flaw | None]) -> Iterator[Drawing]:
+    """Drawing i of `seed` with the flaw `kinds[i]`, in order, drawn on all cores."""
+    with multiprocessing.get_context("spawn").Pool() as pool:
+        yield from pool.imap(partial(_flawed, seed), enumerate(kinds), chunksize=64)
+
+
+def _flawed(seed: int, numbered: tuple[int, Flaw | None]) -> Drawing:
+    return numbered_drawing(seed, numbered[0], flaw=numbered[1])
 
 
 def drawn_in_chunks(seed: int, count: int, chunk: int = 64) -> Iterator[np.ndarray]:

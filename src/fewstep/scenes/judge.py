@@ -3,8 +3,10 @@
 One convolutional trunk with two heads. The *reader* classifies what a caption can ask for and counts
 buildings and lights; the *features* are a 64-dimensional bottleneck from which all drawing parameters,
 captioned or not, and the picture's sharpness and contrast are regressed, so that a distance between
-feature distributions sees exactly what few sampling steps destroy. It is trained on drawings and on VAE
-reconstructions of drawings, never on generated pictures.
+feature distributions sees exactly what few sampling steps destroy. Over real drawings the features are
+uncorrelated with variance 1: what hardly varies among real pictures, such as their sharpness, weighs the
+more when it is off. It is trained on drawings and on VAE reconstructions of drawings, never on generated
+pictures.
 """
 
 from __future__ import annotations
@@ -22,6 +24,8 @@ from fewstep.scenes.attributes import VALUES
 from fewstep.scenes.drawings import Drawing
 
 FEATURES = 64
+SOFTNESS = 2
+"""How many of the regressed parameters tell how soft a picture is: sharpness and contrast, the last ones."""
 COUNTED = ("birds", "flowers")
 CLASSES: dict[str, int] = {name: len(values) + (name in COUNTED) for name, values in VALUES.items()}
 """Classes a head tells apart; a counted thing has one more, for four or more."""
@@ -55,8 +59,8 @@ class Judge(nn.Module):
     def __init__(self, size: str, parameters: int) -> None:
         super().__init__()
         a, b, c, d = WIDTHS[size]
+        self.edges = nn.Conv2d(3, a, 5, stride=2, padding=2)
         self.to_16 = nn.Sequential(
-            nn.Conv2d(3, a, 5, stride=2, padding=2),
             nn.SiLU(),
             nn.Conv2d(a, b, 3, stride=2, padding=1),
             _Residual(b),
@@ -65,16 +69,19 @@ class Judge(nn.Module):
         )
         self.to_8 = nn.Sequential(nn.Conv2d(c, d, 3, stride=2, padding=1), _Residual(d))
         self.squeeze = nn.Conv2d(d, 32, 1)
-        # Flattened places tell where things are, pooled maps how many there are.
-        self.merge = nn.Sequential(nn.Linear(32 * 64 + c + d, 256), nn.SiLU())
+        # Flattened places tell where things are, pooled maps how many there are, the edges' energies how sharp they
+        # are: a blur divides fine ones by more than coarse ones, which in their logarithms is a difference.
+        self.merge = nn.Sequential(nn.Linear(32 * 64 + a + c + d, 256), nn.SiLU())
         self.heads = nn.ModuleDict({name: nn.Linear(256, count) for name, count in CLASSES.items()})
         self.bottleneck = nn.Linear(256, FEATURES)
         self.regression = nn.Linear(FEATURES, parameters)
 
     def _embed(self, pixels: Tensor) -> Tensor:
-        at_16 = self.to_16(pixels * 2 - 1)
+        edges = self.edges(pixels * 2 - 1)
+        at_16 = self.to_16(edges)
         at_8 = self.to_8(at_16)
-        parts = [self.squeeze(at_8).flatten(1), F.silu(at_16).mean((2, 3)), F.silu(at_8).mean((2, 3))]
+        energies = (edges.float().var((2, 3)) + 1e-4).log()
+        parts = [self.squeeze(at_8).flatten(1), energies, F.silu(at_16).mean((2, 3)), F.silu(at_8).mean((2, 3))]
         embedding: Tensor = self.merge(torch.cat(parts, 1))
         return embedding
 
@@ -137,18 +144,44 @@ def answers(found: dict[str, Tensor], wanted: list[dict[str, str]]) -> dict[str,
 
 
 def judge_losses(judge: Judge, pixels: Tensor, targets: dict[str, Tensor], parameters: Tensor) -> dict[str, Tensor]:
-    """Cross entropy over the heads plus the mean squared error of the standardised parameters.
+    """Cross entropy over the heads plus the mean squared errors of what a picture was drawn from and how soft it is.
+
+    The two numbers of softness weigh as much as all others together: a hundredth of the loss never gets learnt.
 
     Args:
         pixels: [B, 3, 128, 128] in 0…1.
         targets: class indices [B] by head, IGNORED where undefined.
-        parameters: [B, P] with mean 0 and std 1, NaN where a picture does not show them.
+        parameters: [B, P] with mean 0 and std 1, NaN where a picture does not show them; the last `SOFTNESS` are its
+            sharpness and contrast.
     """
     logits, _, guessed = judge(pixels)
     reading = torch.stack([F.cross_entropy(logits[n].float(), targets[n], ignore_index=IGNORED) for n in CLASSES]).sum()
     known = parameters.isfinite()
-    regression = ((guessed.float() - parameters.nan_to_num()).square() * known).sum() / known.sum()
-    return {"loss": reading + 2 * regression, "reading": reading, "regression": regression}
+    errors = (guessed.float() - parameters.nan_to_num()).square() * known
+    drawn, soft = (
+        part.sum() / some.sum().clamp(min=1)
+        for part, some in ((errors[:, :-SOFTNESS], known[:, :-SOFTNESS]), (errors[:, -SOFTNESS:], known[:, -SOFTNESS:]))
+    )
+    return {"loss": reading + 2 * drawn + 2 * soft, "reading": reading, "regression": drawn, "softness": soft}
+
+
+@torch.no_grad()
+def whiten_features(judge: Judge, features: Tensor) -> None:
+    """Make the covariance of real pictures' `features` [N, 64] the identity and their mean 0, by folding it in.
+
+    With f = W e + b, mean μ and covariance V Λ Vᵀ, the bottleneck becomes S (W e + b − μ), S = V Λ^{−½} Vᵀ, and the
+    regression takes S⁻¹ back, so that it predicts what it did.
+    """
+    exact = features.double()
+    centre = exact.mean(0)
+    spread, axes = torch.linalg.eigh(torch.cov(exact.T))
+    root = spread.clamp(min=1e-6 * float(spread.max())).sqrt()
+    shrink, stretch = axes @ torch.diag(1 / root) @ axes.T, axes @ torch.diag(root) @ axes.T
+    narrow, wide = judge.bottleneck, judge.regression
+    wide.bias.add_((wide.weight.double() @ centre).float())
+    wide.weight.copy_((wide.weight.double() @ stretch).float())
+    narrow.bias.copy_((shrink @ (narrow.bias.double() - centre)).float())
+    narrow.weight.copy_((shrink @ narrow.weight.double()).float())
 
 
 def gaussian_blur(pixels: Tensor, sigma: Tensor) -> Tensor:
