@@ -13,6 +13,12 @@ class FewstepError(Exception):
     exit_code = 1
 
 
+def first_line(error: BaseException) -> str:
+    """What somebody else's error says in its first line, short enough to stand in one of ours."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[0].rstrip(".")[:200] if lines else type(error).__name__
+
+
 class InputError(FewstepError):
     """A flag, a setting, a base model or a value that cannot be used."""
 

@@ -13,7 +13,7 @@ from accelerate.state import AcceleratorState, GradientState
 from accelerate.utils import parse_flag_from_env
 from torch.distributed import DistError
 
-from fewstep.errors import DataError, InputError, Interrupted
+from fewstep.errors import DataError, InputError, Interrupted, first_line
 
 PATIENCE = timedelta(hours=2)
 """How long processes wait for the first one, which alone measures, draws previews and saves."""
@@ -60,7 +60,7 @@ def noticing_losses() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        reason = str(error).strip().partition("\n")[0]
+        reason = first_line(error)
         if isinstance(error, DistError) or "gloo" in reason:  # gloo's errors have no class of their own
             raise Interrupted(
                 f"another process of this run has gone ({reason}); look at what it said last, then start all again "

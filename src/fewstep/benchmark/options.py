@@ -16,7 +16,7 @@ import torch
 from fewstep.arms import Arm, faster_arm
 from fewstep.backbone import Backbone, load_tiny_vae
 from fewstep.config import BenchSettings
-from fewstep.errors import InputError
+from fewstep.errors import InputError, first_line
 from fewstep.quiet import quiet_libraries
 
 TINY_VAE = "tiny-vae"
@@ -87,7 +87,7 @@ class Options:
             raise
         except RuntimeError as error:
             raise InputError(
-                f"arm {arm.id} failed by its option {arm.option} ({_first_line(error)}); allowed are options that work "
+                f"arm {arm.id} failed by its option {arm.option} ({first_line(error)}); allowed are options that work "
                 "on this machine; leave it out"
             ) from error
         finally:
@@ -135,11 +135,6 @@ def _check_compiler(device: torch.device) -> None:
     except Exception as error:  # of dynamo, of inductor, of Triton, of the compiler: there is no common one
         needed = "a C++ compiler" if device.type == "cpu" else "Triton and a C compiler"
         raise InputError(
-            f"fast_options compile came, but torch.compile does not work here ({_first_line(error)}); allowed is a "
+            f"fast_options compile came, but torch.compile does not work here ({first_line(error)}); allowed is a "
             f"machine with {needed}; install it, or leave compile out"
         ) from error
-
-
-def _first_line(error: BaseException) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[0].rstrip(".")[:200] if lines else type(error).__name__

@@ -130,8 +130,6 @@ def pictures_of_data(settings: BenchSettings, backbone: Backbone, reporter: Repo
     if settings.data_dir is None and settings.dataset_name is None:
         return None
     opened = open_data(settings, backbone, reporter=reporter)
-    for line in opened.report.lines():
-        reporter.say(line)
     return DataPictures(opened.data, opened.fingerprint, settings)
 
 

@@ -75,6 +75,9 @@ class OpenedData:
 def open_data(settings: DataSettings, backbone: Base, *, reporter: Reporter = SILENT) -> OpenedData:
     """Find, scan and check the training data: a folder, a dataset, captions alone, or the base's own drawings.
 
+    Args:
+        reporter: told what was found and what was dropped.
+
     Raises:
         InputError: nothing says what to train on, or the settings contradict each other or the data.
         DataError: the data is not there, cannot be understood, or too much of it cannot be used.
@@ -126,6 +129,8 @@ def open_data(settings: DataSettings, backbone: Base, *, reporter: Reporter = SI
         data, fingerprint = drawings, drawings.fingerprint()
         report = drops.report(f"pictures drawn by the base model {backbone.name}", len(data), len(data), endless=True)
     report.check(settings.max_dropped)
+    for line in report.lines():
+        reporter.say(f"data: {line}")
     lost = report.dropped_of("pictures")
     return OpenedData(
         data=data,

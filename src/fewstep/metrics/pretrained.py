@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from fewstep.errors import CheckpointError
+from fewstep.errors import CheckpointError, first_line
 from fewstep.quiet import quiet_libraries
 
 
@@ -54,8 +54,7 @@ def load_pretrained(
             )
             found = [part.from_pretrained(name, local_files_only=not fetch, **options) for part in others]
     except (OSError, ValueError, KeyError) as error:
-        lines = str(error).strip().splitlines()
-        raise ModelNotAtHand(name, flag, lines[0].rstrip(".") if lines else type(error).__name__) from error
+        raise ModelNotAtHand(name, flag, first_line(error)) from error
     missing = sorted(loading["missing_keys"])
     if missing:
         raise CheckpointError(

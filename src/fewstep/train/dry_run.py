@@ -93,17 +93,11 @@ def rehearse(settings: TrainSettings, *, reporter: Reporter = SILENT) -> DryRun:
     recorded = None if resumed is None else checkpoint.recorded_base(resumed)
     backbone, settings = start.open_base(settings, own_device(settings.device, processes), recorded, reporter)
     opened = open_data(settings, backbone, reporter=reporter)
-    for line in opened.report.lines():
-        reporter.say(f"data: {line}")
     method = start.method_of(settings, backbone)
     parameters = start.student_of(settings, backbone)
     optimizer = torch.optim.AdamW(parameters, lr=settings.learning_rate)
     ema = EMA(parameters, settings.ema_decay)
-    slices = Slices(
-        batch_size=settings.batch_size,
-        accumulation=settings.gradient_accumulation_steps,
-        processes=processes.num_processes,
-    )
+    slices = start.slices_of(settings, processes)
 
     with reporter.progress("dry run", 2) as bar:
         trials = []

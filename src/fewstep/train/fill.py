@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from fewstep.config import CacheSettings
-from fewstep.data import Batches, Slices, open_data
+from fewstep.data import Batches, open_data
 from fewstep.errors import Interrupted
 from fewstep.processes import join_processes, own_device
 from fewstep.reporting import SILENT, Reporter
@@ -45,14 +45,7 @@ def fill(
     reporter = reporter if main else SILENT
     backbone, resolved = start.open_base(settings, own_device(settings.device, processes), None, reporter)
     opened = open_data(resolved, backbone, reporter=reporter)
-    for line in opened.report.lines():
-        reporter.say(f"data: {line}")
-    slices = Slices(
-        batch_size=settings.batch_size,
-        accumulation=settings.gradient_accumulation_steps,
-        processes=processes.num_processes,
-        rank=processes.process_index,
-    )
+    slices = start.slices_of(settings, processes)
     method, shape = start.method_of(resolved, backbone), backbone.latent_shape(resolved.resolution)
     cache = start.cache_of(settings.cache_dir, resolved, backbone, opened, main=main)
     teacher = Teacher(backbone, cache, method, settings.seed, shape, resolved.starts_from)
@@ -73,12 +66,7 @@ def fill(
             teacher.prepare(batch)
             for replaced in batch.replaced:
                 reporter.warn(str(replaced))
-            try:
-                bar.advance(1)
-                stopping = should_stop()
-            except KeyboardInterrupt:
-                stopping = True
-            if stopping:
+            if start.asked_to_stop(bar, should_stop):
                 cache.flush()
                 raise Interrupted(f"stopped; what was computed is kept in {settings.cache_dir}; run the same again")
     cache.flush()

@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from fewstep import checkpoint, lora
 from fewstep.arithmetic import peak_so_far
 from fewstep.config import TrainSettings, settings_toml
-from fewstep.data import Batches, Slices, open_data
+from fewstep.data import Batches, open_data
 from fewstep.ema import EMA
 from fewstep.errors import InputError, Interrupted
 from fewstep.files import remove_leftovers, write_text_atomic
@@ -113,14 +113,7 @@ def distill(
 
         # ---- The data.
         opened = open_data(settings, backbone, reporter=reporter)
-        for line in opened.report.lines():
-            reporter.say(f"data: {line}")
-        slices = Slices(
-            batch_size=settings.batch_size,
-            accumulation=settings.gradient_accumulation_steps,
-            processes=processes.num_processes,
-            rank=processes.process_index,
-        )
+        slices = start.slices_of(settings, processes)
 
         # ---- The method, the student, and what trains it.
         method = start.method_of(settings, backbone)
@@ -340,11 +333,8 @@ def distill(
                     skipped_since_logged = 0
                     watch.losses(step, shown)
                     telemetry.record(step, shown)
-                try:
-                    bar.advance(1, **{key: shown[key] for key in ("loss", "pictures_per_second") if key in shown})
-                except KeyboardInterrupt:
-                    stopping = True
-                stopping = _any_process(accelerator, stopping or should_stop())
+                beside = {key: shown[key] for key in ("loss", "pictures_per_second") if key in shown}
+                stopping = _any_process(accelerator, start.asked_to_stop(bar, should_stop, **beside))
 
                 last = step == settings.max_steps
                 with speed.paused():

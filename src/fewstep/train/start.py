@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import PartialState
 from torch import nn
 
 from fewstep import checkpoint, lora
@@ -20,7 +21,7 @@ from fewstep.config import TrainSettings, load_toml, settings_toml, spell
 from fewstep.data import Batches, OpenedData, Slices
 from fewstep.errors import CheckpointError, InputError, Interrupted
 from fewstep.methods.kstep import KStep
-from fewstep.reporting import Reporter
+from fewstep.reporting import Bar, Reporter
 from fewstep.telemetry import Throughput
 from fewstep.timing import quick_matrix_rate
 from fewstep.train.encoding import Cached, Encoder, Fresh, cache_key
@@ -105,6 +106,16 @@ def open_base(
     if not is_small(backbone.vae):  # one picture of Stable Diffusion's size keeps a device busy: no memory for more
         backbone.vae.enable_slicing()
     return backbone, resolved(settings, backbone)
+
+
+def slices_of(settings: TrainSettings, processes: PartialState) -> Slices:
+    """How the global batch is cut, and which part of it is this process's."""
+    return Slices(
+        batch_size=settings.batch_size,
+        accumulation=settings.gradient_accumulation_steps,
+        processes=processes.num_processes,
+        rank=processes.process_index,
+    )
 
 
 def method_of(settings: TrainSettings, backbone: Backbone) -> KStep:
@@ -279,18 +290,26 @@ def keep_rollouts(
             store.put(slices.first_place(batch.update, batch.micro), lesson)
             for replaced in lesson.replaced:
                 reporter.warn(str(replaced))
-            try:
-                bar.advance(1)
-                stopping = should_stop()
-            except KeyboardInterrupt:
-                stopping = True
-            if stopping:
+            if asked_to_stop(bar, should_stop):
                 teacher.encoder.flush()
                 raise Interrupted(
                     f"stopped while the teacher made its rollouts, kept in {store.folder}; go on with "
                     "--resume_from_checkpoint auto"
                 )
     teacher.encoder.flush()
+
+
+def asked_to_stop(bar: Bar, should_stop: Callable[[], bool], **values: float) -> bool:
+    """Count a piece of work on the bar; whether to stop after it, as a signal to the bar or `should_stop` says.
+
+    Args:
+        values: shown beside the bar.
+    """
+    try:
+        bar.advance(1, **values)
+    except KeyboardInterrupt:
+        return True
+    return should_stop()
 
 
 def drop_best(folder: Path, *, resumed: bool, warn: Callable[[str], None]) -> None:
