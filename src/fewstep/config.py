@@ -48,7 +48,7 @@ SettingsT = TypeVar("SettingsT", bound="Checked")
 
 Precision = Literal["auto", "no", "fp16", "bf16"]
 FastOption = Literal["fused", "channels-last", "compile", "bf16", "fp16"]
-Start = Literal["data", "teacher", "student"]
+Start = Literal["data", "teacher", "student", "noise"]
 
 
 # ---------------------------------------------------------------------------------------------------- kinds of values
@@ -258,7 +258,16 @@ class TrainSettings(BaseModelSettings):
         description="LOW HIGH: the timesteps at which the teacher is guided; at others a step costs it half. "
         "Unset: all.",
     )
-    num_ddim_steps: StudentSteps = Field(8, description="DDIM steps K of the teacher from t to x0.")
+    sampler: Literal["lcm", "ddim"] = Field(
+        "lcm",
+        description="How the student will be sampled, which decides what it learns: lcm, jumps to x0 with fresh noise "
+        "between them; ddim, jumps from each of its timesteps to the next along the teacher's path.",
+    )
+    num_ddim_steps: StudentSteps | None = Field(
+        None,
+        description="DDIM steps K of the teacher: with lcm from any t to x0, with ddim of its whole path. Unset: 8, "
+        "with ddim 16.",
+    )
     num_inference_steps: StepCounts = Field(
         (1, 2, 4, 8), description="Step counts promised: the student is trained on exactly their timesteps."
     )
@@ -269,12 +278,14 @@ class TrainSettings(BaseModelSettings):
         None,
         description="What is noised to start a rollout below the highest timestep: data, the pictures of the data set; "
         "teacher, the teacher's own to the same captions, which takes a second rollout; student, the student's guesses "
-        "as it is sampled, at the timestep before. Unset: data, or teacher where there is a prompts_file.",
+        "as it is sampled, at the timestep before (with ddim: where it stands itself). Or noise: every rollout starts "
+        "from pure noise, and the other timesteps are learnt on the teacher's way. Unset: with lcm data, or teacher "
+        "where there is a prompts_file; with ddim noise.",
     )
-    pairs_per_rollout: Count = Field(
-        1,
+    pairs_per_rollout: Count | None = Field(
+        None,
         description="At most how many pairs are learnt from a rollout of the teacher: its start, and states on its way "
-        "at other timesteps of the student, which cost the teacher nothing.",
+        "at other timesteps of the student, which cost the teacher nothing. Unset: 1, with ddim all there are.",
     )
     teacher_rollouts: Count | None = Field(
         None,
@@ -292,8 +303,10 @@ class TrainSettings(BaseModelSettings):
         "and data share it. Unset: they are computed when they are needed.",
     )
     loss: Literal["mse", "huber"] = Field("mse", description="Distance between the student's and the teacher's x0.")
-    loss_weighting: Literal["x0", "eps", "v"] = Field(
-        "x0", description="In which quantity the distance is measured: x0 as it is, eps or v re-weighted by timestep."
+    loss_weighting: Literal["x0", "eps", "v", "mid"] = Field(
+        "x0",
+        description="In which quantity the distance is measured: x0 as it is; eps or v, re-weighted by timestep; mid, "
+        "halfway between x0 and eps.",
     )
     prediction_type: Literal["epsilon", "v_prediction"] | None = Field(
         None, description="What the network predicts. Unset: as its scheduler says."
@@ -331,7 +344,14 @@ class TrainSettings(BaseModelSettings):
     @property
     def starts_from(self) -> Start:
         """`start`, resolved."""
+        if self.start is None and self.sampler == "ddim":
+            return "noise"
         return self.start or ("data" if self.prompts_file is None else "teacher")
+
+    @property
+    def teacher_steps(self) -> int:
+        """`num_ddim_steps`, resolved."""
+        return self.num_ddim_steps or (16 if self.sampler == "ddim" else 8)
 
     @property
     def keeps_rollouts(self) -> bool:
@@ -355,17 +375,17 @@ class TrainSettings(BaseModelSettings):
         if self.prompts_file is not None and self.start == "data":
             raise ValueError(
                 f"start data came with prompts_file {spell(self.prompts_file)}, which has no pictures; allowed "
-                "are teacher and student; leave --start out, or pass pictures with --data_dir or --dataset_name"
+                "are teacher, student and noise; leave --start out, or pass pictures with --data_dir or --dataset_name"
             )
         if self.start == "student" and self.keeps_rollouts:
             kept = "teacher_rollouts" if self.teacher_cache is None else "teacher_cache"
             raise ValueError(
                 f"start student came with {kept}; the student's guesses change as it learns, and rollouts from them "
-                "cannot be kept; allowed there are data and teacher; leave one of the two out"
+                "cannot be kept; allowed there are data, teacher and noise; leave one of the two out"
             )
-        if self.start == "student" and self.pure_noise_share < 1:
+        if self.starts_from in ("student", "noise") and self.pure_noise_share < 1:
             raise ValueError(
-                f"pure_noise_share {self.pure_noise_share:g} came with start student; allowed is 1, for sampling "
+                f"pure_noise_share {self.pure_noise_share:g} came with start {self.starts_from}; allowed is 1, for it "
                 "starts from pure noise; leave --pure_noise_share out"
             )
         if self.lr_warmup_steps >= self.max_steps:
@@ -573,15 +593,18 @@ class DemoSettings(BaseModelSettings):
     """Distil the base into a LoRA, measure it against its teacher, and show both."""
 
     outdir: Folder = Field(Path("./demo_outputs"), description="Folder for the adapter, pictures and tables.")
-    teacher_rollouts: Count = Field(960, description="Rollouts of the teacher, gone through again and again.")
-    max_steps: Count = Field(400, description="Optimizer updates.")
-    batch_size: Count = Field(16, description="Pictures a micro-batch.")
+    max_steps: Count = Field(240, description="Optimizer updates.")
+    batch_size: Count = Field(4, description="Paths of the teacher a micro-batch, each learnt from at every timestep.")
     learning_rate: Annotated[float, Field(gt=0, le=1)] = Field(
         1e-3, description="AdamW's learning rate, falling to 0 by half a cosine."
     )
-    lora_rank: Count = Field(4, description="Rank of the adapter.")
+    lora_rank: Count = Field(32, description="Rank of the adapter.")
     lora_alpha: Count | None = Field(None, description="Alpha of the adapter. Unset: 8 x lora_rank.")
-    num_ddim_steps: StudentSteps = Field(8, description="DDIM steps K of the teacher from t to x0.")
+    lora_targets: Names = Field(
+        ("to_q", "to_k", "to_v", "to_out.0", "ff.net.0.proj", "ff.net.2"),
+        description="UNet layers that get an adapter, by the end of their names.",
+    )
+    num_ddim_steps: StudentSteps = Field(16, description="DDIM steps K of the teacher from noise to x0.")
     steps: StepCounts = Field((1, 2, 4, 8), description="Step counts to train for and to measure.")
     baseline_steps: TeacherSteps = Field(50, description="DDIM steps of the teacher it is measured against.")
     num_prompts: Count = Field(20, description="How many of the base's own prompts to draw.")

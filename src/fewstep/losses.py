@@ -6,6 +6,7 @@ an error in x0 is a fixed multiple of the error in ε or in v (Salimans & Ho 202
     x0   w = 1              the error in x0 itself; the default
     eps  w = ᾱ / (1 − ᾱ)    the error in ε: nearly nothing at the noisiest timestep
     v    w = 1 / (1 − ᾱ)    the error in v: the sum of the two, "SNR + 1"
+    mid  w = √(ᾱ / (1 − ᾱ)) halfway between x0 and ε, their weights' geometric mean
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from typing import Literal
 from torch import Tensor
 
 LossName = Literal["mse", "huber"]
-Weighting = Literal["x0", "eps", "v"]
+Weighting = Literal["x0", "eps", "v", "mid"]
 
 HUBER_C = 0.001
 """Where pseudo-Huber turns from quadratic to linear; the value of LCM's training."""
@@ -44,5 +45,6 @@ WEIGHTINGS: dict[Weighting, Callable[[Tensor], Tensor]] = {
     "x0": lambda alpha_bar: alpha_bar.new_ones(alpha_bar.shape),
     "eps": lambda alpha_bar: alpha_bar / (1 - alpha_bar),
     "v": lambda alpha_bar: 1 / (1 - alpha_bar),
+    "mid": lambda alpha_bar: (alpha_bar / (1 - alpha_bar)).sqrt(),
 }
 """w as a function of ᾱ [B], by the names that `--loss_weighting` takes."""

@@ -56,7 +56,10 @@ def measure_oracle(
     arms: dict[str, tuple[Arm, Denoiser | None]] = {
         "teacher": (teacher_arm(backbone.teacher_steps, method.guidance, timesteps), None)
     }
-    arms |= {str(steps): (student_arm(steps, 1.0, timesteps), perfect_student) for steps in method.step_counts}
+    arms |= {
+        str(steps): (student_arm(steps, 1.0, timesteps, sampler=method.sampler), perfect_student)
+        for steps in method.step_counts
+    }
     found = {
         name: evaluate(
             backbone,

@@ -139,6 +139,16 @@ class NoiseSchedule:
         eps = (x_t - signal * x0) / sigma
         return signal * eps - sigma * x0 if self.prediction_type == "v_prediction" else eps
 
+    def jump_x0(self, x_t: Tensor, x_s: Tensor, t: Tensor | int, s: Tensor | int) -> Tensor:
+        """The x̂0 [B, C, H, W] with which one DDIM step from `x_t` at t arrives at `x_s` at s < t.
+
+        x̂0 = (x_s − r x_t) / (√ᾱ_s − r √ᾱ_t) with r = √((1−ᾱ_s) / (1−ᾱ_t)): the target of progressive distillation
+        (Salimans & Ho 2022, appendix G). At s = −1 it is x_s itself.
+        """
+        (signal_t, sigma_t), (signal_s, sigma_s) = self._signal_and_noise(t, x_t), self._signal_and_noise(s, x_s)
+        r = sigma_s / sigma_t
+        return (x_s - r * x_t) / (signal_s - r * signal_t)
+
     def boundary_scalings(self, t: Tensor | int) -> tuple[Tensor, Tensor]:
         """c_skip and c_out, fp32 in the shape of `t`: f(x, t) = c_skip x + c_out x̂0 is the identity at t = 0.
 

@@ -6,7 +6,7 @@ A grid is a list of integers, noisiest first. −1 stands for the clean latent x
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from itertools import pairwise
 from math import floor, log
 
@@ -88,10 +88,16 @@ def _nearest_level(sigma: float, known: Sequence[float]) -> int:
 
 
 def promised_points(
-    step_counts: Iterable[int], num_train_timesteps: int = 1000, original_steps: int = ORIGINAL_STEPS
+    step_counts: Iterable[int],
+    num_train_timesteps: int = 1000,
+    grid: Callable[[int, int], Sequence[int]] = student_grid,
 ) -> list[int]:
-    """Every timestep at which a student that promises `step_counts` will be asked, noisiest first, each once."""
-    grids = (student_grid(steps, num_train_timesteps, original_steps) for steps in step_counts)
+    """Every timestep at which a student that promises `step_counts` will be asked, noisiest first, each once.
+
+    Args:
+        grid: the timesteps of its sampler, of a number of steps and T.
+    """
+    grids = (grid(steps, num_train_timesteps) for steps in step_counts)
     return sorted({t for grid in grids for t in grid}, reverse=True)
 
 

@@ -51,7 +51,7 @@ class Validation:
         batch_size: int,
     ) -> None:
         timesteps = method.schedule.num_train_timesteps
-        self._arms = [student_arm(steps, 1.0, timesteps) for steps in method.step_counts]
+        self._arms = [student_arm(steps, 1.0, timesteps, sampler=method.sampler) for steps in method.step_counts]
         self.measure = f"{measure}, {len(prompts)} pictures each at {spell(method.step_counts)} steps"
         self._evaluate = partial(
             evaluate,

@@ -40,7 +40,7 @@ def batch() -> dict[str, Tensor]:
 
 
 def test_it_is_listed() -> None:
-    assert METHODS["kstep"] is KStep
+    assert METHODS["lcm"] is KStep
 
 
 def test_timesteps_are_drawn_as_sampling_asks_for_them(schedule: NoiseSchedule) -> None:
@@ -79,11 +79,11 @@ def test_a_draw_depends_on_seed_update_and_position_alone(schedule: NoiseSchedul
         assert not torch.equal(method.draw(seed, update, range(16), SHAPE).noise, whole.noise)
 
 
-def test_the_students_own_guess_is_where_its_sampler_stands_before_t(schedule: NoiseSchedule, toy: Any) -> None:
+def test_the_students_own_state_is_where_its_sampler_stands_at_t(schedule: NoiseSchedule, toy: Any) -> None:
     method = kstep(schedule)
     draws = method.draw(7, 3, range(12), SHAPE)
     cond = torch.randn(12, 2, 6)
-    guesses = method.own_guesses(toy, draws, cond, 7, 3, range(12))
+    states = method.own_states(toy, draws, cond, 7, 3, range(12))
 
     class Noise:
         def __init__(self, position: int) -> None:
@@ -97,15 +97,17 @@ def test_the_students_own_guess_is_where_its_sampler_stands_before_t(schedule: N
         grid = student_grid(steps)
         before = grid[: grid.index(t)]
         jumps += len(before)
+        noise = Noise(row)
         if before:
-            sampled = lcm_sample(toy, schedule, Noise(row), SHAPE, before, cond[row : row + 1])  # type: ignore[arg-type]
-            assert_close(guesses[row : row + 1], sampled, rtol=1e-4, atol=1e-4)
+            sampled = lcm_sample(toy, schedule, noise, SHAPE, before, cond[row : row + 1])  # type: ignore[arg-type]
+            expected = schedule.add_noise(sampled, noise.draw(SHAPE), t)
+            assert_close(states[row : row + 1], expected, rtol=1e-4, atol=1e-4)
         else:
-            assert t == 999 and not guesses[row].any()
-    assert jumps >= 12 and not guesses.requires_grad
+            assert t == 999 and torch.equal(states[row : row + 1], noise.draw(SHAPE))
+    assert jumps >= 12 and not states.requires_grad
     part = [8, 1, 5]
     cut = method.draw(7, 3, part, SHAPE)
-    assert_close(method.own_guesses(toy, cut, cond[part], 7, 3, part), guesses[part], rtol=1e-5, atol=1e-5)
+    assert_close(method.own_states(toy, cut, cond[part], 7, 3, part), states[part], rtol=1e-5, atol=1e-5)
 
 
 def test_the_interval_is_the_teachers_and_the_oracles(

@@ -42,8 +42,11 @@ def test_forward_and_gradient_are_those_of_the_loop(name: LossName) -> None:
 def test_a_weighting_is_the_mse_of_what_it_is_named_after(weighting: Weighting, schedule: NoiseSchedule) -> None:
     x_t, output, other = torch.randn(3, 3, 4, 5, 5)
     t = torch.tensor([139, 499, 999])
-    convert = {"x0": schedule.to_x0, "eps": schedule.to_eps, "v": schedule.to_v}[weighting]
-    direct = (convert(output, x_t, t) - convert(other, x_t, t)).square().mean((1, 2, 3))
+    errors = {
+        name: (convert(output, x_t, t) - convert(other, x_t, t)).square().mean((1, 2, 3))
+        for name, convert in {"x0": schedule.to_x0, "eps": schedule.to_eps, "v": schedule.to_v}.items()
+    }
+    direct = (errors["x0"] * errors["eps"]).sqrt() if weighting == "mid" else errors[weighting]
     weight = WEIGHTINGS[weighting](schedule.alpha_bar(t))
     assert_close(
         mse(schedule.to_x0(output, x_t, t), schedule.to_x0(other, x_t, t), weight), direct, rtol=1e-4, atol=1e-6

@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import torch
 from torch import Tensor
@@ -19,6 +19,7 @@ from ..quiet import quiet_libraries
 from ..randomness import generator
 from .adapter import ADAPTER, AdapterWeights, attach_empty, detach, lora_layers
 from .layouts import Layout, ParsedAdapter, read
+from .sampler import save_scheduler
 from .source import WEIGHTS_NAME, AdapterSource, locate
 
 if TYPE_CHECKING:
@@ -70,17 +71,22 @@ class AdapterInfo:
 # -------------------------------------------------------------------------------------------------------------- saving
 
 
-def save_adapter(unet: UNet2DConditionModel, folder: Path, scheduler_config: Mapping[str, Any]) -> Path:
+def save_adapter(
+    unet: UNet2DConditionModel,
+    folder: Path,
+    scheduler_config: Mapping[str, Any],
+    sampler: Literal["lcm", "ddim"] = "lcm",
+) -> Path:
     """Write the adapter as it is now, and the scheduler to sample it with, into `folder`.
 
     `pytorch_lora_weights.safetensors` is in diffusers' layout with alpha in its header, fp32: stock pipelines load it
-    exactly. `scheduler/` is an LCMScheduler with the base's betas and prediction type.
+    exactly. `scheduler/` is that of `sampler`, with the base's betas and prediction type.
 
     Returns:
         The file with the weights.
     """
     with quiet_libraries():
-        from diffusers import LCMScheduler, StableDiffusionPipeline
+        from diffusers import StableDiffusionPipeline
 
     config = unet.peft_config[ADAPTER]
     # Only what every release of PEFT knows: a newer one's own fields make LoraConfig of an older one raise.
@@ -97,7 +103,7 @@ def save_adapter(unet: UNet2DConditionModel, folder: Path, scheduler_config: Map
     folder.mkdir(parents=True, exist_ok=True)
     StableDiffusionPipeline.save_lora_weights(str(folder), unet_lora_layers=weights, unet_lora_adapter_metadata=stated)
     _sort_metadata(folder / WEIGHTS_NAME)
-    LCMScheduler.from_config(dict(scheduler_config)).save_pretrained(str(folder / "scheduler"))
+    save_scheduler(folder, scheduler_config, sampler)
     return folder / WEIGHTS_NAME
 
 

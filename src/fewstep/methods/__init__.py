@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
-from fewstep.methods.kstep import KStep
+from fewstep.methods.kstep import KStep, StudentSampler
+from fewstep.methods.trajectory import Trajectory
 
-METHODS = {"kstep": KStep}
+METHODS: dict[StudentSampler, type[KStep]] = {"lcm": KStep, "ddim": Trajectory}
+"""Which one trains a student for a sampler."""

@@ -11,8 +11,8 @@ data is needed then, and the student is trained where the teacher's pictures are
 at: it is noised to t, and the target is where the teacher gets to from there, in a second rollout. (To aim at the
 picture that was noised would be plain denoising: its answer is the mean of all pictures that fit, a blur.)
 
-Or x0 is the student's own guess: where it stands when it is sampled in the drawn number of steps and comes to t. It
-is trained then where its own errors take it, on states that change as it learns.
+Or x_t is where the student itself stands when it is sampled in the drawn number of steps and comes to t. It is trained
+then where its own errors take it, on states that change as it learns.
 
 A rollout from t passes the student's own timesteps below t (`timesteps.rollout_grid` sees to it), and each state there
 has the same end point: one more pair (state, target) at no cost to the teacher. With `pairs_per_rollout` above 1 some
@@ -24,17 +24,22 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
 
+from fewstep.arms import sampler_timesteps
 from fewstep.errors import InputError
 from fewstep.losses import LOSSES, WEIGHTINGS, LossName, Weighting
 from fewstep.randomness import generator
 from fewstep.schedule import NoiseSchedule
 from fewstep.solver import Denoiser, ddim_rollout
-from fewstep.timesteps import promised_points, rollout_grid, rollout_grids, student_grid
+from fewstep.timesteps import promised_points, rollout_grid, rollout_grids
+
+StudentSampler = Literal["lcm", "ddim"]
+"""How a student is going to be sampled: what `arms.Arm` calls its sampler."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -63,14 +68,14 @@ class Draws:
 
 @dataclass(frozen=True, eq=False)
 class Pairs:
-    """What a batch of B rollouts teaches: N ≥ B states and where the teacher gets from there.
+    """What a batch of B rollouts teaches: N ≥ B states and where to jump from there.
 
     Attributes:
         x_t: [N, C, H, W], without gradient.
         t: int64 [N], on the CPU.
         rows: int64 [N], on the CPU: which of the B samples each belongs to; the first B are the starts themselves.
         weight: [N] fp32; Σ weight · loss / B is the batch's loss.
-        target: [N, C, H, W].
+        target: [N, C, H, W], the x0 that is aimed at.
     """
 
     x_t: Tensor
@@ -95,6 +100,7 @@ class KStep:
         weighting: w(t), by its name in `losses.WEIGHTINGS`.
         pairs_per_rollout: at most how many pairs are learnt from a rollout, its start included.
         guidance_interval: (low, high), the timesteps at which the teacher is guided; None for all.
+        from_noise: every rollout starts from pure noise at the noisiest timestep; the others are met on its way.
     """
 
     schedule: NoiseSchedule
@@ -106,6 +112,10 @@ class KStep:
     weighting: Weighting = "x0"
     pairs_per_rollout: int = 1
     guidance_interval: tuple[int, int] | None = None
+    from_noise: bool = False
+
+    sampler: ClassVar[StudentSampler] = "lcm"
+    """How the student is going to be sampled; it decides at which timesteps."""
 
     def __post_init__(self) -> None:
         """Find out before training whether every rollout exists.
@@ -119,12 +129,23 @@ class KStep:
             raise InputError(f"pure_noise_share {self.pure_noise_share} came; it is a share; choose one from 0 to 1")
         if self.pairs_per_rollout < 1:
             raise InputError(f"pairs_per_rollout {self.pairs_per_rollout} came; allowed is 1 or more; 1 learns no more")
+        if self.from_noise and self.pairs_per_rollout == 1 and len(self.points) > 1:
+            raise InputError(
+                "pairs_per_rollout 1 came with rollouts that all start from pure noise: timesteps below would never be "
+                "learnt; allowed is 2 or more; raise --pairs_per_rollout"
+            )
         rollout_grids(self.points, self.num_ddim_steps, self.schedule.num_train_timesteps)
 
     @cached_property
     def points(self) -> list[int]:
         """Every timestep that training visits, noisiest first."""
-        return promised_points(self.step_counts, self.schedule.num_train_timesteps)
+        return promised_points(
+            self.step_counts, self.schedule.num_train_timesteps, partial(sampler_timesteps, self.sampler)
+        )
+
+    def _visited_in(self, steps: int) -> tuple[int, ...]:
+        """The timesteps of the student when it is sampled in `steps` steps."""
+        return sampler_timesteps(self.sampler, steps, self.schedule.num_train_timesteps)
 
     def draw(self, seed: int, update: int, positions: Sequence[int], shape: Sequence[int]) -> Draws:
         """The chance of each sample: a function of (seed, update, its position in the global batch), nothing else.
@@ -141,11 +162,14 @@ class KStep:
     def _draw_one(self, rng: torch.Generator, shape: Sequence[int]) -> tuple[int, Tensor, bool, int, Tensor]:
         """t, noise, whether it is pure, the number of steps, and the order of the states to learn from, of a sample."""
         steps = self.step_counts[_below(len(self.step_counts), rng)]
-        t = student_grid(steps, self.schedule.num_train_timesteps)[_below(steps, rng)]
+        t = self._visited_in(steps)[_below(steps, rng)]
         chance = torch.rand((), generator=rng).item()  # drawn at every t, so that the noise below never shifts
         noise = torch.randn(*shape, generator=rng)
         order = torch.rand(self.num_ddim_steps, generator=rng)
-        return t, noise, t == self.points[0] and chance < self.pure_noise_share, steps, order
+        if self.from_noise:
+            t = self.points[0]
+        pure = t == self.points[0] and (self.from_noise or chance < self.pure_noise_share)
+        return t, noise, pure, steps, order
 
     def draw_origins(self, seed: int, update: int, positions: Sequence[int], shape: Sequence[int]) -> Tensor:
         """The noise [B, C, H, W] fp32 that the teacher's own pictures begin from, on the CPU: its own at each sample.
@@ -161,34 +185,44 @@ class KStep:
         return self.target(teacher, noise, torch.full((len(noise),), self.points[0]), cond, uncond)
 
     @torch.no_grad()
-    def own_guesses(
+    def own_states(
         self, student: Denoiser, draws: Draws, cond: Tensor, seed: int, update: int, positions: Sequence[int]
     ) -> Tensor:
-        """The x0 [B, C, H, W] that the student guesses at the timestep before t, on its way there from pure noise.
+        """The x_t [B, C, H, W] at which the student arrives, sampled from pure noise in `draws.steps` steps.
 
-        As `sampling.lcm_sample` in `draws.steps` steps: it jumps to x0, gets fresh noise up to the next timestep, and
-        jumps again. Zeros where t is the noisiest timestep, before which there is none.
+        As its sampler does it: a jump, on to the next timestep, the next jump. Noise alone at the noisiest timestep.
 
         Args:
             cond: embeddings [B, L, D].
             seed, update, positions: as in `draw`, whose noise is another one.
         """
         sources = [generator(seed, "kstep", "guess", update, position) for position in positions]
-        before = [self._before(t, steps) for t, steps in zip(draws.t.tolist(), draws.steps.tolist(), strict=True)]
-        x0 = torch.zeros_like(draws.noise, device=cond.device)
-        for jump in range(max(map(len, before))):
-            rows = [row for row, grid in enumerate(before) if jump < len(grid)]
-            here = torch.tensor(rows).to(x0.device)
-            t = torch.tensor([before[row][jump] for row in rows]).to(x0.device)
-            drawn = [torch.randn(draws.noise.shape[1:], generator=sources[row]) for row in rows]
-            noise = torch.stack(drawn).to(x0.device)
-            x_t = self.schedule.add_noise(x0[here], noise, t) if jump else noise
-            x0.index_copy_(0, here, self.schedule.consistency(student(x_t, t, cond[here]), x_t, t))
-        return x0
+        ways = [
+            [point for point in self._visited_in(steps) if point >= t]
+            for t, steps in zip(draws.t.tolist(), draws.steps.tolist(), strict=True)
+        ]
 
-    def _before(self, t: int, steps: int) -> list[int]:
-        """The student's timesteps above `t` when it is sampled in `steps` steps."""
-        return [point for point in student_grid(steps, self.schedule.num_train_timesteps) if point > t]
+        def noise(rows: Sequence[int]) -> Tensor:
+            drawn = [torch.randn(draws.noise.shape[1:], generator=sources[row]) for row in rows]
+            return torch.stack(drawn).to(cond.device)
+
+        states = noise(range(len(ways)))
+        for jump in range(max(map(len, ways)) - 1):
+            rows = [row for row, way in enumerate(ways) if jump + 1 < len(way)]
+            here = torch.tensor(rows).to(cond.device)
+            t = torch.tensor([ways[row][jump] for row in rows]).to(cond.device)
+            t_next = torch.tensor([ways[row][jump + 1] for row in rows]).to(cond.device)
+            x_t = states[here]
+            states.index_copy_(0, here, self._step(student(x_t, t, cond[here]), x_t, t, t_next, noise(rows)))
+        return states
+
+    def _step(self, output: Tensor, x_t: Tensor, t: Tensor, t_next: Tensor, noise: Tensor) -> Tensor:
+        """One step of the student's sampler from x_t at t to `t_next`; `output` is its network's there."""
+        return self.schedule.add_noise(self._student_x0(output, x_t, t), noise, t_next)
+
+    def _student_x0(self, output: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
+        """x0 [B, C, H, W] as the student's sampler makes it of its network's `output`."""
+        return self.schedule.consistency(output, x_t, t)
 
     def start(self, x0: Tensor, draws: Draws) -> Tensor:
         """x_t [B, C, H, W] on the device of the clean latents `x0` [B, C, H, W]."""
@@ -268,30 +302,41 @@ class KStep:
 
     @cached_property
     def _weights(self) -> dict[int, float]:
-        """What a pair at each timestep counts: how often it is drawn as a start, over how often it is learnt from.
+        """What a pair at each timestep weighs: how much the timestep is to count, over how often it is learnt from.
 
         From a start that passes c of the student's timesteps, of which m are learnt from, each is with chance m / c.
         """
-        drawn = dict.fromkeys(self.points, 0.0)
-        for steps in self.step_counts:
-            for t in student_grid(steps, self.schedule.num_train_timesteps):
-                drawn[t] += 1 / (len(self.step_counts) * steps)
-        learnt = dict(drawn)
-        for t, chance in drawn.items():
+        started = dict.fromkeys(self.points, 0.0) | {self.points[0]: 1.0} if self.from_noise else self._drawn
+        learnt = dict(started)
+        for t, chance in started.items():
             grid = self._grid(t)
             passed = self._passed(grid)
             for step in passed:
                 learnt[grid[step]] += chance * min(1.0, (self.pairs_per_rollout - 1) / len(passed))
-        return {t: drawn[t] / learnt[t] for t in drawn}
+        return {t: self._counts[t] / learnt[t] for t in self.points}
+
+    @cached_property
+    def _drawn(self) -> dict[int, float]:
+        """How often each timestep is drawn: a step count, then one of its timesteps."""
+        drawn = dict.fromkeys(self.points, 0.0)
+        for steps in self.step_counts:
+            for t in self._visited_in(steps):
+                drawn[t] += 1 / (len(self.step_counts) * steps)
+        return drawn
+
+    @property
+    def _counts(self) -> dict[int, float]:
+        """How much each timestep is to count in the loss: as often as it is drawn; adds up to 1."""
+        return self._drawn
 
     def loss(self, student: Denoiser, x_t: Tensor, t: Tensor, cond: Tensor, target: Tensor) -> Tensor:
         """One forward of the student, its x0 against the `target`: a loss a sample, [B] fp32, with gradient."""
         t = t.to(x_t.device)
-        x0 = self.schedule.consistency(student(x_t, t, cond), x_t, t)
+        x0 = self._student_x0(student(x_t, t, cond), x_t, t)
         return LOSSES[self.criterion](x0, target, WEIGHTINGS[self.weighting](self.schedule.alpha_bar(t)))
 
     def oracle(self, teacher: Denoiser, uncond: Tensor | None) -> Denoiser:
-        """The student that has learnt everything: a denoiser whose x0 is the teacher's K-step rollout.
+        """The student that has learnt everything: a denoiser whose x0 is the `target`.
 
         Under the student's sampler it gives the ceiling of what training can reach.
         """

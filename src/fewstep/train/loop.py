@@ -180,7 +180,7 @@ def distill(
         def publish(folder: Path) -> None:
             """Write the adapter as it is to be sampled with, and prove that a stock pipeline gets the same one."""
             with ema.applied():
-                lora.save_adapter(backbone.unet, folder, backbone.scheduler_config)
+                lora.save_adapter(backbone.unet, folder, backbone.scheduler_config, method.sampler)
                 lora.prove_round_trip(backbone, folder)
 
         encoder = start.encoder_of(settings, backbone, opened, main=main)

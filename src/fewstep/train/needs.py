@@ -36,7 +36,7 @@ def disk_of_run(
     }
     latent, samples = prod(backbone.latent_shape(settings.resolution)), rollouts_to_keep(settings, slices)
     if settings.keeps_rollouts:
-        needed["rollouts"] = samples * min(settings.pairs_per_rollout, settings.num_ddim_steps) * 2 * FP32 * latent
+        needed["rollouts"] = samples * min(settings.pairs_per_rollout or 1, settings.teacher_steps) * 2 * FP32 * latent
     if settings.cache_dir is not None:
         embedding = backbone.max_tokens * backbone.text_encoder.config.hidden_size
         needed["cache"] = FP16 * (min(samples, data.pictures) * latent + min(samples, data.captions) * embedding)

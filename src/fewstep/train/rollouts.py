@@ -89,7 +89,7 @@ class Teacher:
     def __call__(self, batch: Batch) -> Lesson:
         draws, cond = self.draw(batch), self.encoder.embed(batch.captions)
         teacher = Counting(self.backbone.denoiser(adapter=False))
-        x_t = self.method.start(self._clean(teacher, batch, draws, cond), draws)
+        x_t = self._start(teacher, batch, draws, cond)
         with adapters_off(self.backbone.unet):
             pairs = self.method.pairs(teacher, x_t, draws, cond, self._uncond)
         return Lesson(
@@ -116,11 +116,15 @@ class Teacher:
     def _uncond(self) -> Tensor:
         return self.encoder.embed([""])
 
-    def _clean(self, teacher: Denoiser, batch: Batch, draws: Draws, cond: Tensor) -> Tensor:
-        """x0 [B, C, H, W] fp32; only where it is asked for: a sample that starts from pure noise has zeros."""
+    def _start(self, teacher: Denoiser, batch: Batch, draws: Draws, cond: Tensor) -> Tensor:
+        """x_t [B, C, H, W] fp32."""
         if self.start == "student":
             student = self.backbone.denoiser()
-            return self.method.own_guesses(student, draws, cond, self.seed, batch.update, batch.positions)
+            return self.method.own_states(student, draws, cond, self.seed, batch.update, batch.positions)
+        return self.method.start(self._clean(teacher, batch, draws, cond), draws)
+
+    def _clean(self, teacher: Denoiser, batch: Batch, draws: Draws, cond: Tensor) -> Tensor:
+        """x0 [B, C, H, W] fp32; only where it is asked for: a sample that starts from pure noise has zeros."""
         device = self.backbone.device
         x0 = torch.zeros_like(draws.noise, device=device)
         rows = draws.noised

@@ -6,6 +6,7 @@ import os
 import shutil
 import tomllib
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,14 +16,17 @@ from torch import nn
 
 from fewstep import checkpoint, lora
 from fewstep.arithmetic import flops
+from fewstep.arms import sampler_timesteps
 from fewstep.backbone import Backbone, load_backbone
 from fewstep.backbone.threads import is_small
 from fewstep.config import TrainSettings, load_toml, settings_toml, spell
 from fewstep.data import Batches, OpenedData, Slices
 from fewstep.errors import CheckpointError, InputError, Interrupted
+from fewstep.methods import METHODS
 from fewstep.methods.kstep import KStep
 from fewstep.reporting import Bar, Reporter
 from fewstep.telemetry import Throughput
+from fewstep.timesteps import promised_points
 from fewstep.timing import quick_matrix_rate
 from fewstep.train.encoding import Cached, Encoder, Fresh, cache_key
 from fewstep.train.rollouts import RolloutStore, Teacher
@@ -125,17 +129,26 @@ def method_of(settings: TrainSettings, backbone: Backbone) -> KStep:
         InputError: settings with which no rollout exists.
     """
     assert settings.guidance_scale is not None
-    return KStep(
+    return METHODS[settings.sampler](
         schedule=backbone.schedule,
         step_counts=settings.num_inference_steps,
-        num_ddim_steps=settings.num_ddim_steps,
+        num_ddim_steps=settings.teacher_steps,
         guidance=settings.guidance_scale,
         pure_noise_share=settings.pure_noise_share,
-        pairs_per_rollout=settings.pairs_per_rollout,
+        pairs_per_rollout=_most_pairs(settings, backbone),
         guidance_interval=settings.guidance_interval,
+        from_noise=settings.starts_from == "noise",
         criterion=settings.loss,
         weighting=settings.loss_weighting,
     )
+
+
+def _most_pairs(settings: TrainSettings, backbone: Backbone) -> int:
+    """`pairs_per_rollout`, resolved: of a path that passes all of a student's timesteps, a pair at each."""
+    if settings.pairs_per_rollout is not None or settings.sampler == "lcm":
+        return settings.pairs_per_rollout or 1
+    grid = partial(sampler_timesteps, settings.sampler)
+    return len(promised_points(settings.num_inference_steps, backbone.schedule.num_train_timesteps, grid))
 
 
 def student_of(settings: TrainSettings, backbone: Backbone) -> list[nn.Parameter]:
@@ -173,6 +186,8 @@ def resolved(settings: TrainSettings, backbone: Backbone) -> TrainSettings:
         resolution=backbone.resolution if settings.resolution is None else settings.resolution,
         lora_alpha=settings.alpha,
         start=settings.starts_from,
+        num_ddim_steps=settings.teacher_steps,
+        pairs_per_rollout=_most_pairs(settings, backbone),
         oracle_images=oracle if settings.oracle_images is None else settings.oracle_images,
         prediction_type=backbone.schedule.prediction_type,
         mixed_precision={torch.float32: "no", torch.float16: "fp16", torch.bfloat16: "bf16"}[backbone.dtype],
@@ -229,23 +244,27 @@ def plan(settings: TrainSettings, method: KStep, slices: Slices, trainable: int,
         f"{spell(settings.lora_targets)}: {trainable:,} trainable parameters"
     )
     yield (
-        f"teacher: {method.num_ddim_steps} DDIM steps from t to x0 with guidance {method.guidance:g}{where}; "
-        f"t is one of {spell(method.points)}"
+        f"teacher: {method.num_ddim_steps} DDIM steps from {'noise' if method.sampler == 'ddim' else 't'} to x0 with "
+        f"guidance {method.guidance:g}{where}; t is one of {spell(method.points)}"
     )
     noised = {
         "data": "the data's pictures",
         "teacher": "the teacher's own pictures, made by a rollout more each",
         "student": "the student's guesses on its own way to t",
     }
-    yield (
-        f"starts: pure noise for {settings.pure_noise_share:.0%} at t = {method.points[0]}, else, noised to t, "
-        f"{noised[settings.starts_from]}"
-    )
+    if settings.starts_from == "noise":
+        yield f"starts: pure noise at t = {method.points[0]}, from where the teacher passes the rest"
+    else:
+        yield (
+            f"starts: pure noise for {settings.pure_noise_share:.0%} at t = {method.points[0]}, else, noised to t, "
+            f"{noised[settings.starts_from]}"
+        )
     if settings.keeps_rollouts:
         count = rollouts_to_keep(settings, slices)
         epochs = settings.max_steps * slices.global_batch / count
         yield f"rollouts: {count:,}, kept in {settings.rollout_dir}, gone through {epochs:.3g} times"
-    yield f"loss: {settings.loss} to the teacher's x0, loss_weighting {settings.loss_weighting}"
+    aim = "the teacher's x0" if method.sampler == "lcm" else "the x0 whose jump meets the teacher's path again"
+    yield f"loss: {settings.loss} to {aim}, loss_weighting {settings.loss_weighting}"
     yield (
         f"training: {settings.max_steps:,} steps of {slices.global_batch} pictures ({slices.batch_size} x "
         f"{slices.accumulation} micro-batches x {slices.processes} processes) on {device}, "
@@ -266,7 +285,7 @@ def rollout_key(settings: TrainSettings, backbone: Backbone) -> dict[str, Any]:
     """All that the teacher's rollouts depend on besides the data and the global batch."""
     names = (
         *("seed", "guidance_scale", "num_ddim_steps", "num_inference_steps", "pure_noise_share", "pairs_per_rollout"),
-        *("guidance_interval", "start", "resolution", "mixed_precision", "prediction_type"),
+        *("guidance_interval", "start", "sampler", "resolution", "mixed_precision", "prediction_type"),
     )
     return {"base_fingerprint": backbone.fingerprint} | {name: getattr(settings, name) for name in names}
 

@@ -1,0 +1,152 @@
+"""Distillation along the teacher's path, for a student that DDIM will sample: each jump ends where the next one begins.
+
+A student of `kstep` jumps to x0 from everywhere, gets fresh noise, and jumps again: from much noise that is too far to
+be learnt well by a small adapter, and what its guess has lost the noise cannot bring back. Sampled by DDIM on the few
+timesteps that it promises, nothing is drawn anew, and a jump need not be longer than to the next of them:
+
+    path(t → s) = DDIM(teacher, guidance; on a fine grid from t down to s)                        no gradient
+    target(x_t) = (path(t → s) − r x_t) / (√ᾱ_s − r √ᾱ_t),  r = √((1−ᾱ_s) / (1−ᾱ_t))
+    loss = w(t) ‖ f_student(x_t, t) − target(x_t) ‖²
+
+The target is the x0 with which one DDIM step from x_t lands where the teacher's path is at s: that of progressive
+distillation (Salimans & Ho 2022, appendix G), which halves the steps again and again, here in one go on a fixed grid.
+It is also one phase of a phased consistency model (Wang et al. 2024), learnt at the phase's edge. s is the timestep
+after t in the student's grid; where several step counts pass t, in that of the fewest, whose jump is the longest: a
+network has one answer at a timestep.
+
+The fine grid has K steps from the noisiest timestep down to x0 and passes all of the student's timesteps. So one path
+from pure noise is a lesson at each of them (`from_noise`), for captions without pictures; a rollout from a lower t is
+the rest of the grid. Each timestep counts alike.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import pairwise
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from fewstep.errors import InputError
+from fewstep.methods.kstep import Draws, KStep, Pairs, StudentSampler
+from fewstep.solver import Denoiser, ddim_step, guided_output
+from fewstep.timesteps import rollout_grid
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Trajectory(KStep):
+    """The method and its settings: those of `KStep`, with K the steps of the whole path from the noisiest timestep."""
+
+    sampler: ClassVar[StudentSampler] = "ddim"
+
+    def __post_init__(self) -> None:
+        """Find out before training whether the path exists.
+
+        Raises:
+            InputError: as `KStep`; fewer steps on the path than the student has timesteps.
+        """
+        super().__post_init__()
+        if self.num_ddim_steps < len(self.points):
+            raise InputError(
+                f"num_ddim_steps {self.num_ddim_steps} came; the teacher's path has to pass all {len(self.points)} "
+                "timesteps of a student that is sampled by ddim; allowed are as many or more; raise --num_ddim_steps"
+            )
+
+    @cached_property
+    def fine_grid(self) -> list[int]:
+        """The K + 1 timesteps of the teacher's path, from the noisiest to −1 (x0)."""
+        return rollout_grid(self.points[0], self.num_ddim_steps, self.points, self.schedule.num_train_timesteps)
+
+    @property
+    def _counts(self) -> dict[int, float]:
+        """All timesteps count alike, as a path passes each of them once."""
+        return dict.fromkeys(self.points, 1 / len(self.points))
+
+    @cached_property
+    def landings(self) -> dict[int, int]:
+        """Where the jump from each of the student's timesteps ends; −1 is x0."""
+        ends = dict[int, int]()
+        for steps in sorted(self.step_counts, reverse=True):  # of the fewest last: that one stays
+            ends |= dict(pairwise((*self._visited_in(steps), -1)))
+        return ends
+
+    @torch.no_grad()
+    def target(self, teacher: Denoiser, x_t: Tensor, t: Tensor, cond: Tensor, uncond: Tensor | None) -> Tensor:
+        """The x0 [B, C, H, W] to aim at from x_t [B, C, H, W]; arguments as in `KStep.target`."""
+        path = self._path(teacher, x_t, t, self._landings_of(t), cond, uncond)
+        return self._aim(path, t, torch.arange(len(t)))
+
+    def own_pictures(self, teacher: Denoiser, noise: Tensor, cond: Tensor, uncond: Tensor | None) -> Tensor:
+        """Clean latents [B, C, H, W] of the teacher's own: the whole path from pure noise [B, C, H, W]."""
+        top = torch.full((len(noise),), self.points[0])
+        with torch.no_grad():
+            return self._path(teacher, noise, top, torch.full_like(top, -1), cond, uncond)[-1]
+
+    @torch.no_grad()
+    def pairs(self, teacher: Denoiser, x_t: Tensor, draws: Draws, cond: Tensor, uncond: Tensor | None) -> Pairs:
+        """One path a sample down from its start, and every pair that is learnt from it; as `KStep.pairs`."""
+        grids = self._grids(draws.t)
+        rows, steps = self._learnt_from(grids, draws.order)
+        t = grids[rows, steps]
+        lowest = draws.t.scatter_reduce(0, rows, self._landings_of(t), "amin")
+        path = self._path(teacher, x_t, draws.t, lowest, cond, uncond)
+        weight = torch.tensor([self._weights[one] for one in t.tolist()], device=x_t.device)
+        return Pairs(self._at(path, t, rows), t, rows, weight, self._aim(path, t, rows))
+
+    def _grids(self, t: Tensor) -> Tensor:
+        """What is left of the fine grid from each t, int64 [B, K + 1] on the CPU, filled up with −1."""
+        rest = [self._grid(one) for one in t.tolist()]
+        return torch.tensor([grid + [-1] * (self.num_ddim_steps + 1 - len(grid)) for grid in rest])
+
+    def _grid(self, t: int) -> list[int]:
+        return self.fine_grid[self.fine_grid.index(t) :]
+
+    def _path(
+        self, teacher: Denoiser, x_t: Tensor, starts: Tensor, ends: Tensor, cond: Tensor, uncond: Tensor | None
+    ) -> Tensor:
+        """The path of each sample along the fine grid, [K + 1, B, C, H, W]: it stands still above its start and below
+        its end.
+
+        Args:
+            starts, ends: int64 [B], timesteps of the fine grid; best on the CPU: no device need be waited for then.
+        """
+        starts, ends, x = starts.cpu(), ends.cpu(), x_t
+        path = [x]
+        for here, below in pairwise(self.fine_grid):
+            rows = ((starts >= here) & (here > ends)).nonzero().squeeze(1).to(x.device)
+            if len(rows):
+                on_way = rows if len(rows) < len(x) else slice(None)
+                x = x.index_copy(0, rows, self._teacher_step(teacher, x[on_way], here, below, cond[on_way], uncond))
+            path.append(x)
+        return torch.stack(path)
+
+    def _teacher_step(
+        self, teacher: Denoiser, x_t: Tensor, t: int, t_next: int, cond: Tensor, uncond: Tensor | None
+    ) -> Tensor:
+        at = torch.full((len(x_t),), t, device=x_t.device)
+        low, high = self.guidance_interval or (0, t)
+        guidance = self.guidance if low <= t <= high else 1.0
+        output = guided_output(teacher, x_t, at, cond, uncond, guidance)
+        return ddim_step(self.schedule, output, x_t, at, torch.full_like(at, t_next))
+
+    def _landings_of(self, t: Tensor) -> Tensor:
+        return torch.tensor([self.landings[one] for one in t.tolist()])
+
+    def _at(self, path: Tensor, t: Tensor, rows: Tensor) -> Tensor:
+        """Where the paths of samples `rows` are at timesteps t, [N, C, H, W]."""
+        steps = torch.tensor([self.fine_grid.index(one) for one in t.tolist()])
+        return path[steps.to(path.device), rows.to(path.device)]
+
+    def _aim(self, path: Tensor, t: Tensor, rows: Tensor) -> Tensor:
+        """The x0 [N, C, H, W] with which one step from where the paths of `rows` are at t lands on them again."""
+        landings = self._landings_of(t)
+        here, there = self._at(path, t, rows), self._at(path, landings, rows)
+        return self.schedule.jump_x0(here, there, t.to(path.device), landings.to(path.device))
+
+    def _step(self, output: Tensor, x_t: Tensor, t: Tensor, t_next: Tensor, noise: Tensor) -> Tensor:
+        return ddim_step(self.schedule, output, x_t, t, t_next)
+
+    def _student_x0(self, output: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
+        return self.schedule.to_x0(output, x_t, t)
