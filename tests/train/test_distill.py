@@ -267,6 +267,23 @@ def test_a_run_keeps_as_many_checkpoints_as_it_is_told(settings: TrainSettings, 
     assert sorted(path.name for path in (run.folder / "lora").iterdir()) == ["checkpoint-3", "checkpoint-4", "final"]
 
 
+def test_a_broken_checkpoint_is_none_of_those_that_are_kept(settings: TrainSettings, tmp_path: Path) -> None:
+    """A run that fell back to an older one, and is stopped again before it has passed the broken one."""
+    few = settings.replace(output_dir=tmp_path, max_steps=6, checkpoint_every=2, keep_last=2, validate_every=0)
+    run = distill(few)
+    whole, broken = (run.folder / "lora" / f"checkpoint-{step}" for step in (4, 6))
+    (broken / "settings.toml").write_text("")
+    heard, asked = Heard(), iter([True])
+    again = few.replace(keep_last=1, resume_from_checkpoint="latest")
+    with pytest.raises(Interrupted):
+        distill(again, reporter=heard, should_stop=lambda: next(asked))
+    assert heard.warned[0].startswith(f"passed over: checkpoint '{broken}' is broken")
+    assert heard.warned[1] == f"removed: {broken}, which is broken"
+    assert [path.name for path in (run.folder / "lora").glob("checkpoint-*")] == ["checkpoint-5"]
+    assert not whole.exists()
+    assert_same(weights(distill(again).adapter), weights(run.adapter))
+
+
 def test_a_bar_that_is_interrupted_stops_the_run_after_the_update(settings: TrainSettings, tmp_path: Path) -> None:
     class Signalled(Heard):
         def progress(self, name: str, total: int) -> Any:

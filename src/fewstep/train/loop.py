@@ -147,6 +147,8 @@ def distill(
             check_folder = cleanup.enter_context(alone_in(settings.run_dir))
             for folder in (settings.run_dir, settings.run_dir / "lora", settings.run_dir / "previews"):
                 remove_leftovers(folder)
+            for broken in [] if resumed is None else checkpoint.drop_newer(settings.run_dir, resumed):
+                reporter.warn(f"removed: {broken}, which is broken")
             start.drop_best(best_folder, resumed=resumed is not None, warn=reporter.warn)
             write_text_atomic(settings.run_dir / "settings.toml", settings_toml(settings))
         telemetry = cleanup.enter_context(
