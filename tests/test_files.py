@@ -111,7 +111,15 @@ def test_silence_is_a_reporter(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_what_a_killed_writer_left_is_removed_and_nothing_else(tmp_path: Path) -> None:
-    for name in (".a.png.17.partial", "best/file", ".best.old/file", ".b.partial/file", "c.partial", ".lock", "below/.d.partial"):
+    for name in (
+        ".a.png.17.partial",
+        "best/file",
+        ".best.old/file",
+        ".b.partial/file",
+        "c.partial",
+        ".lock",
+        "below/.d.partial",
+    ):
         write_text_atomic(tmp_path / name, "x")
     remove_leftovers(tmp_path)
     remove_leftovers(tmp_path / "nowhere")

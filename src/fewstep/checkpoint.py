@@ -41,7 +41,7 @@ RESUME = "resume"
 STATE = "state.json"
 FINAL = "final"
 BEST = "best"
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 
 SMALL_FILES = 2**20
 """Bytes that are set aside for what a checkpoint holds besides tensors."""
