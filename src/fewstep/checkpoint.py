@@ -116,7 +116,9 @@ def save(
     partial = folder.with_name(f".{folder.name}.partial")
     states = {name: thing.state_dict() for name, thing in (stateful or {}).items()}
     try:
-        folder.parent.mkdir(exist_ok=True)
+        if not folder.parent.exists():
+            folder.parent.mkdir(exist_ok=True)
+            _synchronise_folder(folder.parent.parent)
         shutil.rmtree(partial, ignore_errors=True)  # what an interrupted run left
         _require_room(folder, 2 * adapter_bytes + _tensor_bytes(states) + SMALL_FILES)
         partial.mkdir()

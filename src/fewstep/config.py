@@ -28,7 +28,6 @@ from pydantic import (
     ConfigDict,
     Field,
     ValidationError,
-    field_validator,
     model_validator,
 )
 from pydantic.fields import FieldInfo
@@ -40,6 +39,9 @@ EMBEDDED_BASE = "scenes"
 
 STABLE_DIFFUSION = "stable-diffusion-v1-5/stable-diffusion-v1-5"
 """The default base of the two root scripts."""
+
+LONGEST_NAME = 200
+"""Bytes of a folder's name: file systems take 255, and what is being written has a longer one for a moment."""
 
 MOST_STUDENT_STEPS = 50
 """LCMScheduler and TCDScheduler pick a student's steps out of 50: no student takes more."""
@@ -87,10 +89,30 @@ def _device(value: str) -> str:
 def _not_blank(value: str) -> str:
     if not value.strip():
         raise ValueError("an empty text came; allowed is any other text; leave the setting out to get its default")
+    if "\0" in value:
+        raise ValueError(f"{value!r} came; allowed is a text without NUL characters; leave them out")
+    return value
+
+
+def _folder_name(value: str) -> str:
+    """The name of one folder, on every system: nothing that leads elsewhere, and nothing that one of them reserves."""
+    wrong = (
+        re.search(r'[/\\\x00-\x1f\x7f<>:"|?*]', value)
+        or value[-1] in ". "
+        or value[0] == " "
+        or re.fullmatch(r"(?i)(con|prn|aux|nul|com\d|lpt\d)(\..*)?", value)
+        or len(value.encode("utf-8", "replace")) > LONGEST_NAME
+    )
+    if wrong:
+        raise ValueError(
+            f"{value[:60]!r} came; allowed is the name of one folder, of at most {LONGEST_NAME} bytes, without "
+            '/ \\ : * ? " < > | or control characters, that no system reserves; give its parent as --output_dir'
+        )
     return value
 
 
 Text = Annotated[str, AfterValidator(_not_blank)]
+FolderName = Annotated[str, AfterValidator(_not_blank), AfterValidator(_folder_name)]
 Folder = Annotated[Path, BeforeValidator(lambda value: _not_blank(value) if isinstance(value, str) else value),
                    AfterValidator(Path.expanduser)]  # fmt: skip
 Count = Annotated[int, Field(ge=1)]
@@ -220,7 +242,7 @@ class TrainSettings(BaseModelSettings):
     caption_column: Text | None = Field(None, description="Column of the captions. Unset: found by its name.")
     max_dropped: Share = Field(0.01, description="Share of unusable pictures above which training refuses to start.")
     output_dir: Folder = Field(Path("./checkpoints"), description="Folder that holds the runs.")
-    run_name: Text = Field("lora_flash", description="Folder of this run inside output_dir.")
+    run_name: FolderName = Field("lora_flash", description="Folder of this run inside output_dir.")
     log_file: Folder | None = Field(None, description="Also write what is printed to this file.")
     resume_from_checkpoint: Text | None = Field(
         None,
@@ -340,13 +362,6 @@ class TrainSettings(BaseModelSettings):
     @property
     def rollout_dir(self) -> Path:
         return self.teacher_cache or self.run_dir / "rollouts"
-
-    @field_validator("run_name")
-    @classmethod
-    def _one_folder(cls, value: str) -> str:
-        if value in {".", ".."} or re.search(r"[/\\\0]", value):
-            raise ValueError(f"{value!r} came; allowed is the name of one folder; give its parent as --output_dir")
-        return value
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
@@ -504,7 +519,7 @@ class BenchSettings(SamplingSettings):
 class AdapterEntry(Checked):
     """One further adapter of a benchmark: an [[adapter]] table of its adapters_file."""
 
-    id: Annotated[str, Field(pattern=r"^[a-z0-9]+(-[a-z0-9]+)*$")] = Field(
+    id: Annotated[str, Field(pattern=r"^[a-z0-9]+(-[a-z0-9]+)*$", max_length=64)] = Field(
         description="Name of its arms: small letters, digits and single hyphens between them."
     )
     lora_path: Folder | None = Field(None, description="Adapter file or folder.")

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from accelerate import Accelerator
 
 from fewstep.telemetry import LossByTimestep
@@ -40,6 +41,6 @@ class Progress:
         if len(losses) == self._accelerator.num_processes:
             self._losses.take_up(losses[self._accelerator.process_index])
         else:
-            self._losses.take_up(losses.sum(0) if first else 0 * losses[0])
+            self._losses.take_up(losses.sum(0) if first else torch.zeros_like(losses[0]))
         self.skipped_in_a_row = state["skipped_in_a_row"]
         self.skipped_since_logged = state["skipped_since_logged"]
