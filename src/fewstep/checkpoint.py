@@ -430,7 +430,7 @@ def prune(run_folder: Path, *, keep_last: int, keep_every: int = 0) -> list[Path
 def drop_newer(run_folder: Path, resumed: Path) -> list[Path]:
     """Remove the checkpoints that were passed over for an older one, which a run is about to go on from.
 
-    They are broken. Left there, they would be the newest that `prune` keeps, in the place of whole ones.
+    They are broken: left there, they would be the newest that `prune` keeps, in the place of whole ones.
 
     Returns:
         What was removed; nothing where `resumed` is none of the run's.

@@ -89,9 +89,13 @@ def _device(value: str) -> str:
 def _not_blank(value: str) -> str:
     if not value.strip():
         raise ValueError("an empty text came; allowed is any other text; leave the setting out to get its default")
-    if "\0" in value:
-        raise ValueError(f"{value!r} came; allowed is a text without NUL characters; leave them out")
     return value
+
+
+def _path(value: str) -> str:
+    if "\0" in value:
+        raise ValueError(f"{value!r} came; allowed is a path without NUL characters; leave them out")
+    return _not_blank(value)
 
 
 def _folder_name(value: str) -> str:
@@ -112,8 +116,8 @@ def _folder_name(value: str) -> str:
 
 
 Text = Annotated[str, AfterValidator(_not_blank)]
-FolderName = Annotated[str, AfterValidator(_not_blank), AfterValidator(_folder_name)]
-Folder = Annotated[Path, BeforeValidator(lambda value: _not_blank(value) if isinstance(value, str) else value),
+FolderName = Annotated[str, AfterValidator(_path), AfterValidator(_folder_name)]
+Folder = Annotated[Path, BeforeValidator(lambda value: _path(value) if isinstance(value, str) else value),
                    AfterValidator(Path.expanduser)]  # fmt: skip
 Count = Annotated[int, Field(ge=1)]
 CountOrNone = Annotated[int, Field(ge=0)]

@@ -126,9 +126,9 @@ def test_every_field_is_documented(settings: type[Settings]) -> None:
                 "\x7f",
             )
         ),
-        (TrainSettings, {"run_name": "a\0b"}, "'a\\x00b' came; allowed is a text without NUL characters"),
-        (TrainSettings, {"output_dir": "a\0b"}, "allowed is a text without NUL characters"),
-        (TrainSettings, {"log_file": "a\0b"}, "allowed is a text without NUL characters"),
+        (TrainSettings, {"run_name": "a\0b"}, "'a\\x00b' came; allowed is a path without NUL characters"),
+        (TrainSettings, {"output_dir": "a\0b"}, "allowed is a path without NUL characters"),
+        (TrainSettings, {"log_file": "a\0b"}, "allowed is a path without NUL characters"),
         (AdapterEntry, {"id": "a" * 65, "lora_path": "x"}, "came; allowed: a text"),
         (TrainSettings, {"data_dir": ""}, "an empty text came"),
         (TrainSettings, {"data_dir": "a", "dataset_name": "b"}, "dataset_name and data_dir came together"),

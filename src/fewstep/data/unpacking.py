@@ -29,7 +29,7 @@ ALWAYS = 2**30
 """Bytes that any file may unpack to."""
 
 _PIECE = 2**20
-_ROWS = 256
+_ROWS = 64  # at a time: a row may be a picture of megabytes
 
 _STREAMS: dict[bytes, Callable[[Any], Any]] = {b"\x1f\x8b": gzip.open, b"BZh": bz2.open, b"\xfd7zXZ\x00": lzma.open}
 _NOT_COUNTED = (b"Rar!\x1a\x07", b"\x28\xb5\x2f\xfd", b"7z\xbc\xaf\x27\x1c", b"\x04\x22\x4d\x18")

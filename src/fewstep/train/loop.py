@@ -154,8 +154,8 @@ def distill(
             start.require_unchanged(settings.run_dir, found)
             for folder in (settings.run_dir, settings.run_dir / "lora", settings.run_dir / "previews"):
                 remove_leftovers(folder)
-            for broken in [] if resumed is None else checkpoint.drop_newer(settings.run_dir, resumed):
-                reporter.warn(f"removed: {broken}, which is broken")
+            for newer in [] if resumed is None else checkpoint.drop_newer(settings.run_dir, resumed):
+                reporter.warn(f"removed: {newer}, which was passed over")
             start.drop_best(best_folder, resumed=resumed is not None, warn=reporter.warn)
             write_text_atomic(settings.run_dir / "settings.toml", settings_toml(settings))
         telemetry = cleanup.enter_context(
