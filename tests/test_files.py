@@ -8,6 +8,7 @@ import pytest
 
 from fewstep.errors import CheckpointError, DataError, FewstepError, InputError, Interrupted
 from fewstep.files import (
+    at_home,
     remove_folder_at_once,
     remove_leftovers,
     replace_folder_atomic,
@@ -93,6 +94,12 @@ def test_a_folder_that_was_being_removed_does_not_come_back(tmp_path: Path, monk
 def test_sha256(tmp_path: Path) -> None:
     path = write_bytes_atomic(tmp_path / "x", b"abc")
     assert sha256(path) == "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
+
+
+def test_home_is_a_folder_and_a_stranger_is_a_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/home/me")
+    assert at_home("~/runs") == Path("/home/me/runs")
+    assert at_home("~nobody-of-that-name/runs") == Path("~nobody-of-that-name/runs")
 
 
 def test_exit_codes() -> None:

@@ -30,7 +30,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from .errors import CheckpointError
-from .files import remove_folder_at_once, replace_folder_atomic, sha256
+from .files import at_home, remove_folder_at_once, replace_folder_atomic, sha256
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -383,7 +383,7 @@ def resolve(run_folder: Path, which: str | Path, *, warn: Callable[[str], None] 
         CheckpointError: there is none, or none that is whole.
     """
     if str(which) not in ("latest", "auto"):
-        folder = Path(which).expanduser()
+        folder = at_home(which)
         verify(folder)
         return folder
     found = checkpoints(run_folder)

@@ -33,6 +33,7 @@ from pydantic import (
 from pydantic.fields import FieldInfo
 
 from fewstep.errors import InputError
+from fewstep.files import at_home
 
 EMBEDDED_BASE = "scenes"
 """The base that ships with the package: the default of every ``fewstep`` command."""
@@ -118,7 +119,7 @@ def _folder_name(value: str) -> str:
 Text = Annotated[str, AfterValidator(_not_blank)]
 FolderName = Annotated[str, AfterValidator(_path), AfterValidator(_folder_name)]
 Folder = Annotated[Path, BeforeValidator(lambda value: _path(value) if isinstance(value, str) else value),
-                   AfterValidator(Path.expanduser)]  # fmt: skip
+                   AfterValidator(at_home)]  # fmt: skip
 Count = Annotated[int, Field(ge=1)]
 CountOrNone = Annotated[int, Field(ge=0)]
 Seed = Annotated[int, Field(ge=0, le=2**63 - 1)]
@@ -612,7 +613,7 @@ class DemoSettings(BaseModelSettings):
 
 def load_toml(path: Path | str) -> dict[str, Any]:
     """The flat table of a settings file; an `InputError` where it cannot be read or is not flat."""
-    path = Path(path).expanduser()
+    path = at_home(path)
     values = _toml(path)
     for key, value in values.items():
         if isinstance(value, dict):
@@ -639,7 +640,7 @@ def load_adapters(path: Path | str) -> tuple[AdapterEntry, ...]:
     Raises:
         InputError: no TOML, no [[adapter]] table, anything else in it, or an id that comes twice.
     """
-    path = Path(path).expanduser()
+    path = at_home(path)
     values = _toml(path)
     tables = values.get("adapter")
     if set(values) != {"adapter"} or not isinstance(tables, list) or not all(isinstance(t, dict) for t in tables):

@@ -86,6 +86,14 @@ def remove_leftovers(folder: str | Path) -> None:
                 left.unlink(missing_ok=True)
 
 
+def at_home(path: str | Path) -> Path:
+    """`path` with a leading ~ or ~NAME made that user's folder; one whom this machine does not know is just a name."""
+    try:
+        return Path(path).expanduser()
+    except RuntimeError:
+        return Path(path)
+
+
 def sha256(path: str | Path) -> str:
     """SHA-256 of a file's content, in hexadecimal."""
     with Path(path).open("rb") as file:
