@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 
+import fewstep
 from fewstep.backbone.folder import load_folder
 from fewstep.backbone.single_file import load_single_file
 from fewstep.errors import CheckpointError
@@ -57,3 +59,32 @@ def test_it_is_refused_before_it_is_opened_wherever_pickles_are_read(
         load_single_file(bomb, dtype=torch.float32, allow_pickle=True)
     with pytest.raises(CheckpointError, match=words):
         load_folder(base, name="base", dtype=torch.float32, allow_pickle=True)
+
+
+PICKLERS = ("pickle", "dill", "cloudpickle", "joblib", "shelve", "marshal")
+
+
+def calls() -> list[tuple[str, str, dict[str, object]]]:
+    """(file, what is called, its keywords whose values are written out) of every call in the package."""
+    found = []
+    root = Path(fewstep.__file__).parent
+    for file in sorted(root.rglob("*.py")):
+        for node in ast.walk(ast.parse(file.read_text())):
+            if isinstance(node, ast.Call):
+                constants = {one.arg: one.value.value for one in node.keywords if isinstance(one.value, ast.Constant)}
+                found.append((str(file.relative_to(root)), ast.unparse(node.func), constants))
+    return found
+
+
+def test_nothing_of_ours_pickles_or_runs_what_came_with_weights() -> None:
+    loads = []
+    for file, name, keywords in calls():
+        end = name.rpartition(".")[2]
+        assert end not in ("save_state", "load_state", "unsafe_load") and name != "torch.save", (file, name)
+        assert name.rpartition(".")[0] not in PICKLERS or end not in ("load", "loads", "dump", "dumps", "open"), file
+        assert keywords.get("trust_remote_code", False) is False, (file, name)
+        assert end != "load" or keywords.get("allow_pickle", False) is False, (file, name)  # numpy's
+        if name == "torch.load":
+            loads.append(file)
+            assert keywords["weights_only"] is True, file
+    assert loads == ["backbone/single_file.py", "lora/layouts.py"], "each behind allow_pickle, and looked at for bombs"
