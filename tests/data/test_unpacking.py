@@ -116,13 +116,32 @@ def test_archives_of_a_dataset_are_not_unpacked_before_they_are_counted(tmp_path
     assert not (tmp_path / "cache" / "extracted").exists()
 
 
-def test_members_that_are_packed_once_more_are_refused(tmp_path: Path) -> None:
-    (tmp_path / "set").mkdir()
-    with tarfile.open(tmp_path / "set" / "a.tar", "w") as tar:
-        for name, content in (("0.png", numbered(0)), ("0.txt.gz", gzip.compress(ZEROS))):
+def write_tar(file: Path, members: list[tuple[str, bytes]]) -> None:
+    file.parent.mkdir(exist_ok=True)
+    with tarfile.open(file, "w") as tar:
+        for name, content in members:
             member = tarfile.TarInfo(name)
             member.size = len(content)
             tar.addfile(member, io.BytesIO(content))
+
+
+def test_all_of_a_tar_that_is_no_bomb_is_there(tmp_path: Path) -> None:
+    """`datasets` goes through a tar twice: for the kinds of its columns, and for its rows."""
+    numbers = range(8)
+    pairs = [((f"{i}.png", numbered(i)), (f"{i}.txt", f"number {i}".encode())) for i in numbers]
+    write_tar(tmp_path / "set" / "a.tar", [member for pair in pairs for member in pair])
+    opened = open_data(Settings(dataset_name=str(tmp_path / "set"), caption_column="txt"), Base())
+    assert [opened.data.item(i)[1] for i in range(len(opened.data))] == [(f"number {i}",) for i in numbers]
+
+
+def test_a_member_that_is_too_large_is_not_read(tmp_path: Path) -> None:
+    write_tar(tmp_path / "set" / "a.tar", [("0.png", numbered(0)), ("0.txt", b"x" * (2**20 + 1))])
+    with pytest.raises(DataError, match=r"holds '0\.txt', which is packed once more or is larger than 1\.05 MB"):
+        open_data(Settings(dataset_name=str(tmp_path / "set"), caption_column="txt"), Base())
+
+
+def test_members_that_are_packed_once_more_are_refused(tmp_path: Path) -> None:
+    write_tar(tmp_path / "set" / "a.tar", [("0.png", numbered(0)), ("0.txt.gz", gzip.compress(ZEROS))])
     with pytest.raises(DataError, match=r"holds '0\.txt\.gz', which is packed once more"):
         open_data(Settings(dataset_name=str(tmp_path / "set")), Base())
 

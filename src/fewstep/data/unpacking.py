@@ -13,7 +13,8 @@ import lzma
 import shutil
 import zipfile
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -45,13 +46,26 @@ class BoundedDownloads(DownloadManager):  # type: ignore[misc]  # has no types
             refuse_bomb(Path(path))
         return found
 
-    def iter_archive(self, path_or_buf: Any) -> Iterator[tuple[str, BinaryIO]]:
-        """The members of an archive; those are read whole, and unpacked once more where their names say so."""
-        for name, member in super().iter_archive(path_or_buf):
+    def iter_archive(self, path_or_buf: Any) -> Iterable[tuple[str, BinaryIO]]:
+        return _Members(str(path_or_buf), super().iter_archive(path_or_buf))
+
+
+@dataclass(frozen=True)
+class _Members:
+    """The members of an archive, as often as they are asked for.
+
+    They are read whole, and unpacked once more where their names say so: what would be too much is refused.
+    """
+
+    archive: str
+    members: Iterable[tuple[str, BinaryIO]]
+
+    def __iter__(self) -> Iterator[tuple[str, BinaryIO]]:
+        for name, member in self.members:
             size = getattr(getattr(member, "raw", member), "size", 0)  # of a hole in a tar, too
             if name.lower().endswith(_PACKED) or (isinstance(size, int) and size > ALWAYS):
                 raise DataError(
-                    f"{path_or_buf} holds {name!r}, which is packed once more or is larger than {in_bytes(ALWAYS)}; "
+                    f"{self.archive} holds {name!r}, which is packed once more or is larger than {in_bytes(ALWAYS)}; "
                     "allowed are pictures and captions as they are; unpack it first"
                 )
             yield name, member
