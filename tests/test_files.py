@@ -7,7 +7,15 @@ from pathlib import Path
 import pytest
 
 from fewstep.errors import CheckpointError, DataError, FewstepError, InputError, Interrupted
-from fewstep.files import remove_leftovers, replace_folder_atomic, sha256, write_bytes_atomic, write_text_atomic
+from fewstep.files import (
+    at_home,
+    remove_folder_at_once,
+    remove_leftovers,
+    replace_folder_atomic,
+    sha256,
+    write_bytes_atomic,
+    write_text_atomic,
+)
 from fewstep.reporting import SILENT
 
 
@@ -41,9 +49,57 @@ def test_a_folder_takes_the_place_of_another(tmp_path: Path) -> None:
     assert [p.name for p in (tmp_path / "runs").iterdir()] == ["final"]
 
 
+def test_a_folder_that_cannot_take_the_place_leaves_the_one_that_is_there(tmp_path: Path) -> None:
+    write_text_atomic(tmp_path / "final" / "file", "old")
+    with pytest.raises(OSError, match="No such file"):
+        replace_folder_atomic(tmp_path / "missing", tmp_path / "final")
+    assert (tmp_path / "final" / "file").read_text() == "old"
+    assert [p.name for p in tmp_path.iterdir()] == ["final"]
+
+
+def test_a_folder_that_was_about_to_be_replaced_gets_its_name_back(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A kill between the two renames."""
+    write_text_atomic(tmp_path / "best" / "file", "old")
+    write_text_atomic(tmp_path / ".best.partial" / "file", "new")
+    honest, renames = Path.rename, []
+
+    def killed_at_the_second(self: Path, target: Path) -> Path:
+        renames.append(target)
+        if len(renames) == 2:
+            raise KeyboardInterrupt
+        return honest(self, target)
+
+    monkeypatch.setattr(Path, "rename", killed_at_the_second)
+    with pytest.raises(KeyboardInterrupt):
+        replace_folder_atomic(tmp_path / ".best.partial", tmp_path / "best")
+    monkeypatch.setattr(Path, "rename", honest)
+    assert not (tmp_path / "best").exists()
+    remove_leftovers(tmp_path)
+    assert (tmp_path / "best" / "file").read_text() == "old"
+    assert [p.name for p in tmp_path.iterdir()] == ["best"]
+
+
+def test_a_folder_that_was_being_removed_does_not_come_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_text_atomic(tmp_path / "checkpoint-1" / "file", "x")
+    monkeypatch.setattr("shutil.rmtree", lambda *_, **__: None)  # killed before it was emptied
+    remove_folder_at_once(tmp_path / "checkpoint-1")
+    monkeypatch.undo()
+    assert not (tmp_path / "checkpoint-1").exists()
+    remove_leftovers(tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_sha256(tmp_path: Path) -> None:
     path = write_bytes_atomic(tmp_path / "x", b"abc")
     assert sha256(path) == "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
+
+
+def test_home_is_a_folder_and_a_stranger_is_a_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/home/me")
+    assert at_home("~/runs") == Path("/home/me/runs")
+    assert at_home("~nobody-of-that-name/runs") == Path("~nobody-of-that-name/runs")
 
 
 def test_exit_codes() -> None:
@@ -62,9 +118,17 @@ def test_silence_is_a_reporter(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_what_a_killed_writer_left_is_removed_and_nothing_else(tmp_path: Path) -> None:
-    for name in (".a.png.17.partial", ".best.old/file", ".b.partial/file", "c.partial", ".lock", "below/.d.partial"):
+    for name in (
+        ".a.png.17.partial",
+        "best/file",
+        ".best.old/file",
+        ".b.partial/file",
+        "c.partial",
+        ".lock",
+        "below/.d.partial",
+    ):
         write_text_atomic(tmp_path / name, "x")
     remove_leftovers(tmp_path)
     remove_leftovers(tmp_path / "nowhere")
     left = {path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*") if path.is_file()}
-    assert left == {"c.partial", ".lock", "below/.d.partial"}
+    assert left == {"best/file", "c.partial", ".lock", "below/.d.partial"}

@@ -30,7 +30,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from .errors import CheckpointError
-from .files import replace_folder_atomic, sha256
+from .files import at_home, remove_folder_at_once, replace_folder_atomic, sha256
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -41,7 +41,7 @@ RESUME = "resume"
 STATE = "state.json"
 FINAL = "final"
 BEST = "best"
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 
 SMALL_FILES = 2**20
 """Bytes that are set aside for what a checkpoint holds besides tensors."""
@@ -116,7 +116,9 @@ def save(
     partial = folder.with_name(f".{folder.name}.partial")
     states = {name: thing.state_dict() for name, thing in (stateful or {}).items()}
     try:
-        folder.parent.mkdir(exist_ok=True)
+        if not folder.parent.exists():
+            folder.parent.mkdir(exist_ok=True)
+            _synchronise_folder(folder.parent.parent)
         shutil.rmtree(partial, ignore_errors=True)  # what an interrupted run left
         _require_room(folder, 2 * adapter_bytes + _tensor_bytes(states) + SMALL_FILES)
         partial.mkdir()
@@ -381,7 +383,7 @@ def resolve(run_folder: Path, which: str | Path, *, warn: Callable[[str], None] 
         CheckpointError: there is none, or none that is whole.
     """
     if str(which) not in ("latest", "auto"):
-        folder = Path(which).expanduser()
+        folder = at_home(which)
         verify(folder)
         return folder
     found = checkpoints(run_folder)
@@ -413,19 +415,32 @@ def prune(run_folder: Path, *, keep_last: int, keep_every: int = 0) -> list[Path
         keep_every: those whose step is a multiple of it stay as well; 0 for none.
 
     Returns:
-        What was removed. Each goes at once: it is renamed before it is emptied, so that none is ever half there.
+        What was removed, each at once.
     """
     removed = []
     for folder in checkpoints(run_folder)[keep_last:] if keep_last else []:
         step = int(folder.name.removeprefix("checkpoint-"))
         if keep_every and step % keep_every == 0:
             continue
-        going = folder.with_name(f".{folder.name}.old")
-        shutil.rmtree(going, ignore_errors=True)
-        folder.rename(going)
-        shutil.rmtree(going, ignore_errors=True)
+        remove_folder_at_once(folder)
         removed.append(folder)
     return removed
+
+
+def drop_newer(run_folder: Path, resumed: Path) -> list[Path]:
+    """Remove the checkpoints that were passed over for an older one, which a run is about to go on from.
+
+    They are broken: left there, they would be the newest that `prune` keeps, in the place of whole ones.
+
+    Returns:
+        What was removed; nothing where `resumed` is none of the run's.
+    """
+    found = checkpoints(run_folder)
+    places = [folder.resolve() for folder in found]
+    newer = found[: places.index(resumed.resolve())] if resumed.resolve() in places else []
+    for folder in newer:
+        remove_folder_at_once(folder)
+    return newer
 
 
 def checkpoints(run_folder: Path) -> list[Path]:

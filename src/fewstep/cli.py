@@ -35,7 +35,8 @@ from fewstep.config import (
     refusal,
     spell,
 )
-from fewstep.errors import FewstepError
+from fewstep.errors import FewstepError, Interrupted, StopAsked
+from fewstep.hiding import without_secrets
 
 DONE, BUG, WRONG_INPUT, STOPPED_AT_ONCE = 0, 1, 2, 130
 TRACEBACK = "FEWSTEP_TRACEBACK"
@@ -48,12 +49,14 @@ class Command:
     settings: type[Checked]
     procedure: str
     """``module:function``, imported when the command runs."""
+    again: str | None = None
+    """How to go on after a signal that came when there was nothing to save; None where it takes a new start."""
 
 
 COMMANDS = {
     "demo": Command(DemoSettings, "fewstep.walkthrough:walkthrough"),
-    "train": Command(TrainCommand, "fewstep.train:train"),
-    "cache": Command(CacheSettings, "fewstep.train.fill:fill"),
+    "train": Command(TrainCommand, "fewstep.train:train", again="go on with --resume_from_checkpoint auto"),
+    "cache": Command(CacheSettings, "fewstep.train.fill:fill", again="run the same again"),
     "doctor": Command(DoctorSettings, "fewstep.doctor:doctor"),
     "bench": Command(BenchSettings, "fewstep.benchmark:benchmark"),
     "generate": Command(GenerateSettings, "fewstep.generate:generate"),
@@ -192,7 +195,12 @@ def _call(command: Command, settings: Checked) -> None:
     reporter = ConsoleReporter(quiet=os.environ.get("RANK", "0") != "0")
     with reporter.holding_signals():
         module, function = command.procedure.split(":")
-        getattr(import_module(module), function)(settings, reporter=reporter)
+        try:
+            getattr(import_module(module), function)(settings, reporter=reporter)
+        except StopAsked:
+            if command.again is None:
+                raise
+            raise Interrupted(f"stopped between two saves; what was saved is whole; {command.again}") from None
 
 
 def _run(app: App, argv: Sequence[str] | None, program: str) -> int:
@@ -232,7 +240,7 @@ def _fail(message: str, code: int) -> int:
     from fewstep import ui
 
     if os.environ.get(TRACEBACK):
-        traceback.print_exc()
+        sys.stderr.write(without_secrets(traceback.format_exc()))
     ui.error(" ".join(message.split()))
     return code
 
@@ -262,4 +270,7 @@ def _of_the_machine(error: Exception) -> str | None:
     return None
 
 
-_MACHINE_ERRORS = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.ENOTDIR, errno.EISDIR}
+_MACHINE_ERRORS = {
+    *(errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.ENOTDIR, errno.EISDIR),
+    *(errno.ENAMETOOLONG, errno.ELOOP, errno.EIO, errno.ESTALE, errno.ENODEV, errno.ENXIO, errno.EMFILE),
+}

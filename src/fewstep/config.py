@@ -28,18 +28,21 @@ from pydantic import (
     ConfigDict,
     Field,
     ValidationError,
-    field_validator,
     model_validator,
 )
 from pydantic.fields import FieldInfo
 
 from fewstep.errors import InputError
+from fewstep.files import at_home
 
 EMBEDDED_BASE = "scenes"
 """The base that ships with the package: the default of every ``fewstep`` command."""
 
 STABLE_DIFFUSION = "stable-diffusion-v1-5/stable-diffusion-v1-5"
 """The default base of the two root scripts."""
+
+LONGEST_NAME = 200
+"""Bytes of a folder's name: file systems take 255, and what is being written has a longer one for a moment."""
 
 MOST_STUDENT_STEPS = 50
 """LCMScheduler and TCDScheduler pick a student's steps out of 50: no student takes more."""
@@ -90,9 +93,33 @@ def _not_blank(value: str) -> str:
     return value
 
 
+def _path(value: str) -> str:
+    if "\0" in value:
+        raise ValueError(f"{value!r} came; allowed is a path without NUL characters; leave them out")
+    return _not_blank(value)
+
+
+def _folder_name(value: str) -> str:
+    """The name of one folder, on every system: nothing that leads elsewhere, and nothing that one of them reserves."""
+    wrong = (
+        re.search(r'[/\\\x00-\x1f\x7f<>:"|?*]', value)
+        or value[-1] in ". "
+        or value[0] == " "
+        or re.fullmatch(r"(?i)(con|prn|aux|nul|com\d|lpt\d)(\..*)?", value)
+        or len(value.encode("utf-8", "replace")) > LONGEST_NAME
+    )
+    if wrong:
+        raise ValueError(
+            f"{value[:60]!r} came; allowed is the name of one folder, of at most {LONGEST_NAME} bytes, without "
+            '/ \\ : * ? " < > | or control characters, that no system reserves; give its parent as --output_dir'
+        )
+    return value
+
+
 Text = Annotated[str, AfterValidator(_not_blank)]
-Folder = Annotated[Path, BeforeValidator(lambda value: _not_blank(value) if isinstance(value, str) else value),
-                   AfterValidator(Path.expanduser)]  # fmt: skip
+FolderName = Annotated[str, AfterValidator(_path), AfterValidator(_folder_name)]
+Folder = Annotated[Path, BeforeValidator(lambda value: _path(value) if isinstance(value, str) else value),
+                   AfterValidator(at_home)]  # fmt: skip
 Count = Annotated[int, Field(ge=1)]
 CountOrNone = Annotated[int, Field(ge=0)]
 Seed = Annotated[int, Field(ge=0, le=2**63 - 1)]
@@ -220,7 +247,7 @@ class TrainSettings(BaseModelSettings):
     caption_column: Text | None = Field(None, description="Column of the captions. Unset: found by its name.")
     max_dropped: Share = Field(0.01, description="Share of unusable pictures above which training refuses to start.")
     output_dir: Folder = Field(Path("./checkpoints"), description="Folder that holds the runs.")
-    run_name: Text = Field("lora_flash", description="Folder of this run inside output_dir.")
+    run_name: FolderName = Field("lora_flash", description="Folder of this run inside output_dir.")
     log_file: Folder | None = Field(None, description="Also write what is printed to this file.")
     resume_from_checkpoint: Text | None = Field(
         None,
@@ -360,13 +387,6 @@ class TrainSettings(BaseModelSettings):
     @property
     def rollout_dir(self) -> Path:
         return self.teacher_cache or self.run_dir / "rollouts"
-
-    @field_validator("run_name")
-    @classmethod
-    def _one_folder(cls, value: str) -> str:
-        if value in {".", ".."} or re.search(r"[/\\\0]", value):
-            raise ValueError(f"{value!r} came; allowed is the name of one folder; give its parent as --output_dir")
-        return value
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
@@ -524,7 +544,7 @@ class BenchSettings(SamplingSettings):
 class AdapterEntry(Checked):
     """One further adapter of a benchmark: an [[adapter]] table of its adapters_file."""
 
-    id: Annotated[str, Field(pattern=r"^[a-z0-9]+(-[a-z0-9]+)*$")] = Field(
+    id: Annotated[str, Field(pattern=r"^[a-z0-9]+(-[a-z0-9]+)*$", max_length=64)] = Field(
         description="Name of its arms: small letters, digits and single hyphens between them."
     )
     lora_path: Folder | None = Field(None, description="Adapter file or folder.")
@@ -616,7 +636,7 @@ class DemoSettings(BaseModelSettings):
 
 def load_toml(path: Path | str) -> dict[str, Any]:
     """The flat table of a settings file; an `InputError` where it cannot be read or is not flat."""
-    path = Path(path).expanduser()
+    path = at_home(path)
     values = _toml(path)
     for key, value in values.items():
         if isinstance(value, dict):
@@ -643,7 +663,7 @@ def load_adapters(path: Path | str) -> tuple[AdapterEntry, ...]:
     Raises:
         InputError: no TOML, no [[adapter]] table, anything else in it, or an id that comes twice.
     """
-    path = Path(path).expanduser()
+    path = at_home(path)
     values = _toml(path)
     tables = values.get("adapter")
     if set(values) != {"adapter"} or not isinstance(tables, list) or not all(isinstance(t, dict) for t in tables):

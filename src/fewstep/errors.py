@@ -41,3 +41,7 @@ class Interrupted(FewstepError):
     """The run was asked to stop; it saved its state first and can be resumed."""
 
     exit_code = 75
+
+
+class StopAsked(KeyboardInterrupt):
+    """A first signal asked to stop, between two pieces of work: what is saved is whole, and nothing was cut off."""

@@ -36,7 +36,8 @@ def write_text_atomic(path: str | Path, text: str) -> Path:
 def replace_folder_atomic(partial: str | Path, final: str | Path) -> Path:
     """Give the finished folder `partial` the name `final`; a folder that had the name is removed afterwards.
 
-    No system call exchanges two folders everywhere: for an instant an older `final` is called `.NAME.old`, whole.
+    No system call exchanges two folders everywhere: for an instant an older `final` is called `.NAME.old`, whole. It
+    gets its name back if that instant goes wrong, here or, after a kill, in `remove_leftovers`.
 
     Args:
         partial: a folder on the same file system as `final`.
@@ -46,26 +47,51 @@ def replace_folder_atomic(partial: str | Path, final: str | Path) -> Path:
     """
     partial, final = Path(partial), Path(final)
     old = final.with_name(f".{final.name}.old")
-    shutil.rmtree(old, ignore_errors=True)
     final.parent.mkdir(parents=True, exist_ok=True)
     if final.exists():
+        shutil.rmtree(old, ignore_errors=True)
         final.rename(old)
-    partial.rename(final)
+    try:
+        partial.rename(final)
+    except OSError:
+        if old.exists():
+            old.rename(final)
+        raise
     shutil.rmtree(old, ignore_errors=True)
     return final
+
+
+def remove_folder_at_once(folder: Path) -> None:
+    """Remove a folder that a reader finds whole or not at all: it loses its name before its files."""
+    going = folder.with_name(f".{folder.name}.partial")
+    shutil.rmtree(going, ignore_errors=True)
+    folder.rename(going)
+    shutil.rmtree(going, ignore_errors=True)
 
 
 def remove_leftovers(folder: str | Path) -> None:
     """Remove what writers of this module left in `folder`, not below it, when they were killed.
 
-    To be called where nobody else writes.
+    A folder that was about to be replaced gets its name back. To be called where nobody else writes.
     """
+    for old in Path(folder).glob(".*.old"):
+        final = old.with_name(old.name[1:].removesuffix(".old"))
+        if not final.exists():
+            old.rename(final)
     for ending in ("partial", "old"):
         for left in Path(folder).glob(f".*.{ending}"):
             if left.is_dir():
                 shutil.rmtree(left, ignore_errors=True)
             else:
                 left.unlink(missing_ok=True)
+
+
+def at_home(path: str | Path) -> Path:
+    """`path` with a leading ~ or ~NAME made that user's folder; one whom this machine does not know is just a name."""
+    try:
+        return Path(path).expanduser()
+    except RuntimeError:
+        return Path(path)
 
 
 def sha256(path: str | Path) -> str:

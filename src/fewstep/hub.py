@@ -60,5 +60,7 @@ def snapshot(repo_id: str, patterns: Iterable[str], revision: str | None = None)
     except errors.LocalEntryNotFoundError:
         offline = "HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else "the Hub was not reached"
         raise NotAtHand(offline) from None
+    except UnicodeError:
+        raise NotAtHand("HF_TOKEN holds characters that no token has") from None
     except (errors.HfHubHTTPError, errors.HFValidationError, OSError) as error:
         raise NotAtHand(" ".join(str(error).split())[:200]) from None

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from fewstep.errors import CheckpointError, InputError
 from fewstep.files import write_text_atomic
+from fewstep.hiding import without_secrets
 from fewstep.reporting import Bar, Reporter
 
 ItemT = TypeVar("ItemT")
@@ -112,18 +113,24 @@ def read_metrics(file: Path) -> list[dict[str, float]]:
     """The lines of a metrics.jsonl, oldest first; a last line that a crash cut short is left out.
 
     Raises:
-        CheckpointError: a line before the last is not JSON.
+        CheckpointError: a line before the last is not one of ours.
     """
     if not file.exists():
         return []
-    lines = file.read_text(encoding="utf-8").splitlines()
+    lines = file.read_bytes().splitlines()
     rows = []
     for number, line in enumerate(lines, start=1):
         try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError as error:
+            row = json.loads(line)
+            if not isinstance(row, dict) or type(row.get("step")) is not int:
+                raise ValueError
+        except (ValueError, RecursionError):
             if number < len(lines):
-                raise CheckpointError(f"{file}: line {number} is not JSON; repair it or move the file away") from error
+                raise CheckpointError(
+                    f"{file}: line {number} is no JSON object with a step; repair it or move the file away"
+                ) from None
+        else:
+            rows.append(row)
     return rows
 
 
@@ -140,6 +147,14 @@ class LossByTimestep:
         self._number = {t: number for number, t in enumerate(self._points)}
         precision = torch.float64 if device.type == "cpu" else torch.float32
         self._sums = torch.zeros(len(self._points), 2, dtype=precision, device=device)
+
+    def sums(self) -> Tensor:
+        """Of each timestep the sum and the number of its losses since the last call of `means`, [points, 2]."""
+        return self._sums
+
+    def take_up(self, sums: Tensor) -> None:
+        """Go on from these `sums`."""
+        self._sums.copy_(sums)
 
     @torch.no_grad()
     def add(self, t: Tensor, losses: Tensor) -> None:
@@ -255,7 +270,7 @@ class LoggedReporter:
         return self._reporter.progress(name, total)
 
     def _write(self, text: str) -> None:
-        self._file.write(f"{datetime.now().astimezone().isoformat(timespec='seconds')} {text}\n")
+        self._file.write(f"{datetime.now().astimezone().isoformat(timespec='seconds')} {without_secrets(text)}\n")
 
     def __enter__(self) -> LoggedReporter:
         return self

@@ -1,8 +1,8 @@
 """How the command line shows what a procedure reports: bars in a terminal, plain lines everywhere else.
 
 A bar is also where a run can be stopped safely. The first SIGINT or SIGTERM is held back until the procedure next
-advances its innermost bar, between two pieces of work, and is raised there as ``KeyboardInterrupt``; a procedure that
-can resume saves itself then and raises `Interrupted`. A second signal does not wait.
+advances its innermost bar, between two pieces of work, and is raised there as `StopAsked`, a ``KeyboardInterrupt``; a
+procedure that can resume saves itself then and raises `Interrupted`. A second signal does not wait.
 """
 
 from __future__ import annotations
@@ -19,6 +19,8 @@ from typing import Final
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
+from fewstep.errors import StopAsked
+from fewstep.hiding import without_secrets
 from fewstep.reporting import Bar
 
 _SECONDS_BETWEEN_LINES: Final = 10.0
@@ -43,11 +45,11 @@ class ConsoleReporter:
 
     def say(self, text: str) -> None:
         """One line of information."""
-        self._out.print(text, markup=False)
+        self._out.print(without_secrets(text), markup=False)
 
     def warn(self, text: str) -> None:
         """One line that the user should not miss."""
-        self._err.print(f"warning: {text}", markup=False, style="yellow")
+        self._err.print(f"warning: {without_secrets(text)}", markup=False, style="yellow")
 
     @contextmanager
     def progress(self, name: str, total: int) -> Iterator[Bar]:
@@ -94,19 +96,25 @@ class ConsoleReporter:
         bar.finish()
 
     def stop_here(self) -> None:
-        """Where the procedure may be stopped: raise ``KeyboardInterrupt`` if a signal was held back, once."""
+        """Where the procedure may be stopped: raise `StopAsked` if a signal was held back, once."""
         if self._stop_wanted:
             self._stop_wanted = False  # bars that are shown while the procedure saves itself go through
-            raise KeyboardInterrupt
+            raise StopAsked
 
     @contextmanager
     def holding_signals(self) -> Iterator[None]:
-        """Inside, the first SIGINT or SIGTERM waits for the next `stop_here` if a bar is open."""
+        """Inside, the first SIGINT or SIGTERM waits for the next `stop_here` if a bar is open.
+
+        Where none is, it is raised at once, as `StopAsked` all the same.
+        """
 
         def on_signal(*_: object) -> None:
-            if self._signalled or not self._open_bars:
+            if self._signalled:
                 raise KeyboardInterrupt
-            self._signalled = self._stop_wanted = True
+            self._signalled = True
+            if not self._open_bars:
+                raise StopAsked
+            self._stop_wanted = True
             # print() may be what the signal came into the middle of; writing to the descriptor is always allowed.
             os.write(2, b"\nstopping after this step; once more stops at once\n")
 
@@ -179,7 +187,9 @@ def _spell(values: dict[str, float]) -> str:
 
 def error(text: str) -> None:
     """The one line that a failing command ends with, on stderr."""
-    Console(stderr=True, highlight=False, soft_wrap=True).print(f"error: {text}", markup=False, style="red")
+    Console(stderr=True, highlight=False, soft_wrap=True).print(
+        f"error: {without_secrets(text)}", markup=False, style="red"
+    )
 
 
 def tolerate_narrow_encodings() -> None:

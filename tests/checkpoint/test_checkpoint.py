@@ -71,7 +71,7 @@ def test_the_layout_is_the_contracts(tmp_path: Path) -> None:
     }
     assert [path.name for path in folder.parent.iterdir()] == ["checkpoint-3"]
     listed = json.loads((folder / "manifest.json").read_text())
-    assert listed["files"].keys() == files - {"manifest.json"} and listed["schema_version"] == 2
+    assert listed["files"].keys() == files - {"manifest.json"} and listed["schema_version"] == 3
     final = make(tmp_path / "lora" / "final")
     assert not (final / "resume").exists()
     assert verify(folder) == verify(final) == recorded(final) == RECORD
@@ -291,7 +291,7 @@ def test_every_byte_of_a_manifest_counts(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("content", "words"), [("[]", "no JSON object"), ('{"schema_version": 99, "files": {}}', "this release reads 2")]
+    ("content", "words"), [("[]", "no JSON object"), ('{"schema_version": 99, "files": {}}', "this release reads 3")]
 )
 def test_a_manifest_of_another_kind_is_refused(tmp_path: Path, content: str, words: str) -> None:
     folder = make(tmp_path / "c")

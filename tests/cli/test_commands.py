@@ -16,7 +16,8 @@ import pytest
 
 from fewstep import __version__, cli
 from fewstep.config import STABLE_DIFFUSION, BenchSettings, Settings, TrainCommand
-from fewstep.errors import CheckpointError, DataError, InputError, Interrupted
+from fewstep.errors import CheckpointError, DataError, InputError, Interrupted, StopAsked
+from fewstep.ui import ConsoleReporter
 
 ROOT = Path(__file__).parents[2]
 
@@ -218,6 +219,19 @@ def test_exit_codes(
     assert words in one_line(capsys)
 
 
+@pytest.mark.parametrize(("command", "code"), [("train", 75), ("cache", 75), ("report", 130)])
+def test_a_first_signal_that_comes_where_nothing_is_to_be_saved(
+    command: str, code: int, procedures: Procedures, capsys: pytest.CaptureFixture[str]
+) -> None:
+    more = {"cache": ["--cache_dir", "x"], "report": ["x"]}.get(command, [])
+    procedures.error = StopAsked()
+    assert cli.main([command, *more]) == code
+    assert ("what was saved is whole; " in one_line(capsys)) is (code == 75)
+    procedures.error = KeyboardInterrupt()  # the second one
+    assert cli.main([command, *more]) == 130
+    capsys.readouterr()
+
+
 def test_traceback_on_request(
     procedures: Procedures, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -268,6 +282,16 @@ module.train = train
 sys.modules["fewstep.train"] = module
 sys.exit(cli.main(["train"]))
 """
+
+
+def test_a_first_signal_before_any_bar_is_told_from_a_second() -> None:
+    reporter = ConsoleReporter(quiet=True)
+    with reporter.holding_signals():
+        with pytest.raises(StopAsked):
+            signal.raise_signal(signal.SIGTERM)
+        with pytest.raises(KeyboardInterrupt) as caught:
+            signal.raise_signal(signal.SIGTERM)
+        assert type(caught.value) is KeyboardInterrupt
 
 
 @pytest.mark.parametrize(

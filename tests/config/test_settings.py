@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from fewstep.config import (
+    AdapterEntry,
     BenchSettings,
     DemoSettings,
     GenerateSettings,
@@ -107,6 +108,28 @@ def test_every_field_is_documented(settings: type[Settings]) -> None:
         (TrainSettings, {"lora_targets": []}, "lora_targets: nothing came"),
         (TrainSettings, {"run_name": "a/b"}, "the name of one folder"),
         (TrainSettings, {"run_name": ".."}, "the name of one folder"),
+        *(
+            (TrainSettings, {"run_name": name}, "the name of one folder, of at most 200 bytes")
+            for name in (
+                "../x",
+                "/x",
+                "a\\b",
+                "a\nb",
+                "a:b",
+                "CON",
+                "nul.txt",
+                "Lpt1",
+                "a.",
+                "a ",
+                " a",
+                "ä" * 101,
+                "\x7f",
+            )
+        ),
+        (TrainSettings, {"run_name": "a\0b"}, "'a\\x00b' came; allowed is a path without NUL characters"),
+        (TrainSettings, {"output_dir": "a\0b"}, "allowed is a path without NUL characters"),
+        (TrainSettings, {"log_file": "a\0b"}, "allowed is a path without NUL characters"),
+        (AdapterEntry, {"id": "a" * 65, "lora_path": "x"}, "came; allowed: a text"),
         (TrainSettings, {"data_dir": ""}, "an empty text came"),
         (TrainSettings, {"data_dir": "a", "dataset_name": "b"}, "dataset_name and data_dir came together"),
         (TrainSettings, {"max_steps": 10, "lr_warmup_steps": 10}, "lr_warmup_steps 10 came with max_steps 10"),

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import multiprocessing
+import os
 import pickle
 import shutil
+import signal
+import time
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import replace
@@ -170,6 +174,22 @@ def test_more_bad_pictures_than_allowed_end_the_run() -> None:
 def test_nothing_but_bad_pictures_is_an_error_and_no_endless_loop() -> None:
     with pytest.raises(DataError, match="in a row"):
         list(batches(Numbers(3, bad=(0, 1, 2)), Slices(batch_size=1), allowance=3))
+
+
+def test_a_signal_to_every_process_of_a_job_is_the_main_ones_affair() -> None:
+    whole = list(batches(Numbers(30), Slices(batch_size=2), end=20))
+    before = set(multiprocessing.active_children())
+    stream = iter(batches(Numbers(30), Slices(batch_size=2), end=20, workers=2))
+    loaded = [next(stream), next(stream)]  # one of each: both are at work
+    workers = set(multiprocessing.active_children()) - before
+    assert len(workers) == 2
+    for number in (signal.SIGINT, signal.SIGTERM):
+        for worker in workers:
+            assert worker.pid is not None
+            os.kill(worker.pid, number)
+    time.sleep(0.2)
+    loaded += stream
+    assert [batch.captions for batch in loaded] == [batch.captions for batch in whole]
 
 
 @pytest.mark.parametrize("workers", [0, 1])

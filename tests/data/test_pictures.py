@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 import struct
 import warnings
 import zlib
@@ -15,6 +16,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from fewstep.data import captions
+from fewstep.data.captions import CaptionError
 from fewstep.data.pictures import (
     MAX_PIXELS,
     PictureError,
@@ -25,6 +28,8 @@ from fewstep.data.pictures import (
     quiet_pillow,
     square_pixels,
 )
+from fewstep.data.report import Drops
+from fewstep.data.shards import scan_shards
 from fewstep.errors import DataError
 
 from .makers import encoded, noise, picture
@@ -40,7 +45,7 @@ def decoded(raw: bytes, resolution: int = 16) -> np.ndarray:
 
 def looked_over(raw: bytes) -> int:
     with quiet_pillow():
-        return inspect(io.BytesIO(raw))
+        return int(inspect(io.BytesIO(raw)).split()[0])
 
 
 def near(pixels: np.ndarray, colour: tuple[int, int, int], by: int = 2) -> bool:
@@ -259,6 +264,28 @@ def test_an_impossible_offset_in_a_file_on_disk_is_no_system_error(tmp_path: Pat
         decode_file(path, 16)
     with quiet_pillow(), pytest.raises(PictureError, match="damaged"):
         inspect_file(path)
+
+
+def test_another_picture_of_the_same_length_has_another_mark() -> None:
+    """Of a format without compression, all pictures of one size have one length."""
+    red, blue = (encoded(picture(colour, (64, 64)), "BMP") for colour in ((200, 0, 0), (0, 0, 200)))
+    changed = bytearray(red)
+    changed[len(red) // 2] ^= 1
+    assert len(red) == len(blue)
+    with quiet_pillow():
+        marks = {inspect(io.BytesIO(raw)) for raw in (red, blue, bytes(changed))}
+        assert len(marks) == 3 and inspect(io.BytesIO(red)) in marks
+
+
+def test_a_pipe_is_not_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "a.png")
+    with pytest.raises(PictureError, match="a pipe or a device"):
+        inspect_file(tmp_path / "a.png")
+    with pytest.raises(CaptionError, match="a pipe or a device"):
+        captions.read(tmp_path / "a.png")
+    os.mkfifo(tmp_path / "a.tar")
+    with pytest.raises(DataError, match=r"a\.tar cannot be read"):
+        scan_shards([tmp_path / "a.tar"], Drops())
 
 
 def test_a_missing_file_is_counted_in_the_scan_and_ends_a_run(tmp_path: Path) -> None:

@@ -162,7 +162,7 @@ def test_any_manifest(
         (tmp_path / checkpoint.MANIFEST).write_bytes(content)
         reader(tmp_path)
 
-    holds(close_to(whole, b'{"schema_version": 2, "files": {}}'), read, record_property)
+    holds(close_to(whole, b'{"schema_version": 3, "files": {}}'), read, record_property)
 
 
 def test_any_settings_beside_an_adapter(tmp_path: Path, record_property: Record) -> None:

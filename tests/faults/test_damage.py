@@ -20,6 +20,7 @@ FILES = (
     "resume/adapter.safetensors",
     "resume/ema.safetensors",
     "resume/optimizer.safetensors",
+    "resume/progress.safetensors",
     "resume/state.json",
 )
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -44,6 +45,23 @@ def test_weights_that_are_not_at_hand(tmp_path: Path) -> None:
         with pytest.raises(ModelNotAtHand, match=r"of --feature_model is not at hand \(looked in") as caught:
             DINOFeatures(name)
         assert "\n" not in str(caught.value) and f"hf download {name}" in str(caught.value)
+
+
+def test_code_that_came_with_the_weights_is_never_run_whoever_is_asked(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for file in folder.iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    own = {"AutoConfig": "own.OwnConfig", "AutoModel": "own.OwnModel", "AutoImageProcessor": "own.OwnProcessor"}
+    for name in ("config.json", "preprocessor_config.json"):
+        content = json.loads((tmp_path / name).read_text())
+        content |= {"auto_map": own} | ({"model_type": "own"} if name == "config.json" else {})
+        (tmp_path / name).write_text(json.dumps(content))
+    (tmp_path / "own.py").write_text(f"open({str(tmp_path / 'executed')!r}, 'w')\n")
+    monkeypatch.setattr("builtins.input", lambda *_: "y")
+    with pytest.raises(CheckpointError):
+        DINOFeatures(str(tmp_path))
+    assert not (tmp_path / "executed").exists()
 
 
 def test_another_model_and_half_a_model(folder: Path, tmp_path: Path) -> None:

@@ -25,8 +25,8 @@ from fewstep.errors import CheckpointError, DataError, InputError, Interrupted
 from fewstep.methods.kstep import KStep
 from fewstep.pictures import encode_prompts, make_pictures
 from fewstep.randomness import generator
-from fewstep.train import DistillResult, distill, learning_rate
-from fewstep.train.loop import MOST_SKIPPED
+from fewstep.train import DistillResult, distill, learning_rate, start
+from fewstep.train.loop import MOST_OVERFLOWS, MOST_SKIPPED, take_back_overflows
 from tests.train.conftest import MEASURED, Heard, without_speed
 
 WEIGHTS = "pytorch_lora_weights.safetensors"
@@ -44,13 +44,13 @@ def assert_same(mine: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor], 
 
 
 def saved_state(folder: Path, *names: str) -> dict[str, Any]:
-    """What a checkpoint holds to resume from, as its objects would take it up."""
+    """What a checkpoint holds to resume from, as its objects would take it up; "progress" besides the `names`."""
 
     class Catches:
         def load_state_dict(self, state: Any) -> None:
             self.state = state
 
-    caught = {name: Catches() for name in names}
+    caught = {name: Catches() for name in (*names, "progress")}
     load(folder, caught)  # type: ignore[arg-type]
     return {name: one.state for name, one in caught.items()}
 
@@ -91,6 +91,7 @@ def test_checkpoints_are_whole_and_the_final_one_is_the_last(whole: DistillResul
     assert not (whole.adapter / "resume").exists()
     record = verify(whole.adapter)
     assert (record.step, record.step_counts) == (10, (1, 4))
+    assert {"fewstep", "python", "torch", "diffusers", "peft"} <= record.more["versions"].keys()
     assert (
         json.loads((whole.adapter / "scheduler" / "scheduler_config.json").read_text())["_class_name"] == "LCMScheduler"
     )
@@ -231,13 +232,12 @@ def test_a_run_that_was_stopped_and_resumed_is_the_same_run_bit_for_bit(
     assert any("checkpoint-5 at step 5" in line for line in heard.said)
     assert_same(weights(resumed.adapter), weights(whole.adapter))
     assert resumed.steps == 10
-    for name in ("adapter", "optimizer", "ema"):
+    for name in ("adapter", "optimizer", "ema", "progress"):
         path = f"lora/checkpoint-10/resume/{name}.safetensors"
         assert (resumed.folder / path).read_bytes() == (whole.folder / path).read_bytes()
     assert [row["step"] for row in resumed.history] == [2, 4, 6, 8, 10]
     for mine, theirs in zip(resumed.history, whole.history, strict=True):
-        if mine["step"] != 6:  # its first update was made, and its loss forgotten, before the stop
-            assert without_speed(mine) == without_speed(theirs)
+        assert without_speed(mine) == without_speed(theirs), "also of step 6, half of which was made before the stop"
 
 
 def test_data_that_vanishes_ends_the_run_which_goes_on_once_it_is_back(
@@ -265,6 +265,23 @@ def test_a_run_keeps_as_many_checkpoints_as_it_is_told(settings: TrainSettings, 
     few = settings.replace(output_dir=tmp_path, max_steps=4, checkpoint_every=1, keep_last=2, validate_every=0)
     run = distill(few)
     assert sorted(path.name for path in (run.folder / "lora").iterdir()) == ["checkpoint-3", "checkpoint-4", "final"]
+
+
+def test_a_broken_checkpoint_is_none_of_those_that_are_kept(settings: TrainSettings, tmp_path: Path) -> None:
+    """A run that fell back to an older one, and is stopped again before it has passed the broken one."""
+    few = settings.replace(output_dir=tmp_path, max_steps=6, checkpoint_every=2, keep_last=2, validate_every=0)
+    run = distill(few)
+    whole, broken = (run.folder / "lora" / f"checkpoint-{step}" for step in (4, 6))
+    (broken / "settings.toml").write_text("")
+    heard, asked = Heard(), iter([True])
+    again = few.replace(keep_last=1, resume_from_checkpoint="latest")
+    with pytest.raises(Interrupted):
+        distill(again, reporter=heard, should_stop=lambda: next(asked))
+    assert heard.warned[0].startswith(f"passed over: checkpoint '{broken}' is broken")
+    assert heard.warned[1] == f"removed: {broken}, which was passed over"
+    assert [path.name for path in (run.folder / "lora").glob("checkpoint-*")] == ["checkpoint-5"]
+    assert not whole.exists()
+    assert_same(weights(distill(again).adapter), weights(run.adapter))
 
 
 def test_a_bar_that_is_interrupted_stops_the_run_after_the_update(settings: TrainSettings, tmp_path: Path) -> None:
@@ -334,6 +351,39 @@ def test_another_run_cannot_pass_for_a_resumed_one(
         distill(settings.replace(**{"resume_from_checkpoint": "latest"} | change))
 
 
+def test_a_run_on_another_base_is_not_resumed(whole: DistillResult, settings: TrainSettings, v_base: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"was trained on another base \(.*; pass that one as --base_model"):
+        distill(settings.replace(resume_from_checkpoint="latest", base_model=str(v_base)))
+
+
+def test_a_run_that_goes_on_under_other_libraries_says_so(
+    whole: DistillResult, settings: TrainSettings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    heard, honest = Heard(), start.versions()
+    monkeypatch.setattr(start, "versions", lambda: honest | {"torch": "9.9"})
+    start.warn_of_versions(whole.folder / "lora" / "checkpoint-10", heard)
+    (warned,) = heard.warned
+    assert warned.startswith(f"torch 9.9 (not {honest['torch']}) now, unlike what")
+
+
+@pytest.mark.parametrize("which", [None, "auto"])
+def test_a_run_that_another_one_overtakes_while_it_gets_ready_overwrites_nothing(
+    which: str | None, settings: TrainSettings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    honest, asked = start.open_base, few_updates(settings, tmp_path).replace(resume_from_checkpoint=which, max_steps=2)
+
+    def is_slow(*inputs: Any) -> Any:
+        monkeypatch.setattr(start, "open_base", honest)
+        distill(asked)
+        return honest(*inputs)
+
+    monkeypatch.setattr(start, "open_base", is_slow)
+    with pytest.raises(InputError, match=r"another run was at work in .*; go on with it by --resume_from_checkpoint"):
+        distill(asked)
+    verify(tmp_path / "whole" / "lora" / "final")
+    assert len((tmp_path / "whole" / "metrics.jsonl").read_text().splitlines()) == 2
+
+
 def test_nothing_is_written_for_a_base_without_data(base: Path, tmp_path: Path) -> None:
     with pytest.raises(InputError, match="--data_dir"):
         distill(TrainSettings(base_model=str(base), output_dir=tmp_path / "runs", device="cpu"))
@@ -391,6 +441,41 @@ def test_an_update_that_overflows_is_made_again_and_counted_once(
     assert len(calls) == 5 and result.steps == 3
     assert_same(weights(result.adapter), weights(at_once.adapter))
     assert [row["loss"] for row in result.history] == [row["loss"] for row in at_once.history]
+
+
+def test_an_update_that_overflows_at_any_scale_is_skipped_and_named(
+    settings: TrainSettings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As under fp16 where the loss itself is no number: lowering the scale does not help."""
+    honest, calls = AcceleratedOptimizer.step, []
+
+    def overflows_in_the_second(self: AcceleratedOptimizer, closure: Any = None) -> None:
+        calls.append(1)
+        self._is_overflow = 2 <= len(calls) <= 2 + MOST_OVERFLOWS
+        if not self._is_overflow:
+            honest(self, closure)
+
+    monkeypatch.setattr(AcceleratedOptimizer, "step", overflows_in_the_second)
+    heard = Heard()
+    result = distill(few_updates(settings, tmp_path), reporter=heard)
+    assert len(calls) == 3 + MOST_OVERFLOWS and result.steps == 3
+    assert [line.split(":")[0] for line in heard.warned] == ["update 2 is skipped"]
+    assert [row["skipped_updates"] for row in result.history] == [0, 1, 0]
+
+
+def test_the_loss_scale_does_not_pay_for_a_loss_that_is_no_number() -> None:
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    weight = torch.nn.Parameter(torch.ones(1))
+    optimizer = torch.optim.SGD([weight])
+    for _ in range(MOST_OVERFLOWS + 1):
+        optimizer.zero_grad()
+        scaler.scale(weight.sum() * float("nan")).backward()
+        scaler.step(optimizer)
+        scaler.update()
+    assert scaler.get_scale() == 1024.0 / 2 ** (MOST_OVERFLOWS + 1)
+    take_back_overflows(scaler, MOST_OVERFLOWS + 1)
+    assert scaler.get_scale() == 1024.0 and weight.item() == 1.0
+    take_back_overflows(None, 1)
 
 
 def test_gradients_are_clipped(settings: TrainSettings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,6 +6,7 @@ import json
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -20,6 +21,7 @@ from fewstep.oracle import describe, measure_oracle
 from fewstep.previews import LABEL_HEIGHT, labelled_grid
 from fewstep.sampling import PictureNoise, lcm_sample
 from fewstep.telemetry import LoggedReporter, LossByTimestep, Telemetry, Throughput, read_metrics
+from fewstep.train.progress import Progress
 from tests.train.conftest import Heard
 
 # ---------------------------------------------------------------------------------------------------------- the average
@@ -119,9 +121,30 @@ def test_a_line_cut_short_is_left_out_and_a_broken_one_is_not(tmp_path: Path) ->
     file = tmp_path / "metrics.jsonl"
     file.write_text('{"step": 1}\n{"step": 2, "lo')
     assert read_metrics(file) == [{"step": 1}]
-    file.write_text('{"step": 1, "lo\n{"step": 2}\n')
-    with pytest.raises(CheckpointError, match="line 1"):
-        read_metrics(file)
+    for broken in (b'{"step": 1, "lo', b"\xff\0\0", b"[1]", b'{"loss": 1}', b'{"step": "1"}', b"[" * 5_000):
+        file.write_bytes(broken + b'\n{"step": 2}\n')
+        with pytest.raises(CheckpointError, match="line 1 is no JSON object with a step"):
+            read_metrics(file)
+        file.write_bytes(b'{"step": 2}\n' + broken)  # what a power cut may leave
+        assert read_metrics(file) == [{"step": 2}]
+
+
+NOTHING = [0.0, 0.0]
+
+
+@pytest.mark.parametrize(
+    "sums", [[[3.0, 4.0], [5.0, 6.0]], [[8.0, 10.0]], [[8.0, 10.0], NOTHING, NOTHING]], ids=["same", "fewer", "more"]
+)
+def test_each_process_goes_on_with_its_own_losses(sums: list[list[float]]) -> None:
+    two = torch.tensor([[[3.0, 4.0]], [[5.0, 6.0]]])
+    saved = {"losses": two, "skipped_in_a_row": 2, "skipped_since_logged": 5}
+    for rank, mine in enumerate(sums):
+        among: Any = SimpleNamespace(num_processes=len(sums), process_index=rank, is_main_process=rank == 0)
+        losses = LossByTimestep([999], torch.device("cpu"))
+        progress = Progress(losses, among)
+        progress.load_state_dict(saved)
+        assert losses.sums().tolist() == [mine]
+        assert (progress.skipped_in_a_row, progress.skipped_since_logged) == (2, 5)
 
 
 def test_loss_by_timestep_is_the_mean_over_all_samples_of_it() -> None:

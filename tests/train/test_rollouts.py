@@ -7,13 +7,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from fewstep.config import TrainSettings
 from fewstep.data import Slices
 from fewstep.errors import CheckpointError, Interrupted
 from fewstep.train import DistillResult, distill
-from fewstep.train.rollouts import numbers_of
+from fewstep.train.rollouts import RolloutStore, numbers_of
 from tests.train.conftest import Heard
 
 
@@ -105,6 +105,14 @@ def test_rollouts_of_another_teacher_are_refused(
     distill(few.replace(run_name="first"))
     with pytest.raises(CheckpointError, match=f"holds rollouts with {named}, this run has"):
         distill(few.replace(run_name="second", **change))
+
+
+@pytest.mark.parametrize("metadata", [None, {}, {"captions": "5"}, {"captions": "{"}, {"captions": '["a"]'}])
+@pytest.mark.parametrize("name", ["00000000", "notes"])
+def test_a_file_of_something_else_is_named(name: str, metadata: dict[str, str] | None, tmp_path: Path) -> None:
+    save_file({"x": torch.ones(1)}, tmp_path / f"{name}.safetensors", metadata)
+    with pytest.raises(CheckpointError, match=rf"{name}\.safetensors' is no file of rollouts; remove it"):
+        RolloutStore(tmp_path, {}, writes_key=True)
 
 
 def test_a_damaged_rollout_is_named(settings: TrainSettings, tmp_path: Path) -> None:

@@ -55,6 +55,19 @@ def test_a_loss_that_leaps_is_named_once_and_each_timestep_has_its_own_measure()
     assert warned.startswith("loss/t259 leapt to 0.2 by step 11, its median was 0.01; where it does not come back")
 
 
+def test_what_a_run_has_seen_before_it_was_resumed_is_remembered_and_not_said_again() -> None:
+    history = [{"step": step, "loss": 1.0, "loss/t999": 1.0} for step in range(FEWEST_READINGS)]
+    heard = Heard()
+    watch = Watch({}, heard.warn)
+    watch.remember(history)
+    watch.losses(20, {"loss/t999": 11.0})
+    assert len(heard.warned) == 1
+    again = Watch({}, heard.warn)
+    again.remember([*history, {"step": 20, "loss/t999": 11.0}])
+    again.losses(21, {"loss/t999": 50.0})
+    assert len(heard.warned) == 1, "it was said before the stop"
+
+
 def test_too_few_readings_tell_nothing() -> None:
     heard = Heard()
     watch = Watch({}, heard.warn)

@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 import torch
 
 from ..errors import CheckpointError, InputError
+from ..pickles import is_bomb
 from ..quiet import quiet_libraries
 from . import fingerprint
 from .loading import Parts, read_json
@@ -125,6 +126,11 @@ def load_folder(folder: Path, *, name: str, dtype: torch.dtype, allow_pickle: bo
 
 def _weights(folder: Path, component: str, name: str, allow_pickle: bool) -> Weights:
     found = find_weights(folder, component, allow_pickle)
+    if found is not None and found.pickled and is_bomb(found.files[0]):
+        raise CheckpointError(
+            f"base model {name!r}: {found.files[0].name} of the {component} is compressed, and unpacks to more than it "
+            "is; allowed are files as torch saves them; fetch it from whoever made it"
+        )
     if found is not None:
         return found
     if find_weights(folder, component, allow_pickle=True) is not None:

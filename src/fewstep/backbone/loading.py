@@ -13,6 +13,7 @@ import torch
 from .. import hub
 from ..config import EMBEDDED_BASE
 from ..errors import CheckpointError, InputError
+from ..files import at_home
 from ..schedule import NoiseSchedule
 from .base import Backbone
 from .registry import BASES, abilities_of, folder_of
@@ -75,7 +76,7 @@ def load_backbone(
     name = str(base_model)
     place = choose_device(device)
     precision = choose_dtype(dtype, place)
-    path = Path(name).expanduser()
+    path = at_home(name)
     if name in BASES:
         parts = load_folder(_shipped_folder(name), name=name, dtype=precision, allow_pickle=False)
     elif path.is_dir():

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from .. import sd15
 from ..errors import CheckpointError, InputError
+from ..pickles import is_bomb
 from ..quiet import quiet_libraries
 from . import fingerprint
 from .loading import Parts, read_json
@@ -102,6 +103,11 @@ def _read(path: Path, allow_pickle: bool) -> tuple[dict[str, Tensor], dict[str, 
         raise InputError(
             f"base model {str(path)!r} is pickled; allowed are .safetensors files, or pickles that you trust, of which "
             "only tensors are read; add --allow_pickle"
+        )
+    if is_bomb(path):
+        raise CheckpointError(
+            f"base model {str(path)!r} is compressed, and unpacks to more than it is; allowed are files as torch saves "
+            "them; fetch it from whoever made it"
         )
     try:
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))

@@ -10,7 +10,7 @@ from safetensors import SafetensorError
 
 from .. import hub
 from ..errors import CheckpointError
-from ..files import sha256
+from ..files import at_home, sha256
 from ..quiet import quiet_libraries
 from .base import Backbone
 from .loading import read_json
@@ -71,7 +71,7 @@ def load_tiny_vae(name: str, backbone: Backbone) -> TinyVAE:
 
 
 def _folder(name: str) -> Path:
-    folder, reason = Path(name).expanduser(), "there is no such folder"
+    folder, reason = at_home(name), "there is no such folder"
     if not folder.is_dir() and hub.looks_like_id(name):
         try:
             folder = hub.snapshot(name, (CONFIG, WEIGHTS))

@@ -21,6 +21,7 @@ from fewstep.benchmark.summary import sum_up
 from fewstep.config import BenchSettings, settings_toml
 from fewstep.errors import Interrupted
 from fewstep.files import write_text_atomic
+from fewstep.hiding import without_secrets
 from fewstep.locks import alone_in
 from fewstep.pictures import Evaluation, encode_prompts
 from fewstep.processes import join_processes, own_device
@@ -118,7 +119,7 @@ class _Listening:
         self._reporter.say(text)
 
     def warn(self, text: str) -> None:
-        self.warnings.append(text)
+        self.warnings.append(without_secrets(text))
         self._reporter.warn(text)
 
     def progress(self, name: str, total: int) -> AbstractContextManager[Bar]:

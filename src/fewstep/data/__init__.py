@@ -62,7 +62,8 @@ class OpenedData:
     Attributes:
         data: the pictures, at the run's resolution.
         report: what was kept and what was dropped.
-        fingerprint: of the content (names, lengths, captions): another one is other data, for a resumed run as well.
+        fingerprint: of the content (names, captions, samples of the pictures' bytes): another one is other data, for a
+            resumed run as well.
         allowance: how many more pictures may turn out to be no good before more than `max_dropped` are.
     """
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import stat
 import unicodedata
 from collections.abc import Sequence
 from pathlib import Path
@@ -83,6 +84,8 @@ def read(file: Path) -> str:
         CaptionError: as `decode`, or the file cannot be read.
     """
     try:
+        if not stat.S_ISREG(file.stat().st_mode):  # a pipe would be waited for
+            raise CaptionError("caption file is no file but a folder, a pipe or a device")
         with file.open("rb") as stream:
             return decode(stream.read(_MAX_BYTES + 1))
     except OSError as error:

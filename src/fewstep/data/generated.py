@@ -56,5 +56,5 @@ class GeneratedPictures:
         digest = hashlib.blake2b(digest_size=16)
         for index in range(_SAMPLES):
             pixels, caption = self.item(index)
-            add_to_fingerprint(digest, hashlib.blake2b(pixels.tobytes()).hexdigest(), pixels.size, caption)
+            add_to_fingerprint(digest, hashlib.blake2b(pixels.tobytes()).hexdigest(), str(pixels.size), caption)
         return digest.hexdigest()

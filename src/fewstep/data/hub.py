@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import hashlib
 import io
+import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, cast
@@ -30,7 +32,10 @@ class HubPictures:
     """The usable rows of a dataset, decoded when they are asked for."""
 
     def __init__(self, rows: datasets.Dataset, columns: tuple[str, str], kept: np.ndarray, resolution: int) -> None:
-        """Take the dataset `rows`, its columns (image undecoded, caption) and the numbers of the usable rows."""
+        """Take the dataset `rows`, its columns (image undecoded, caption) and the numbers of the usable rows.
+
+        Paths in those have been looked at: see `_place`.
+        """
         self._rows = rows
         self._image, self._caption = columns
         self._captions = rows.select_columns(self._caption)
@@ -89,6 +94,7 @@ def scan_hub(
         InputError: the columns are not there, or it is not clear which are meant.
     """
     rows, split = _load(name)
+    roots = _roots(name)
     image = _image_column(rows, name, image_column)
     caption = _caption_column(rows, name, caption_column, image)
     rows = _undecoded(rows, image, caption)
@@ -105,7 +111,7 @@ def scan_hub(
                     drops.add("pictures", bad[0], f"row {number}")
                     continue
                 try:
-                    length = _inspect_cell(cell)
+                    mark = _inspect_cell(cell, roots)
                 except PictureError as error:
                     drops.add("pictures", error.reason, f"row {number}", error.detail)
                     continue
@@ -113,7 +119,7 @@ def scan_hub(
                     drops.add("captions", reason, f"row {number}")
                 kept.append(number)
                 count += len(good)
-                add_to_fingerprint(digest, str(number), length, good)
+                add_to_fingerprint(digest, str(number), mark, good)
             bar.advance(len(table))
     return ScannedRows(
         data=HubPictures(rows, (image, caption), np.array(kept, dtype=np.int64), resolution),
@@ -123,15 +129,38 @@ def scan_hub(
     )
 
 
-def _inspect_cell(cell: Any) -> int:
+def _inspect_cell(cell: Any, roots: Sequence[Path]) -> str:
     """`inspect` of an Arrow struct {bytes, path}; reads the header through the memory map, without a copy."""
     import pyarrow  # type: ignore[import-untyped]
 
     if cell.is_valid and cell["bytes"].is_valid:
         return inspect(cast(BinaryIO, pyarrow.BufferReader(cell["bytes"].as_buffer())))
     if cell.is_valid and cell["path"].is_valid:
-        return inspect_file(Path(cell["path"].as_py()))
+        return inspect_file(_place(cell["path"].as_py(), roots))
     raise PictureError("no picture in the row")
+
+
+def _roots(name: str) -> tuple[Path, ...]:
+    """The folders in which a dataset's own files lie: its own, and where it was fetched or unpacked to."""
+    from datasets import config
+    from huggingface_hub import constants
+
+    place = Path(name)
+    own = (place if place.is_dir() else place.parent,) if place.exists() else (Path(constants.HF_HUB_CACHE),)
+    caches = (config.HF_DATASETS_CACHE, config.DOWNLOADED_DATASETS_PATH, config.EXTRACTED_DATASETS_PATH)
+    return (*own, *map(Path, caches))
+
+
+def _place(path: str, roots: Sequence[Path]) -> Path:
+    """A picture's path as a row has it.
+
+    Raises:
+        PictureError: it leads out of the dataset: whoever made it does not say which files of this machine are read.
+    """
+    place = Path(os.path.abspath(path))
+    if "\0" in path or not any(place.is_relative_to(os.path.abspath(root)) for root in roots):
+        raise PictureError("its path leads out of the dataset")
+    return place
 
 
 def _load(name: str) -> tuple[datasets.Dataset, str]:
@@ -149,7 +178,8 @@ def _load(name: str) -> tuple[datasets.Dataset, str]:
                 f"dataset {repo} has no split {split!r}; allowed: {', '.join(splits)}; "
                 f"pass --dataset_name {repo}:{config}:{splits[0]}"
             )
-        rows = datasets.load_dataset(kind, config or None, data_files=files, split=split)
+        builder.download_and_prepare(dl_manager=_bounded_downloads(builder))
+        rows = builder.as_dataset(split=split)
     except ConnectionError as error:
         raise DataError(
             f"dataset {repo} is not in the cache {datasets.config.HF_DATASETS_CACHE} and the Hub cannot be reached "
@@ -162,11 +192,33 @@ def _load(name: str) -> tuple[datasets.Dataset, str]:
             "dataset, or of a gated one with HF_TOKEN set; check the id"
         ) from error
     except (datasets.exceptions.DatasetsError, OSError, ValueError, RuntimeError, NotImplementedError) as error:
+        if isinstance(error.__cause__, DataError):  # ours, raised while rows were made
+            raise error.__cause__ from None
         raise DataError(
             f"dataset {repo} cannot be opened ({_line(error)}); allowed is ID, ID:CONFIGURATION or "
             "ID:CONFIGURATION:SPLIT of a dataset stored as files, not as a script; check the name"
         ) from error
     return cast("datasets.Dataset", rows), split
+
+
+def _bounded_downloads(builder: datasets.DatasetBuilder) -> datasets.DownloadManager:
+    """What `builder` would make for itself, but for the bound on what files unpack to."""
+    import datasets
+
+    from fewstep.data.unpacking import BoundedDownloads
+
+    return BoundedDownloads(
+        dataset_name=builder.dataset_name,
+        download_config=datasets.DownloadConfig(
+            cache_dir=builder._cache_downloaded_dir,
+            use_etag=False,
+            token=builder.token,
+            storage_options=builder.storage_options,
+        ),
+        data_dir=builder.config.data_dir,
+        base_path=builder.base_path,
+        record_checksums=False,
+    )
 
 
 def _image_column(rows: datasets.Dataset, name: str, wanted: str | None) -> str:

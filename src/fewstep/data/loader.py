@@ -168,7 +168,7 @@ class Batches:
             sampler=self._order,
             collate_fn=_as_it_is,
             num_workers=self._workers,
-            worker_init_fn=_ignore_interrupts,
+            worker_init_fn=_leave_signals_to_the_main_process,
             generator=torch.Generator(),  # else the loader draws from, and so changes, torch's global generator
         )
         for loaded in loader:
@@ -272,6 +272,10 @@ def _as_it_is(loaded: Any) -> Any:
     return loaded
 
 
-def _ignore_interrupts(_worker: int) -> None:
-    """Control-C goes to every process of the terminal: the main one decides, and its workers end with it."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+def _leave_signals_to_the_main_process(_worker: int) -> None:
+    """Control-C goes to every process of the terminal, and a scheduler's SIGTERM to every one of the job.
+
+    The main one decides what becomes of them, and its workers end with it.
+    """
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)

@@ -77,7 +77,7 @@ class Strings(Sequence[str]):
 class Files(Protocol):
     """Where the pictures of pairs lie, by their names."""
 
-    def inspect(self, name: str) -> int:
+    def inspect(self, name: str) -> str:
         """`pictures.inspect` of a picture; it raises `PictureError` alone where only this picture is concerned."""
         ...
 
@@ -92,7 +92,7 @@ class FolderFiles:
 
     root: Path
 
-    def inspect(self, name: str) -> int:
+    def inspect(self, name: str) -> str:
         return inspect_file(self.root / name)
 
     def decode(self, name: str, resolution: int) -> np.ndarray:
@@ -135,12 +135,12 @@ def keep_readable(
         reporter: told about progress.
 
     Returns:
-        (pairs that are kept, in order; fingerprint of names, file lengths and captions).
+        (pairs that are kept, in order; fingerprint of names, captions, and the pictures' marks).
     """
     kept: list[Pair] = []
     digest = hashlib.blake2b(digest_size=16)
 
-    def look(pair: Pair) -> int | PictureError:
+    def look(pair: Pair) -> str | PictureError:
         try:
             return files.inspect(pair.name)
         except PictureError as error:
@@ -162,9 +162,13 @@ def keep_readable(
     return kept, digest.hexdigest()
 
 
-def add_to_fingerprint(digest: hashlib.blake2b, name: str, length: int, captions: Iterable[str]) -> None:
-    """Add one item to a fingerprint: each part with its own length, so that no two data sets run into one."""
-    for part in (name, str(length), *captions):
+def add_to_fingerprint(digest: hashlib.blake2b, name: str, mark: str, captions: Iterable[str]) -> None:
+    """Add one item to a fingerprint: each part with its own length, so that no two data sets run into one.
+
+    Args:
+        mark: of the picture, such as `pictures.inspect` gives it.
+    """
+    for part in (name, mark, *captions):
         raw = part.encode("utf-8", "surrogateescape")
         digest.update(len(raw).to_bytes(8, "little") + raw)
     digest.update(b"\xff" * 8)  # no part is this long: the end of the item

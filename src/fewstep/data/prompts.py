@@ -35,7 +35,7 @@ class Prompts:
     def fingerprint(self) -> str:
         digest = hashlib.blake2b(digest_size=16)
         for caption in self._captions:
-            add_to_fingerprint(digest, "", 0, [caption])
+            add_to_fingerprint(digest, "", "0", [caption])
         return digest.hexdigest()
 
 

@@ -6,6 +6,7 @@ names in two shards are two samples. Nothing is ever unpacked: a member's name i
 
 from __future__ import annotations
 
+import errno
 import io
 import json
 import os
@@ -71,7 +72,7 @@ class Shards:
         self._shards = shards
         self._places = places
 
-    def inspect(self, name: str) -> int:
+    def inspect(self, name: str) -> str:
         with self._member(name) as member:
             return inspect(member)
 
@@ -185,6 +186,8 @@ def _index(path: Path) -> _Index:
         DataError: it cannot be read, or does not end as a whole one does.
     """
     try:
+        if path.is_fifo():  # it would be waited for
+            raise OSError(errno.EINVAL, "it is a pipe")
         with _Headers(path) as stream, tarfile.open(fileobj=stream, mode="r:") as tar:
             index = _Index(shard=_Shard(path, _state(stream)))
             reached = 0

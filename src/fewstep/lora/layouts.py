@@ -26,6 +26,7 @@ import torch
 from torch import Tensor
 
 from ..errors import CheckpointError
+from ..pickles import is_bomb
 from .source import PEFT_CONFIG_NAME, AdapterSource
 
 Layout = Literal["diffusers", "kohya", "peft"]
@@ -115,6 +116,11 @@ def _open(source: AdapterSource, allow_pickle: bool) -> tuple[dict[str, Tensor],
         raise CheckpointError(
             f"adapter {source.name!r} is pickled; allowed are .safetensors files, or pickles that you trust, of which "
             "only tensors are read; add --allow_pickle"
+        )
+    if is_bomb(path):
+        raise CheckpointError(
+            f"adapter {source.name!r} is compressed, and unpacks to more than it is; allowed are files as torch saves "
+            "them; fetch it from whoever made it"
         )
     try:
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))

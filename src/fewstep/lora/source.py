@@ -7,6 +7,7 @@ from pathlib import Path
 
 from .. import hub
 from ..errors import CheckpointError
+from ..files import at_home
 
 WEIGHTS_NAME = "pytorch_lora_weights.safetensors"
 PEFT_NAME = "adapter_model.safetensors"
@@ -42,7 +43,7 @@ def locate(path: str | Path | None = None, hub_id: str | None = None) -> Adapter
     if (path is None) == (hub_id is None):
         raise ValueError("locate takes a path or a hub_id")
     if path is not None:
-        name, place = str(path), Path(path).expanduser()
+        name, place = str(path), at_home(path)
         if place.is_file():
             return AdapterSource(name, place, place.parent)
         if not place.is_dir():

@@ -43,6 +43,8 @@ def load_pretrained(
         CheckpointError: weights are missing in it.
     """
     network_class, *others = parts
+    # Left open, the Auto classes ask whoever sits at the terminal whether to run code that came with the weights.
+    own_code = {part: {"trust_remote_code": False} if part.__name__.startswith("Auto") else {} for part in parts}
     try:
         with quiet_libraries():
             network, loading = network_class.from_pretrained(
@@ -51,8 +53,11 @@ def load_pretrained(
                 dtype=torch.float32,
                 output_loading_info=True,
                 local_files_only=not fetch,
+                **own_code[network_class],
             )
-            found = [part.from_pretrained(name, local_files_only=not fetch, **options) for part in others]
+            found = [
+                part.from_pretrained(name, local_files_only=not fetch, **options, **own_code[part]) for part in others
+            ]
     except (OSError, ValueError, KeyError) as error:
         raise ModelNotAtHand(name, flag, first_line(error)) from error
     missing = sorted(loading["missing_keys"])

@@ -22,7 +22,7 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import GradientAccumulationPlugin
+from accelerate.utils import GradientAccumulationPlugin, gather_object
 from torch import Tensor, nn
 
 from fewstep import checkpoint, lora
@@ -33,12 +33,14 @@ from fewstep.ema import EMA
 from fewstep.errors import InputError, Interrupted
 from fewstep.files import remove_leftovers, write_text_atomic
 from fewstep.locks import alone_in
+from fewstep.opening import versions
 from fewstep.oracle import Oracle, describe, measure_oracle
 from fewstep.previews import Previews
 from fewstep.processes import join_processes, noticing_losses, own_device
 from fewstep.reporting import SILENT, Reporter
 from fewstep.telemetry import LoggedReporter, LossByTimestep, Telemetry
 from fewstep.train import start
+from fewstep.train.progress import Progress
 from fewstep.train.rollouts import Lesson, RolloutStore, Teacher, kept_lessons
 from fewstep.train.watch import Watch
 from fewstep.validation import FIGURE, MEASURE, open_validation
@@ -48,7 +50,6 @@ PREVIEW_PROMPTS = 4
 
 MOST_OVERFLOWS = 24
 """Overflows of fp16 in a row, each of which halves the loss scale, after which the loss itself must be infinite."""
-
 
 MOST_SKIPPED = 8
 """Updates in a row without a finite gradient, after which the run ends."""
@@ -102,6 +103,7 @@ def distill(
         reporter = reporter if main else SILENT
         if settings.log_file is not None and main:
             reporter = cleanup.enter_context(LoggedReporter(reporter, settings.log_file))
+        found = start.state_of(settings.run_dir)
         resumed = start.checkpoint_to_resume(settings, reporter)
         processes.wait_for_everyone()  # nobody writes into the run's folder before everybody has looked at it
 
@@ -133,20 +135,27 @@ def distill(
         stateful: dict[str, checkpoint.Stateful] = {"adapter": lora.AdapterWeights(backbone.unet), "optimizer": adamw}
         stateful |= {"ema": ema} if settings.ema_decay > 0 else {}
         stateful |= {"scaler": accelerator.scaler} if accelerator.scaler is not None else {}
+        losses = LossByTimestep(method.points, device)
+        progress = Progress(losses, accelerator)
+        stateful |= {"progress": progress}
         identity: dict[str, str | int] = {"data_fingerprint": opened.fingerprint, "global_batch": slices.global_batch}
         step = 0
         if resumed is not None:
             start.check_resumed(resumed, settings, backbone, identity)
             step = checkpoint.load(resumed, stateful).step
             reporter.say(f"resumed from {resumed} at step {step}")
+            start.warn_of_versions(resumed, reporter)
         for line in start.plan(settings, method, slices, lora.trainable_parameters(backbone.unet), device):
             reporter.say(line)
         best_folder = settings.run_dir / "lora" / checkpoint.BEST
         check_folder: Callable[[], None] | None = None
         if main:
             check_folder = cleanup.enter_context(alone_in(settings.run_dir))
+            start.require_unchanged(settings.run_dir, found)
             for folder in (settings.run_dir, settings.run_dir / "lora", settings.run_dir / "previews"):
                 remove_leftovers(folder)
+            for newer in [] if resumed is None else checkpoint.drop_newer(settings.run_dir, resumed):
+                reporter.warn(f"removed: {newer}, which was passed over")
             start.drop_best(best_folder, resumed=resumed is not None, warn=reporter.warn)
             write_text_atomic(settings.run_dir / "settings.toml", settings_toml(settings))
         telemetry = cleanup.enter_context(
@@ -197,10 +206,12 @@ def distill(
                 step_counts=tuple(settings.num_inference_steps),
                 revision=backbone.revision,
                 more=identity
-                | {"rank": settings.lora_rank, "alpha": settings.alpha, "torch": torch.__version__}
+                | {"rank": settings.lora_rank, "alpha": settings.alpha, "versions": versions()}
                 | dict(more or {}),
             )
             encoder.flush()  # what a resumed run finds is what this one had
+            if state is not None:
+                progress.gather()
             folder = settings.run_dir / "lora" / name
             if main:
                 checkpoint.save(
@@ -259,9 +270,9 @@ def distill(
         # ---- The loop.
         student = backbone.denoiser()
         watch = Watch(lora.AdapterWeights(backbone.unet).parameters(), reporter.warn)
-        losses = LossByTimestep(method.points, device)
+        watch.remember(telemetry.history)
         update: list[Lesson] = []
-        overflows, skipped, skipped_since_logged, cut_captions, stopping = 0, 0, 0, False, False
+        overflows, cut_captions, stopping = 0, False, False
 
         with reporter.progress("training", settings.max_steps - step) as bar:
             if resumed is not None and start.left_undone(step, settings, telemetry.history, validation is not None):
@@ -287,9 +298,10 @@ def distill(
                 if sound:
                     optimizer.step()
                 optimizer.zero_grad()
-                overflows = overflows + 1 if optimizer.step_was_skipped else 0
-                if overflows > MOST_OVERFLOWS:
-                    raise _not_finite(step, checkpoint.checkpoints(settings.run_dir))
+                overflows = overflows + 1 if sound and optimizer.step_was_skipped else 0
+                if overflows > MOST_OVERFLOWS:  # it is not the scale
+                    take_back_overflows(accelerator.scaler, overflows)
+                    sound, overflows = False, 0
                 if overflows:
                     continue
 
@@ -301,11 +313,11 @@ def distill(
                     ema.update(step)
                     for t, values in seen:
                         losses.add(t, values)
-                skipped = 0 if sound else skipped + 1
-                skipped_since_logged += not sound
+                progress.skipped_in_a_row = 0 if sound else progress.skipped_in_a_row + 1
+                progress.skipped_since_logged += not sound
                 if not sound:
-                    reporter.warn(_skipped(step, update, skipped))
-                if skipped == MOST_SKIPPED:
+                    reporter.warn(_skipped(step, update, progress.skipped_in_a_row))
+                if progress.skipped_in_a_row == MOST_SKIPPED:
                     raise _not_finite(step, checkpoint.checkpoints(settings.run_dir))
                 speed.add(
                     pictures=sum(len(lesson.items) for lesson in update),
@@ -327,10 +339,10 @@ def distill(
                     shown = losses.means(accelerator.reduce)
                     shown |= {"gradient_norm": float(norm)} if sound else {}
                     shown |= {"learning_rate": learning_rate(settings, step - 1)}
-                    shown |= speed.read() | {"skipped_updates": skipped_since_logged}
+                    shown |= speed.read() | {"skipped_updates": progress.skipped_since_logged}
                     peak = peak_so_far(device)
                     shown |= {} if peak is None else {"peak_memory_bytes": peak}
-                    skipped_since_logged = 0
+                    progress.skipped_since_logged = 0
                     watch.losses(step, shown)
                     telemetry.record(step, shown)
                 beside = {key: shown[key] for key in ("loss", "pictures_per_second") if key in shown}
@@ -398,6 +410,12 @@ def _average_gradients(accelerator: Accelerator, parameters: Sequence[nn.Paramet
         gradient.copy_(part.view_as(gradient))
 
 
+def take_back_overflows(scaler: torch.amp.GradScaler | None, count: int) -> None:
+    """Give a loss scale back what `count` overflows took from it: they were not its fault."""
+    if scaler is not None:
+        scaler.update(scaler.get_scale() / scaler.get_backoff_factor() ** count)
+
+
 def _any_process(accelerator: Accelerator, here: bool) -> bool:
     """Whether it is so in any process: they stop together or not at all."""
     if accelerator.num_processes == 1:
@@ -406,7 +424,7 @@ def _any_process(accelerator: Accelerator, here: bool) -> bool:
 
 
 def _skipped(step: int, update: Sequence[Lesson], in_a_row: int) -> str:
-    items = " ".join(str(item) for lesson in update for item in lesson.items)
+    items = " ".join(map(str, gather_object([item for lesson in update for item in lesson.items])))
     return (
         f"update {step} is skipped: its gradient is not finite; {in_a_row} in a row, {MOST_SKIPPED} end the run; it was"
         f" made from items {items}"

@@ -182,9 +182,16 @@ class RolloutStore:
         """
         self._where = {}
         for path in sorted(self.folder.glob("*.safetensors")):
-            with opened(path) as file:
-                count = len(json.loads(file.metadata()["captions"]))
-            self._where |= {int(path.stem) + row: (path, row) for row in range(count)}
+            try:
+                first = int(path.stem)
+                with opened(path) as file:
+                    count = len(json.loads(file.metadata()["captions"]))
+                    whole = {"x_t", "target", "t", "rows", "weight"} <= set(file.keys())
+            except (TypeError, KeyError, ValueError, RecursionError):
+                whole = False
+            if not whole:
+                raise CheckpointError(f"{str(path)!r} is no file of rollouts; remove it")
+            self._where |= {first + row: (path, row) for row in range(count)}
 
     def __len__(self) -> int:
         """How many rollouts there are."""

@@ -24,6 +24,7 @@ from fewstep.data import Batches, OpenedData, Slices
 from fewstep.errors import CheckpointError, InputError, Interrupted
 from fewstep.methods import METHODS
 from fewstep.methods.kstep import KStep
+from fewstep.opening import versions
 from fewstep.reporting import Bar, Reporter
 from fewstep.telemetry import Throughput
 from fewstep.timesteps import promised_points
@@ -82,6 +83,28 @@ def checkpoint_to_resume(settings: TrainSettings, reporter: Reporter) -> Path | 
             "checkpoint; pass --resume_from_checkpoint latest, or a new --run_name to go on from the older one"
         )
     return folder
+
+
+def state_of(run: Path) -> tuple[int | None, tuple[str, ...]]:
+    """What tells that somebody has been at work in a run's folder: a start, or a checkpoint that has come."""
+    try:
+        started = (run / checkpoint.SETTINGS).stat().st_mtime_ns
+    except OSError:
+        started = None
+    return started, tuple(folder.name for folder in checkpoint.checkpoints(run))
+
+
+def require_unchanged(run: Path, found: object) -> None:
+    """Refuse a folder that is not as it was `found` before its lock was taken: base and data take a while to open.
+
+    Raises:
+        InputError: another run has begun or gone on there meanwhile.
+    """
+    if state_of(run) != found:
+        raise InputError(
+            f"another run was at work in {str(run)!r} while this one got ready; allowed is one run a folder; go on "
+            "with it by --resume_from_checkpoint auto, or choose another --run_name"
+        )
 
 
 def open_base(
@@ -232,6 +255,14 @@ def check_resumed(folder: Path, settings: TrainSettings, backbone: Backbone, mor
             f"{named} came, unlike what checkpoint {name!r} was trained with; a resumed run keeps its settings; pass "
             f"--config {folder / checkpoint.SETTINGS} or a new --run_name"
         )
+
+
+def warn_of_versions(folder: Path, reporter: Reporter) -> None:
+    """Say which libraries a checkpoint was written with in another release: equal bytes are then not to be had."""
+    before, now = dict((checkpoint.verify(folder).more.get("versions")) or {}), versions()
+    changed = [f"{name} {now.get(name)} (not {before[name]})" for name in before if now.get(name) != before[name]]
+    if changed:
+        reporter.warn(f"{', '.join(changed)} now, unlike what {folder} was written with: sums may differ in their ends")
 
 
 def plan(settings: TrainSettings, method: KStep, slices: Slices, trainable: int, device: torch.device) -> Iterator[str]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict, deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from statistics import median
 
 import torch
@@ -52,6 +52,13 @@ class Watch:
                     f"{UPDATES_TO_LOOK_AT} updates, first {dead[0]}: nothing trains them; look at --lora_targets, or "
                     "use --mixed_precision bf16 or no"
                 )
+
+    def remember(self, history: Sequence[Mapping[str, float]]) -> None:
+        """Take up what a run had seen before it was resumed, and said then."""
+        warn, self._warn = self._warn, lambda _: None
+        for row in history:
+            self.losses(int(row["step"]), row)
+        self._warn = warn
 
     def losses(self, step: int, means: Mapping[str, float]) -> None:
         """Look at mean losses, "loss/t999" and so on; each timestep is compared with itself."""
