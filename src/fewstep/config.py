@@ -478,8 +478,9 @@ class BenchSettings(SamplingSettings):
     )
     feature_model: Text | None = Field(
         None,
-        description="DINOv2 by folder or Hub id, such as facebook/dinov2-base, between whose features distances are "
-        "taken. Unset, or where its weights are not at hand, which the report names: the base's own, else CLIP's.",
+        description="DINOv2 by folder or Hub id, such as facebook/dinov2-base, or inception (needs fewstep[fid] and "
+        "--allow_pickle), between whose features distances are taken. Unset, or where it is not at hand, which the "
+        "report names: the base's own, else CLIP's.",
     )
     batch_sizes: Counts | None = Field(None, description="Pictures a timed batch. Unset: 1 and batch_size.")
     timing_repeats: Count = Field(5, description="Timed runs after the warm-up; the median is reported.")

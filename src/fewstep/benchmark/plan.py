@@ -18,7 +18,7 @@ from fewstep.benchmark.real import DataPictures, OwnPictures, RealPictures, pict
 from fewstep.config import BenchSettings
 from fewstep.errors import CheckpointError, InputError
 from fewstep.metrics.alignment import CLIPAlignment
-from fewstep.metrics.features import DINOFeatures, Features, OwnFeatures
+from fewstep.metrics.features import INCEPTION, DINOFeatures, Features, InceptionFeatures, OwnFeatures
 from fewstep.metrics.pretrained import ModelNotAtHand
 from fewstep.opening import open_base, read_prompts, warn_of_prompts
 from fewstep.report import RECORD_FILE, arm_folder
@@ -256,6 +256,8 @@ def _features(
     if name is None:
         return own
     try:
+        if name == INCEPTION:
+            return InceptionFeatures(device=backbone.device, allow_pickle=settings.allow_pickle)
         return DINOFeatures(name, device=backbone.device, allow_pickle=settings.allow_pickle)
     except ModelNotAtHand as error:
         instead = own or alignment
