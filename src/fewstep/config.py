@@ -47,7 +47,8 @@ MOST_STUDENT_STEPS = 50
 SettingsT = TypeVar("SettingsT", bound="Checked")
 
 Precision = Literal["auto", "no", "fp16", "bf16"]
-FastOption = Literal["fused", "channels-last", "compile", "bf16", "fp16"]
+FAST_OPTIONS = ("fused", "tiny-vae", "bf16", "fp16", "channels-last", "compile")
+"""What may make few steps faster, in the order in which several are applied; tiny-vae has a flag of its own."""
 Start = Literal["data", "teacher", "student"]
 
 
@@ -64,6 +65,19 @@ def _distinct(values: tuple[Any, ...]) -> tuple[Any, ...]:
     if repeated:
         raise ValueError(f"{repeated[0]} came twice in {spell(values)}; allowed is each value once; leave one out")
     return values
+
+
+def _fast_option(value: str) -> str:
+    """One option, or several joined by +, brought into the order in which they are applied."""
+    parts = value.split("+")
+    odd = next((part for part in parts if part not in FAST_OPTIONS), None)
+    names = spell(FAST_OPTIONS).replace(" ", ", ")
+    if odd is not None or len(set(parts)) < len(parts) or {"bf16", "fp16"} <= set(parts) or value == "tiny-vae":
+        raise ValueError(
+            f"{value!r} came; allowed: {names}, each once and one of the precisions, tiny-vae beside others; for "
+            "example --fast_options fused bf16 fused+channels-last"
+        )
+    return "+".join(sorted(parts, key=FAST_OPTIONS.index))
 
 
 def _solvable(values: tuple[int, ...]) -> tuple[int, ...]:
@@ -115,6 +129,7 @@ SolverSteps = Annotated[
     AfterValidator(_solvable),
 ]
 Names = Annotated[tuple[Text, ...], BeforeValidator(_as_list), Field(min_length=1), AfterValidator(_distinct)]
+FastOption = Annotated[str, AfterValidator(_fast_option)]
 FastOptions = Annotated[
     tuple[FastOption, ...], BeforeValidator(_as_list), Field(min_length=1), AfterValidator(_distinct)
 ]
@@ -465,7 +480,7 @@ class BenchSettings(SamplingSettings):
         None,
         description="What may make the student faster, each an arm of its own beside the plain one, for each of its "
         "step counts: fused (the adapter merged into the weights), channels-last, compile (torch.compile of the UNet), "
-        "bf16, fp16.",
+        "bf16, fp16; several in one arm as fused+channels-last or, with tiny_vae, tiny-vae+bf16.",
     )
     tiny_vae: Text | None = Field(
         None, description="Folder or Hub id of an AutoencoderTiny: one more such arm, which decodes with it."
@@ -494,6 +509,16 @@ class BenchSettings(SamplingSettings):
         description="Go on with the benchmark in outdir, stopped or finished: what was drawn and timed is not done "
         "again. Steps, adapters and options may have come to it, nothing else may have changed.",
     )
+
+    @model_validator(mode="after")
+    def _decoder_for_combinations(self) -> Self:
+        combined = next((option for option in self.fast_options or () if "tiny-vae" in option.split("+")), None)
+        if combined is not None and self.tiny_vae is None:
+            raise ValueError(
+                f"fast_options {combined} came without tiny_vae; allowed is tiny-vae together with a decoder; add "
+                "--tiny_vae FOLDER|HUB_ID"
+            )
+        return self
 
     @model_validator(mode="after")
     def _prompts_from_one_place(self) -> Self:

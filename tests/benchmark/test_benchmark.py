@@ -151,13 +151,16 @@ def test_the_record_is_the_json_and_agrees_with_the_table(run: tuple[BenchmarkRe
     own = [score for score in result.record.scores if score.arm == "student-2"]
     mean = np.mean([score.clip_align_x100 for score in own])
     assert student.alignment is not None and student.alignment.value == pytest.approx(mean)
-    assert student.floor == pytest.approx(np.mean([score.clip_floor_x100 for score in own]))
+    assert student.floor is not None and student.floor.low is not None
+    assert student.floor.value == pytest.approx(np.mean([score.clip_floor_x100 for score in own]))
     assert student.control == "base-2"
     assert student.delta_all_right is not None and student.gain_all_right is not None
     assert set(student.attributes) == {"red", "green", "intact"}
     assert student.frechet is not None and (student.frechet.pictures, student.frechet.references) == (8, 20)
     assert student.frechet.difference is not None and student.frechet.difference.standard_error is not None
-    assert set(student.distances) == {"kid", "cmmd", "precision", "recall", "kid_teacher", "cmmd_teacher"}
+    assert set(student.attributes) == set(student.delta_attributes)
+    names = {"kid", "cmmd", "precision", "recall"}
+    assert set(student.distances) == names | {f"{name}_teacher" for name in (*names, "frechet")}
     assert all(figure.standard_error is not None for figure in student.distances.values())
     assert student.diversity is not None and student.faithfulness is not None and student.faithfulness.value > 0
     assert student.saturation is not None and len(student.saturation) == 4

@@ -35,12 +35,15 @@ def _filled(table: Sequence[tuple[str, str, Callable[[ArmSummary], str]]], arms:
 
 
 def attribute_columns(arms: Sequence[ArmSummary]) -> list[Column]:
-    """A column for each attribute of the answer key: the share of pictures that have it right."""
+    """For each attribute of the answer key the share of pictures that have it right, and its difference."""
     names = list(dict.fromkeys(name for arm in arms for name in arm.attributes))
-    return [
-        Column(name, "", tuple(percent(arm.attributes[name]) if name in arm.attributes else "" for arm in arms))
-        for name in names
-    ]
+    found = []
+    for name in names:
+        found.append(Column(name, "", tuple(_share(arm.attributes.get(name)) for arm in arms)))
+        against = tuple(_difference(arm, arm.delta_attributes.get(name), 100, 1) for arm in arms)
+        if any(against):
+            found.append(Column("against teacher", "", against))
+    return found
 
 
 def _spread(found: Interval | None) -> str:
@@ -90,6 +93,17 @@ def _part(arm: ArmSummary, name: Literal["unet_total", "decode"]) -> str:
     return seconds((timing.unet_total if name == "unet_total" else timing.decode.median) / timing.batch_size)
 
 
+def _percent(share: float | None) -> str:
+    return "" if share is None else f"{100 * share:.0f} %"
+
+
+def _decoder(arm: ArmSummary) -> str:
+    if not arm.timings:
+        return ""
+    timing = arm.timings[0]
+    return f"{_percent(timing.decode_share)}, {_percent(timing.decode_share_of_flops)}"
+
+
 def _time(arm: ArmSummary) -> str:
     return "" if arm.time_per_image_s is None else seconds(arm.time_per_image_s)
 
@@ -121,7 +135,7 @@ _TABLE: list[tuple[str, str, Callable[[ArmSummary], str]]] = [
     (
         "Floor",
         "the same pictures with everyone else's captions",
-        lambda a: "" if a.floor is None else f"{a.floor:.2f}",
+        lambda a: _spread(a.floor),
     ),
     (
         "Alignment against teacher",
@@ -163,8 +177,15 @@ _TABLE: list[tuple[str, str, Callable[[ArmSummary], str]]] = [
     ("CMMD", "kernel distance × 1000 to the same pictures, over the alignment model's embeddings", _scaled("cmmd")),
     ("Precision", "share of the arm's pictures within the real ones' manifold", _scaled("precision")),
     ("Recall", "share of real pictures within the arm's manifold", _scaled("recall")),
+    (
+        "Fréchet to teacher",
+        "distance to the teacher's pictures; as biased by N as the other",
+        _scaled("frechet_teacher"),
+    ),
     ("KID × 1000 to teacher", "kernel distance to the teacher's pictures; unbiased", _scaled("kid_teacher", 1000)),
     ("CMMD to teacher", "kernel distance × 1000 to the teacher's pictures", _scaled("cmmd_teacher")),
+    ("Precision to teacher", "share of the arm's pictures within the teacher's manifold", _scaled("precision_teacher")),
+    ("Recall to teacher", "share of the teacher's pictures within the arm's manifold", _scaled("recall_teacher")),
     (
         "Diversity",
         "feature distance among the pictures of a prompt, over the teacher's",
@@ -182,6 +203,12 @@ _TABLE: list[tuple[str, str, Callable[[ArmSummary], str]]] = [
         "at the smallest timed batch: allocated on a GPU, resident on a CPU",
         lambda a: _megabytes(a.timings[0].peak_memory_bytes if a.timings else None),
     ),
+    (
+        "Share of the floor",
+        "time of the operations alone at the rate of a large matrix product, over the time taken",
+        lambda a: _percent(a.timings[0].share_of_floor if a.timings else None),
+    ),
+    ("Decoder", "its share of the time, and of the operations", _decoder),
     (
         "Speed-up",
         "over the teacher",

@@ -74,7 +74,7 @@ def _quality(student: ArmSummary, record: BenchmarkRecord) -> str | None:
     if student.alignment:
         text = f"{name} scores {student.alignment.value:.2f} in alignment"
         if student.floor is not None:
-            text += f", where shuffled captions score {student.floor:.2f}"
+            text += f", where shuffled captions score {student.floor.value:.2f}"
         if teacher is None or teacher.alignment is None or student.delta_alignment is None:
             return f"{text}."
         kept = (
