@@ -476,6 +476,10 @@ class BenchSettings(SamplingSettings):
         description="TOML file with an [[adapter]] table for each further adapter to compare with: id, lora_path or "
         "lora_id, and sampler, eta, guidance, scale, steps.",
     )
+    adapters: Names | None = Field(
+        None,
+        description="The same without a file, each as id=NAME,lora_id=OWNER/NAME,sampler=tcd,eta=0.3,steps=4+8.",
+    )
     fast_options: FastOptions | None = Field(
         None,
         description="What may make the student faster, each an arm of its own beside the plain one, for each of its "
@@ -509,6 +513,16 @@ class BenchSettings(SamplingSettings):
         description="Go on with the benchmark in outdir, stopped or finished: what was drawn and timed is not done "
         "again. Steps, adapters and options may have come to it, nothing else may have changed.",
     )
+
+    @field_validator("adapters")
+    @classmethod
+    def _adapters_are_some(cls, values: tuple[str, ...] | None) -> tuple[str, ...] | None:
+        for value in values or ():
+            try:
+                _adapter_of(value)
+            except InputError as error:
+                raise ValueError(str(error)) from None
+        return values
 
     @model_validator(mode="after")
     def _decoder_for_combinations(self) -> Self:
@@ -662,11 +676,43 @@ def load_adapters(path: Path | str) -> tuple[AdapterEntry, ...]:
             entries.append(AdapterEntry(**table))
         except InputError as error:
             raise InputError(f"{str(path)!r}: {error}") from None
+    _distinct_ids(entries, f"{str(path)!r}: ")
+    return tuple(entries)
+
+
+def adapter_entries(settings: BenchSettings) -> tuple[AdapterEntry, ...]:
+    """The further adapters of a benchmark: those of its file, then those given in one word each.
+
+    Raises:
+        InputError: see `load_adapters`; or an id that comes twice.
+    """
+    filed = load_adapters(settings.adapters_file) if settings.adapters_file else ()
+    entries = (*filed, *(_adapter_of(word) for word in settings.adapters or ()))
+    _distinct_ids(entries)
+    return entries
+
+
+def _adapter_of(word: str) -> AdapterEntry:
+    """``id=NAME,lora_id=OWNER/NAME,steps=4+8`` as the table of a file would say it."""
+    pairs = [part.partition("=") for part in word.split(",")]
+    odd = next((name for name, equals, value in pairs if not (equals and value)), None)
+    names = [name.strip() for name, _, _ in pairs]
+    if odd is not None or len(set(names)) < len(names) or "id" not in names:
+        raise InputError(
+            f"{word!r} came; allowed is NAME=VALUE with a comma between two, each name once, id among them; for "
+            "example id=hyper,lora_id=OWNER/NAME,sampler=tcd,eta=0.3,steps=4+8"
+        )
+    table: dict[str, Any] = dict(zip(names, (value.strip() for _, _, value in pairs), strict=True))
+    if "steps" in table:
+        table["steps"] = table["steps"].split("+")
+    return AdapterEntry(**table)
+
+
+def _distinct_ids(entries: Iterable[AdapterEntry], where: str = "") -> None:
     ids = [entry.id for entry in entries]
     repeated = sorted({one for one in ids if ids.count(one) > 1})
     if repeated:
-        raise InputError(f"{str(path)!r}: adapter id {repeated[0]} came twice; allowed is each once; rename one")
-    return tuple(entries)
+        raise InputError(f"{where}adapter id {repeated[0]} came twice; allowed is each once; rename one")
 
 
 def merged(

@@ -171,6 +171,8 @@ class ArmSummary:
     ``retention_raw``: score over the baseline's. ``retention_corrected``: the same with each one's floor taken off;
     without it there is no raw one either.
     ``gain_*``: over the control, which is the base without adapter at the same steps, sampler and guidance.
+    ``over_solvers``: a student's paired difference to each arm of the teacher by a better solver, in the share with
+    everything right, else in alignment.
     ``change_*`` and ``speedup_vs_plain``: of an arm with an option, over the same arm without, which ``plain`` names.
     ``distances``: "kid", "cmmd", "precision" and "recall" against pictures of the same captions, and these and
     "frechet", each with "_teacher" behind, against the teacher's; what was not measured is absent. Those of the real
@@ -206,6 +208,7 @@ class ArmSummary:
     faithfulness: Interval | None = None
     saturation: tuple[float, ...] | None = None
     control: str | None = None
+    over_solvers: dict[str, Interval] = field(default_factory=dict)
     plain: str | None = None
     change_alignment: Interval | None = None
     change_all_right: Interval | None = None

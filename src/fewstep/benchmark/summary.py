@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
@@ -78,6 +78,7 @@ def sum_up(
                 saturation(found.found["latents"], others.baseline.found["latents"]) if others.baseline else None
             ),
             control=control.id if control else None,
+            over_solvers=_over_solvers(found, evaluations.values()),
             plain=plain.id if plain else None,
             speedup_vs_plain=speedup(others.plain),
             **_alignment_figures(found, others),
@@ -179,6 +180,18 @@ def _attribute_differences(
         for name, right in answers.items()
         if name != "all_right" and name in theirs
     }
+
+
+def _over_solvers(found: Evaluation, others: Iterable[Evaluation]) -> dict[str, Interval]:
+    if found.arm.role != "student":
+        return {}
+    judge, name = ("alignment", "score") if found.answers is None else ("answers", "all_right")
+    own, differences = _of(found, judge, name), {}
+    for other in others:
+        theirs = _of(other, judge, name)
+        if other.arm.role == "solver" and own is not None and theirs is not None:
+            differences[other.arm.id] = paired_difference(own, theirs, found.prompt_numbers)
+    return differences
 
 
 def _rows(found: Evaluation, others: _Others, prompts: Sequence[str], summary: ArmSummary) -> list[Row]:
