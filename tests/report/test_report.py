@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import replace
+from html import unescape
 from html.parser import HTMLParser
 from pathlib import Path
 from xml.etree import ElementTree
@@ -234,8 +235,9 @@ def test_the_verdict(found: BenchmarkRecord) -> None:
 
 def test_three_sentences_are_the_verdict_and_the_rest_stands_below(found: BenchmarkRecord, text: str) -> None:
     box, below = text[text.index('aria-label="Verdict"') :].split("</section>", 1)
-    assert re.findall(r"<p>(.*?)</p>", box) == verdict(found)[:3]
-    assert re.findall(r"<li>(.*?)</li>", below[: below.index("</ul>")]) == verdict(found)[3:] != []
+    assert [unescape(one) for one in re.findall(r"<p>(.*?)</p>", box)] == verdict(found)[:3]
+    listed = re.findall(r"<li>(.*?)</li>", below[: below.index("</ul>")])
+    assert [unescape(one) for one in listed] == verdict(found)[3:] != []
 
 
 def test_a_loss_is_called_a_loss(found: BenchmarkRecord) -> None:
