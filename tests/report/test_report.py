@@ -262,13 +262,13 @@ def test_the_verdict_sets_the_student_against_what_costs_no_training(found: Benc
         solver = summary(solver_arm(8, 7.5, alpha_bar, karras=False), seconds, right, 33.0)
         return verdict(replace(found, summary={**found.summary, "dpmpp-8": solver}))[2]
 
-    assert told(0.3, 0.6).startswith("To be as good without training takes 3.0 times as long (dpmpp-8)")
+    assert told(0.3, 0.6).startswith("dpmpp-8 needs no training, is as good and takes 3.0 times as long")
     assert "at equal time this student has no reason to exist" in told(0.1, 0.55)
     assert told(0.05, 0.3) == "No untrained solver that was drawn is as good (dpmpp-8)."
     # A solver as fast as the student was not drawn: the verdict is not to be had without.
-    near = "none took as little time as the student, which --solver_steps 2 would come near."
+    near = "none took as little time as the student, which 2 steps of one would come near."
     assert told(0.3, 0.3) == f"No untrained solver that was drawn is as good (dpmpp-8); {near}"
-    assert told(0.3, 0.6).endswith(f"(dpmpp-8); {near}")
+    assert told(0.3, 0.6).endswith(f"3.0 times as long; {near}")
 
 
 def test_a_student_has_to_be_shown_to_be_better_than_what_costs_no_training(found: BenchmarkRecord) -> None:

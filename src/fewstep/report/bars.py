@@ -41,7 +41,9 @@ def attribute_bars(arms: Sequence[ArmSummary], width: int = WIDTH) -> str:
 
 def time_bars(arms: Sequence[ArmSummary], width: int = WIDTH) -> str:
     """A bar an arm, the shares of its time at the smallest timed batch; empty where nothing was timed."""
-    plot = _Plot(width)
+    names = [arm.arm.id for arm in arms if arm.timings]
+    stacked = width < WIDTH and any(LETTER * len(name) > NARROW_LEFT for name in names)
+    plot = _Plot(width, 8 if stacked else None)
     for arm in arms:
         if not arm.timings:
             continue
@@ -50,7 +52,10 @@ def time_bars(arms: Sequence[ArmSummary], width: int = WIDTH) -> str:
         parts = {"text": timing.text.median, "unet": timing.unet_total, "decode": timing.decode.median}
         # Medians of separate measurements: together they may be a little more or less than the whole.
         whole = max(total, sum(parts.values()))
-        plot.name(plot.y + BAR, arm.arm.id)
+        if stacked:
+            plot.heading(arm.arm.id)
+        else:
+            plot.name(plot.y + BAR, arm.arm.id)
         start = 0.0
         for name, spent in (*parts.items(), ("rest", whole - sum(parts.values()))):
             told = f"{arm.arm.id}, {name}: {seconds(spent)} of {seconds(total)}, {100 * spent / whole:.0f} %"
@@ -58,16 +63,16 @@ def time_bars(arms: Sequence[ArmSummary], width: int = WIDTH) -> str:
             start += spent / whole
         plot.figure(plot.y + BAR, seconds(total))
         plot.y += BAR + GAP
-    names = [arm.arm.id for arm in arms if arm.timings]
-    return plot.svg("Where the time of a batch goes", names) if names else ""
+    return plot.svg("Where the time of a batch goes", [] if stacked else names) if names else ""
 
 
 class _Plot:
     """Bars of shares from the top down; `y` is where the next one goes."""
 
-    def __init__(self, width: int) -> None:
+    def __init__(self, width: int, left: int | None = None) -> None:
         self._width = width
-        self._left, self._right = (LEFT, RIGHT) if width >= WIDTH else (NARROW_LEFT, NARROW_RIGHT)
+        usual, self._right = (LEFT, RIGHT) if width >= WIDTH else (NARROW_LEFT, NARROW_RIGHT)
+        self._left = usual if left is None else left
         self._parts: list[str] = []
         self.y = 6.0
 
@@ -91,13 +96,18 @@ class _Plot:
         """At the left."""
         self._parts.append(_text(self._left - 10, y, text, "end"))
 
+    def heading(self, text: str) -> None:
+        """On a line of its own, above the bar that comes."""
+        self._parts.append(_text(self._left, self.y + BAR, text, "start"))
+        self.y += BAR + 5
+
     def figure(self, y: float, text: str) -> None:
         """At the right."""
         self._parts.append(_text(self._width - self._right + 10, y, text, "start"))
 
     def svg(self, label: str, names: Sequence[str]) -> str:
         """All of it, wider at the left where names need more room."""
-        more = max(0, max(LETTER * len(name) for name in names) + 20 - self._left)
+        more = max(0, max((LETTER * len(name) for name in names), default=0) + 20 - self._left)
         box = f"{-more} 0 {self._width + more} {self.y + 22:.0f}"
         opening = f'<svg class="plot bars" viewBox="{box}" role="img" aria-label="{escape(label)}">'
         return "\n".join([opening, *self._rules(), *self._parts, "</svg>"])

@@ -20,8 +20,14 @@ class Column:
 
 
 def columns(arms: Sequence[ArmSummary]) -> list[Column]:
-    """The table: only columns that some arm has a figure for."""
-    return _filled(_TABLE, arms)
+    """The whole table: only columns that some arm has a figure for."""
+    return [column for _, group in column_groups(arms) for column in group]
+
+
+def column_groups(arms: Sequence[ArmSummary]) -> list[tuple[str, list[Column]]]:
+    """The same in parts that fit on paper, each with a title."""
+    groups = [(title, _filled(table, arms)) for title, table in _TABLES.items()]
+    return [(title, group) for title, group in groups if group]
 
 
 def option_columns(arms: Sequence[ArmSummary]) -> list[Column]:
@@ -29,7 +35,7 @@ def option_columns(arms: Sequence[ArmSummary]) -> list[Column]:
     return _filled(_OPTIONS, arms)
 
 
-def _filled(table: Sequence[tuple[str, str, Callable[[ArmSummary], str]]], arms: Sequence[ArmSummary]) -> list[Column]:
+def _filled(table: _Table, arms: Sequence[ArmSummary]) -> list[Column]:
     found = [Column(title, meaning, tuple(cell(arm) for arm in arms)) for title, meaning, cell in table]
     return [column for column in found if any(column.cells)]
 
@@ -112,7 +118,10 @@ def _saturation(arm: ArmSummary) -> str:
     return "" if arm.saturation is None else f"{sum(arm.saturation) / len(arm.saturation):.3f}"
 
 
-_TABLE: list[tuple[str, str, Callable[[ArmSummary], str]]] = [
+_Table = list[tuple[str, str, Callable[[ArmSummary], str]]]
+"""Title, meaning, and how an arm's cell is spelled."""
+
+_QUALITY: _Table = [
     ("Evaluations", "network evaluations a picture; guidance takes two a step", lambda a: str(a.arm.evaluations or "")),
     ("Guidance", "w in u + w (c − u)", lambda a: f"{a.arm.guidance:g}" if a.arm.is_drawn else ""),
     ("All right", "pictures with every captioned attribute right", lambda a: _share(a.all_right)),
@@ -163,6 +172,9 @@ _TABLE: list[tuple[str, str, Callable[[ArmSummary], str]]] = [
         "paired difference: same prompt, same noise (real pictures have none)",
         lambda a: _difference(a, a.delta_preference, 1, 2),
     ),
+]
+
+_DISTANCES: _Table = [
     (
         "Fréchet",
         "distance to pictures of the same captions, passed through the VAE",
@@ -197,6 +209,9 @@ _TABLE: list[tuple[str, str, Callable[[ArmSummary], str]]] = [
         lambda a: _spread(a.faithfulness),
     ),
     ("Saturation", "spread of the latents over the teacher's, mean over channels", _saturation),
+]
+
+_COST: _Table = [
     ("Time a picture", "median, end to end, at the smallest timed batch", _time),
     (
         "Peak memory",
@@ -216,9 +231,10 @@ _TABLE: list[tuple[str, str, Callable[[ArmSummary], str]]] = [
     ),
     ("Speed-up over plain", "over the same arm without the option", lambda a: _times(a.speedup_vs_plain)),
 ]
-"""Title, meaning, and how an arm's cell is spelled."""
 
-_OPTIONS: list[tuple[str, str, Callable[[ArmSummary], str]]] = [
+_TABLES = {"Picture by picture": _QUALITY, "All pictures together": _DISTANCES, "Cost": _COST}
+
+_OPTIONS: _Table = [
     ("Speed-up over plain", "", lambda a: _times(a.speedup_vs_plain)),
     ("Time a picture", "", _time),
     ("of that UNet", "", lambda a: _part(a, "unet_total")),

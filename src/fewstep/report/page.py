@@ -16,7 +16,7 @@ from PIL import Image
 from fewstep.config import BenchSettings, command_line
 from fewstep.records import ArmSummary, BenchmarkRecord
 from fewstep.report.bars import attribute_bars, time_bars
-from fewstep.report.columns import attribute_columns, columns, option_columns
+from fewstep.report.columns import attribute_columns, column_groups, option_columns
 from fewstep.report.figures import NARROW, ROLES, frontier
 from fewstep.report.layout import picture_path
 from fewstep.report.verdict import MAIN, headline, verdict
@@ -53,7 +53,7 @@ def page(record: BenchmarkRecord, folders: Mapping[str, Path]) -> str:
         arms=arms,
         verdict=sentences[:MAIN],
         besides=sentences[MAIN:],
-        columns=columns(arms),
+        groups=column_groups(arms),
         attributes=attribute_columns(arms),
         faster=_with_options(arms),
         faster_columns=option_columns(_with_options(arms)),

@@ -131,21 +131,20 @@ def _solvers(student: ArmSummary, record: BenchmarkRecord) -> str | None:
     as_good = [(arm, taken) for arm, taken in timed if _as_good(arm, student)]
     fast = any(taken <= own for _, taken in timed)
     steps = max(2, student.arm.evaluations // (2 if solvers[0].arm.guided else 1))
-    missing = "" if fast or any(arm.arm.steps <= steps for arm in solvers) else (
-        f"; none took as little time as the student, which --solver_steps {steps} would come near"
-    )  # fmt: skip
+    slow = not fast and all(arm.arm.steps > steps for arm in solvers)
+    missing = f"; none took as little time as the student, which {steps} steps of one would come near" if slow else ""
     if not as_good:
         return f"No untrained solver that was drawn is as good ({', '.join(arm.arm.id for arm in solvers)}){missing}."
     best, taken = min(as_good, key=lambda pair: pair[1])
     ratio = taken / own
+    found = quality(best)
+    if found is not None and found.value < reached.value:
+        told = f"{best.arm.id} needs no training, is not shown to be worse"
+    else:
+        told = f"{best.arm.id} needs no training, is as good"
     if ratio <= 1:
-        found = quality(best)
-        no_worse = "as good" if found is not None and found.value >= reached.value else "not shown to be worse"
-        return (
-            f"{best.arm.id} needs no training, is {no_worse} and takes {seconds(taken)}: "
-            "at equal time this student has no reason to exist."
-        )
-    return f"To be as good without training takes {ratio:.1f} times as long ({best.arm.id}){missing}."
+        return f"{told} and takes {seconds(taken)}: at equal time this student has no reason to exist."
+    return f"{told} and takes {ratio:.1f} times as long{missing}."
 
 
 def _as_good(solver: ArmSummary, student: ArmSummary) -> bool:
