@@ -50,7 +50,7 @@ def generate(
     opened = open_base(settings, backbone=backbone, with_adapter=True, step_counts=settings.steps, reporter=reporter)
     backbone = opened.backbone
     settings = settings.replace(base_model=backbone.name, resolution=settings.resolution or backbone.resolution)
-    count, sampler = backbone.schedule.num_train_timesteps, recorded_sampler(opened.source)
+    count, sampler = backbone.schedule.num_train_timesteps, recorded_sampler(opened.source, reporter)
     arms = [student_arm(n, settings.flash_guidance, count, sampler=sampler) for n in settings.steps]
     check_arms(arms, settings.negative_prompt)
     warn_of_prompts(prompts, backbone, reporter)

@@ -166,15 +166,21 @@ def _warn_of_step_counts(source: lora.AdapterSource, step_counts: Sequence[int],
         )
 
 
-def recorded_sampler(source: lora.AdapterSource | None) -> Sampler:
-    """The sampler of the scheduler that was saved beside an adapter; LCM's where there is none, or an unknown one."""
+def recorded_sampler(source: lora.AdapterSource | None, reporter: Reporter) -> Sampler:
+    """The sampler of the scheduler that was saved beside an adapter; LCM's where there is none, or one unknown here."""
     config = source.folder / "scheduler" / "scheduler_config.json" if source else None
-    if config is None or not config.is_file():
+    if source is None or config is None or not config.is_file():
         return "lcm"
     try:
-        return SCHEDULERS.get(str(json.loads(config.read_text(encoding="utf-8")).get("_class_name")), "lcm")
-    except (OSError, ValueError, AttributeError):
-        return "lcm"
+        name = json.loads(config.read_text(encoding="utf-8"))["_class_name"]
+    except (OSError, ValueError, KeyError, TypeError):
+        name = "a scheduler that cannot be read"
+    if name not in SCHEDULERS:
+        reporter.warn(
+            f"adapter {source.name} was saved with {name}; known are {', '.join(SCHEDULERS)}: it is sampled as with "
+            "the first; name its sampler with --adapters, or in --adapters_file"
+        )
+    return SCHEDULERS.get(name, "lcm")
 
 
 def versions() -> dict[str, str]:

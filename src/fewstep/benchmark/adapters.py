@@ -71,7 +71,7 @@ class Adapters:
                 f"adapter {entry.id} promises other step counts than {' '.join(map(str, self._settings.steps))}; "
                 "allowed is at least one that is drawn; give it steps of its own"
             )
-        return Further(entry, source, entry.sampler or recorded_sampler(source), steps, facts)
+        return Further(entry, source, entry.sampler or recorded_sampler(source, reporter), steps, facts)
 
     def _attach(self, name: str | None, source: lora.AdapterSource, scale: float, reporter: Reporter) -> dict[str, str]:
         info = lora.load_adapter(self._backbone, source, allow_pickle=self._settings.allow_pickle, warn=reporter.warn)

@@ -145,7 +145,7 @@ def make_plan(
     settings = _resolved(settings, backbone, data)
     adapters = Adapters(settings, backbone, opened.source, reporter)
     options = Options(settings, backbone)
-    sampler = recorded_sampler(opened.source) if wants_adapter else None
+    sampler = recorded_sampler(opened.source, reporter) if wants_adapter else None
     arms = options.beside(arms or _arms(settings, backbone, adapters, sampler))
     real: RealPictures | None = data
     if data is None and backbone.abilities is not None:
