@@ -34,7 +34,7 @@ class Arm:
         source: which of several adapters it draws with; None is the run's own.
         scale: strength of the adapter.
         eta: of ``tcd``, 0 to 1.
-        option: what is meant to make it faster than the same arm without; None for most.
+        option: what is meant to make it faster than the same arm without, several joined by +; None for most.
     """
 
     id: str
@@ -184,7 +184,7 @@ def base_arm(
 
 def faster_arm(arm: Arm, option: str) -> Arm:
     """``arm`` with an option that is meant to make it faster."""
-    return replace(arm, id=f"{arm.family}-{option}-{arm.steps}", option=option)
+    return replace(arm, id=f"{arm.family}-{option.replace('+', '-')}-{arm.steps}", option=option)
 
 
 def plain_of(arm: Arm, arms: Iterable[Arm]) -> Arm | None:

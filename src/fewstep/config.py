@@ -50,7 +50,8 @@ MOST_STUDENT_STEPS = 50
 SettingsT = TypeVar("SettingsT", bound="Checked")
 
 Precision = Literal["auto", "no", "fp16", "bf16"]
-FastOption = Literal["fused", "channels-last", "compile", "bf16", "fp16"]
+FAST_OPTIONS = ("fused", "tiny-vae", "bf16", "fp16", "channels-last", "compile")
+"""What may make few steps faster, in the order in which several are applied; tiny-vae has a flag of its own."""
 Start = Literal["data", "teacher", "student", "noise"]
 
 
@@ -67,6 +68,19 @@ def _distinct(values: tuple[Any, ...]) -> tuple[Any, ...]:
     if repeated:
         raise ValueError(f"{repeated[0]} came twice in {spell(values)}; allowed is each value once; leave one out")
     return values
+
+
+def _fast_option(value: str) -> str:
+    """One option, or several joined by +, brought into the order in which they are applied."""
+    parts = value.split("+")
+    odd = next((part for part in parts if part not in FAST_OPTIONS), None)
+    names = spell(FAST_OPTIONS).replace(" ", ", ")
+    if odd is not None or len(set(parts)) < len(parts) or {"bf16", "fp16"} <= set(parts) or value == "tiny-vae":
+        raise ValueError(
+            f"{value!r} came; allowed: {names}, each once and one of the precisions, tiny-vae beside others; for "
+            "example --fast_options fused bf16 fused+channels-last"
+        )
+    return "+".join(sorted(parts, key=FAST_OPTIONS.index))
 
 
 def _solvable(values: tuple[int, ...]) -> tuple[int, ...]:
@@ -142,6 +156,7 @@ SolverSteps = Annotated[
     AfterValidator(_solvable),
 ]
 Names = Annotated[tuple[Text, ...], BeforeValidator(_as_list), Field(min_length=1), AfterValidator(_distinct)]
+FastOption = Annotated[str, AfterValidator(_fast_option)]
 FastOptions = Annotated[
     tuple[FastOption, ...], BeforeValidator(_as_list), Field(min_length=1), AfterValidator(_distinct)
 ]
@@ -501,11 +516,15 @@ class BenchSettings(SamplingSettings):
         description="TOML file with an [[adapter]] table for each further adapter to compare with: id, lora_path or "
         "lora_id, and sampler, eta, guidance, scale, steps.",
     )
+    adapters: Names | None = Field(
+        None,
+        description="The same without a file, each as id=NAME,lora_id=OWNER/NAME,sampler=tcd,eta=0.3,steps=4+8.",
+    )
     fast_options: FastOptions | None = Field(
         None,
         description="What may make the student faster, each an arm of its own beside the plain one, for each of its "
         "step counts: fused (the adapter merged into the weights), channels-last, compile (torch.compile of the UNet), "
-        "bf16, fp16.",
+        "bf16, fp16; several in one arm as fused+channels-last or, with tiny_vae, tiny-vae+bf16.",
     )
     tiny_vae: Text | None = Field(
         None, description="Folder or Hub id of an AutoencoderTiny: one more such arm, which decodes with it."
@@ -518,8 +537,9 @@ class BenchSettings(SamplingSettings):
     )
     feature_model: Text | None = Field(
         None,
-        description="DINOv2 by folder or Hub id, such as facebook/dinov2-base, between whose features distances are "
-        "taken. Unset, or where its weights are not at hand, which the report names: the base's own, else CLIP's.",
+        description="DINOv2 by folder or Hub id, such as facebook/dinov2-base, or inception (needs fewstep[fid] and "
+        "--allow_pickle), between whose features distances are taken. Unset, or where it is not at hand, which the "
+        "report names: the base's own, else CLIP's.",
     )
     batch_sizes: Counts | None = Field(None, description="Pictures a timed batch. Unset: 1 and batch_size.")
     timing_repeats: Count = Field(5, description="Timed runs after the warm-up; the median is reported.")
@@ -533,6 +553,26 @@ class BenchSettings(SamplingSettings):
         description="Go on with the benchmark in outdir, stopped or finished: what was drawn and timed is not done "
         "again. Steps, adapters and options may have come to it, nothing else may have changed.",
     )
+
+    @field_validator("adapters")
+    @classmethod
+    def _adapters_are_some(cls, values: tuple[str, ...] | None) -> tuple[str, ...] | None:
+        for value in values or ():
+            try:
+                _adapter_of(value)
+            except InputError as error:
+                raise ValueError(str(error)) from None
+        return values
+
+    @model_validator(mode="after")
+    def _decoder_for_combinations(self) -> Self:
+        combined = next((option for option in self.fast_options or () if "tiny-vae" in option.split("+")), None)
+        if combined is not None and self.tiny_vae is None:
+            raise ValueError(
+                f"fast_options {combined} came without tiny_vae; allowed is tiny-vae together with a decoder; add "
+                "--tiny_vae FOLDER|HUB_ID"
+            )
+        return self
 
     @model_validator(mode="after")
     def _prompts_from_one_place(self) -> Self:
@@ -679,11 +719,43 @@ def load_adapters(path: Path | str) -> tuple[AdapterEntry, ...]:
             entries.append(AdapterEntry(**table))
         except InputError as error:
             raise InputError(f"{str(path)!r}: {error}") from None
+    _distinct_ids(entries, f"{str(path)!r}: ")
+    return tuple(entries)
+
+
+def adapter_entries(settings: BenchSettings) -> tuple[AdapterEntry, ...]:
+    """The further adapters of a benchmark: those of its file, then those given in one word each.
+
+    Raises:
+        InputError: see `load_adapters`; or an id that comes twice.
+    """
+    filed = load_adapters(settings.adapters_file) if settings.adapters_file else ()
+    entries = (*filed, *(_adapter_of(word) for word in settings.adapters or ()))
+    _distinct_ids(entries)
+    return entries
+
+
+def _adapter_of(word: str) -> AdapterEntry:
+    """``id=NAME,lora_id=OWNER/NAME,steps=4+8`` as the table of a file would say it."""
+    pairs = [part.partition("=") for part in word.split(",")]
+    odd = next((name for name, equals, value in pairs if not (equals and value)), None)
+    names = [name.strip() for name, _, _ in pairs]
+    if odd is not None or len(set(names)) < len(names) or "id" not in names:
+        raise InputError(
+            f"{word!r} came; allowed is NAME=VALUE with a comma between two, each name once, id among them; for "
+            "example id=hyper,lora_id=OWNER/NAME,sampler=tcd,eta=0.3,steps=4+8"
+        )
+    table: dict[str, Any] = dict(zip(names, (value.strip() for _, _, value in pairs), strict=True))
+    if "steps" in table:
+        table["steps"] = table["steps"].split("+")
+    return AdapterEntry(**table)
+
+
+def _distinct_ids(entries: Iterable[AdapterEntry], where: str = "") -> None:
     ids = [entry.id for entry in entries]
     repeated = sorted({one for one in ids if ids.count(one) > 1})
     if repeated:
-        raise InputError(f"{str(path)!r}: adapter id {repeated[0]} came twice; allowed is each once; rename one")
-    return tuple(entries)
+        raise InputError(f"{where}adapter id {repeated[0]} came twice; allowed is each once; rename one")
 
 
 def merged(

@@ -6,6 +6,8 @@ derive from `FewstepError` is a bug of ours and ends with 1.
 
 from __future__ import annotations
 
+import re
+
 
 class FewstepError(Exception):
     """Base of every error that is not a bug: catch this one to catch them all."""
@@ -15,7 +17,8 @@ class FewstepError(Exception):
 
 def first_line(error: BaseException) -> str:
     """What somebody else's error says in its first line, short enough to stand in one of ours."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    text = re.sub(r"\x1b\[[0-9;]*m", "", str(error))  # colours
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
     return lines[0].rstrip(".")[:200] if lines else type(error).__name__
 
 

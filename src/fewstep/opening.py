@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import platform
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -10,11 +11,15 @@ from importlib.metadata import PackageNotFoundError, version
 import torch
 
 from fewstep import checkpoint, lora
+from fewstep.arms import Sampler
 from fewstep.backbone import Backbone, load_backbone
 from fewstep.config import SamplingSettings
 from fewstep.errors import CheckpointError, InputError
 from fewstep.randomness import generator
 from fewstep.reporting import Reporter
+
+SCHEDULERS: dict[str, Sampler] = {"LCMScheduler": "lcm", "TCDScheduler": "tcd", "DDIMScheduler": "ddim"}
+"""Which sampler stands for the scheduler that an adapter was saved with."""
 
 LIBRARIES = ("fewstep", "torch", "diffusers", "transformers", "peft", "torchmetrics", "numpy", "pillow")
 
@@ -60,11 +65,11 @@ def warn_of_prompts(prompts: Sequence[str], backbone: Backbone, reporter: Report
             f"{len(repeated)} prompts came more than once, such as {repeated[0]!r}; each is drawn from other noise, "
             "but intervals take them for different prompts"
         )
-    for number, cut in enumerate(backbone.token_overflow(prompts)):
+    for number, (cut, text) in enumerate(zip(backbone.token_overflow(prompts), backbone.unread(prompts), strict=True)):
         if cut:
             reporter.warn(
-                f"prompt {number} is {cut} tokens longer than the text encoder reads; its end is not seen: "
-                f"...{prompts[number][-60:]!r}"
+                f"prompt {number} is {cut} tokens longer than the {backbone.max_tokens} that the text encoder reads; "
+                f"what is cut: {_shortened(text)!r}; shorten it"
             )
 
 
@@ -116,7 +121,8 @@ def open_base(
         source = lora.locate(backbone.abilities.adapter())
     info = lora.load_adapter(backbone, source, allow_pickle=settings.allow_pickle, warn=reporter.warn)
     reporter.say(f"adapter: {describe_adapter(source, info)}")
-    _compare_with_record(source, backbone, step_counts, reporter)
+    warn_of_another_base(source, backbone, reporter)
+    _warn_of_step_counts(source, step_counts, reporter)
     return Opened(
         backbone,
         {
@@ -139,16 +145,18 @@ def describe_adapter(source: lora.AdapterSource, info: lora.AdapterInfo) -> str:
     )
 
 
-def _compare_with_record(
-    source: lora.AdapterSource, backbone: Backbone, step_counts: Sequence[int], reporter: Reporter
-) -> None:
-    """Name what training wrote beside the adapter and this run does otherwise: the base, the step counts."""
+def warn_of_another_base(source: lora.AdapterSource, backbone: Backbone, reporter: Reporter) -> None:
+    """Say so where training wrote beside the adapter that it had another base."""
     record = checkpoint.recorded(source.folder)
     if record is not None and record.base_fingerprint != backbone.fingerprint:
         reporter.warn(
-            f"the adapter was trained on {record.base_model} ({record.base_fingerprint[:8]}), the base here is "
-            f"{backbone.name} ({backbone.fingerprint[:8]}): it fits, but was not made for it"
+            f"the adapter {source.name} was trained on {record.base_model} ({record.base_fingerprint[:8]}), the base "
+            f"here is {backbone.name} ({backbone.fingerprint[:8]}): it fits, but was not made for it"
         )
+
+
+def _warn_of_step_counts(source: lora.AdapterSource, step_counts: Sequence[int], reporter: Reporter) -> None:
+    """Name the step counts that training did not promise."""
     promised = checkpoint.recorded_steps(source.folder)
     odd = [steps for steps in step_counts if promised and steps not in promised]
     if promised and odd:
@@ -156,6 +164,23 @@ def _compare_with_record(
             f"the adapter was not trained for {_spelled(odd)} steps; it promises {_spelled(promised)}: expect worse "
             "pictures"
         )
+
+
+def recorded_sampler(source: lora.AdapterSource | None, reporter: Reporter) -> Sampler:
+    """The sampler of the scheduler that was saved beside an adapter; LCM's where there is none, or one unknown here."""
+    config = source.folder / "scheduler" / "scheduler_config.json" if source else None
+    if source is None or config is None or not config.is_file():
+        return "lcm"
+    try:
+        name = json.loads(config.read_text(encoding="utf-8"))["_class_name"]
+    except (OSError, ValueError, KeyError, TypeError):
+        name = "a scheduler that cannot be read"
+    if name not in SCHEDULERS:
+        reporter.warn(
+            f"adapter {source.name} was saved with {name}; known are {', '.join(SCHEDULERS)}: it is sampled as with "
+            "the first; name its sampler with --adapters, or in --adapters_file"
+        )
+    return SCHEDULERS.get(name, "lcm")
 
 
 def versions() -> dict[str, str]:
@@ -181,6 +206,10 @@ def _prove_effect(backbone: Backbone) -> None:
             "the adapter that is attached to the base changes nothing: its output is the base's; allowed is a trained "
             "adapter; train it, or pass another one with --lora_path"
         )
+
+
+def _shortened(text: str, most: int = 200) -> str:
+    return text if len(text) <= most else f"{text[: most - 60]} ... {text[-50:]}"
 
 
 def _spelled(counts: Sequence[int]) -> str:

@@ -15,7 +15,7 @@ from pydantic import TypeAdapter, ValidationError
 from fewstep.arms import Arm
 from fewstep.errors import InputError
 
-SCHEMA_VERSION = 3
+SCHEMA_VERSION = 4
 """Of `clipscore_results.json`; goes up whenever a reader of the old shape would misread the new one."""
 
 
@@ -67,7 +67,8 @@ class ArmTiming:
 
     ``end_to_end``: from the prompts' text to finished pictures in main memory.
     ``unet_forward``: one forward of the network at this arm's shape (2 x batch under guidance), of ``unet_calls``.
-    ``flops``: operations of the batch, counted. ``peak_memory_bytes``: allocated on a GPU, resident on a CPU.
+    ``flops``: operations of the batch, counted; ``decode_flops``: of these the decoder's.
+    ``peak_memory_bytes``: allocated on a GPU, resident on a CPU.
     ``precision``: of the networks. ``matrix_rate``: operations a second of a large matrix product in it, on this
     machine.
     """
@@ -79,6 +80,7 @@ class ArmTiming:
     unet_calls: int
     decode: Spread
     flops: int
+    decode_flops: int
     peak_memory_bytes: int | None
     precision: str
     matrix_rate: float
@@ -96,6 +98,16 @@ class ArmTiming:
     def share_of_floor(self) -> float:
         """The floor over the time taken: 1 where nothing is lost."""
         return self.floor / self.end_to_end.median
+
+    @property
+    def decode_share(self) -> float:
+        """The decoder's share of the time."""
+        return self.decode.median / self.end_to_end.median
+
+    @property
+    def decode_share_of_flops(self) -> float:
+        """The decoder's share of the operations."""
+        return self.decode_flops / self.flops
 
     @property
     def unet_total(self) -> float:
@@ -156,12 +168,15 @@ class ArmSummary:
 
     ``time_per_image_s``: None for real pictures, which nothing drew.
     ``floor``: alignment of the arm's own pictures with everyone else's captions.
-    ``retention_raw``: score over the baseline's. ``retention_corrected``: the same with each one's floor taken off.
+    ``retention_raw``: score over the baseline's. ``retention_corrected``: the same with each one's floor taken off;
+    without it there is no raw one either.
     ``gain_*``: over the control, which is the base without adapter at the same steps, sampler and guidance.
+    ``over_solvers``: a student's paired difference to each arm of the teacher by a better solver, in the share with
+    everything right, else in alignment.
     ``change_*`` and ``speedup_vs_plain``: of an arm with an option, over the same arm without, which ``plain`` names.
-    ``distances``: "kid", "cmmd", "precision" and "recall" against pictures of the same captions, "kid_teacher" and
-    "cmmd_teacher" against the teacher's; what was not measured is absent. Those of the real pictures, like their
-    ``frechet``, are real against other real ones: what the figures are when nothing is wrong.
+    ``distances``: "kid", "cmmd", "precision" and "recall" against pictures of the same captions, and these and
+    "frechet", each with "_teacher" behind, against the teacher's; what was not measured is absent. Those of the real
+    pictures, like their ``frechet``, are real against other real ones: what the figures are when nothing is wrong.
     ``diversity``: mean feature distance among the pictures of a prompt, over the teacher's. ``faithfulness``: mean
     feature distance to the teacher's picture from the same noise.
     ``saturation``: per-channel latent std over the baseline's.
@@ -175,7 +190,7 @@ class ArmSummary:
     timings: tuple[ArmTiming, ...]
     alignment: Interval | None = None
     alignment_std: float | None = None
-    floor: float | None = None
+    floor: Interval | None = None
     delta_alignment: Interval | None = None
     gain_alignment: Interval | None = None
     retention_raw: Interval | None = None
@@ -186,12 +201,14 @@ class ArmSummary:
     delta_all_right: Interval | None = None
     gain_all_right: Interval | None = None
     attributes: dict[str, Interval] = field(default_factory=dict)
+    delta_attributes: dict[str, Interval] = field(default_factory=dict)
     frechet: Frechet | None = None
     distances: dict[str, Interval] = field(default_factory=dict)
     diversity: Interval | None = None
     faithfulness: Interval | None = None
     saturation: tuple[float, ...] | None = None
     control: str | None = None
+    over_solvers: dict[str, Interval] = field(default_factory=dict)
     plain: str | None = None
     change_alignment: Interval | None = None
     change_all_right: Interval | None = None

@@ -42,14 +42,27 @@ def synchronise(device: torch.device | str) -> None:
         torch.xpu.synchronize(device)
 
 
+WARMUP = 1
+"""Runs that are not timed, before those that are."""
+
+
 def measure(
-    work: Callable[[], object], *, repeats: int = 5, warmup: int = 1, device: torch.device | str = "cpu"
+    work: Callable[[], object],
+    *,
+    repeats: int = 5,
+    warmup: int = WARMUP,
+    device: torch.device | str = "cpu",
+    on_run: Callable[[], object] = lambda: None,
 ) -> Timing:
-    """Run ``work`` ``warmup`` times unmeasured, then ``repeats`` times by the wall clock."""
+    """Run ``work`` ``warmup`` times unmeasured, then ``repeats`` times by the wall clock.
+
+    ``on_run`` is called after each of them, outside what is timed.
+    """
     if repeats < 1 or warmup < 0:
         raise ValueError(f"{repeats} repeats and {warmup} warm-ups; allowed are at least 1 and 0")
     for _ in range(warmup):
         work()
+        on_run()
     seconds = []
     for _ in range(repeats):
         synchronise(device)
@@ -57,6 +70,7 @@ def measure(
         work()
         synchronise(device)
         seconds.append(time.perf_counter() - started)
+        on_run()
     return Timing(tuple(seconds))
 
 

@@ -24,6 +24,9 @@ def test_embeddings_are_the_stock_pipelines(tiny: Backbone) -> None:
 
 def test_tokens_beyond_the_context_are_counted(tiny: Backbone) -> None:
     assert tiny.token_overflow(["a photo of a cat", "cat " * 75, "cat " * 76, "cat " * 100]) == [0, 0, 1, 25]
+    assert tiny.unread(["a photo of a cat", "cat " * 75, "cat " * 75 + "a red house", "cat " * 74 + "night sky"]) == [
+        "", "", "a red house", "sky",
+    ]  # fmt: skip
 
 
 def test_the_tokenizer_has_clips_ids() -> None:

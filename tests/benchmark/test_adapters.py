@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
-from fewstep import lora
+from fewstep import lora, opening
 from fewstep.backbone import Backbone
 from fewstep.benchmark import BenchmarkResult, benchmark
-from fewstep.config import load_adapters
+from fewstep.config import adapter_entries, load_adapters
 from fewstep.errors import CheckpointError, InputError
 from fewstep.report import picture_path
 from tests.benchmark.fakes import Notes, make_adapter
@@ -96,6 +97,85 @@ def test_the_sampler_is_the_saved_schedulers(base: Backbone, other: Path, tmp_pa
     config.write_text(json.dumps(json.loads(config.read_text()) | {"_class_name": "TCDScheduler"}))
     found = run(tmp_path, base, f'[[adapter]]\nid = "mine"\nlora_path = "{other}"\n', compare_baseline=False)
     assert {arm.arm.sampler for arm in found.arms} == {"tcd"} and {arm.arm.steps for arm in found.arms} == {1, 2}
+
+
+def test_adapters_from_the_command_line_are_those_of_a_file(base: Backbone, other: Path, tmp_path: Path) -> None:
+    table = (
+        f'[[adapter]]\nid = "mine"\nlora_path = "{other}"\nsampler = "tcd"\neta = 0.3\nscale = 0.5\nsteps = [1, 2]\n'
+    )
+    word = f"id=mine, lora_path={other}, sampler=tcd, eta=0.3, scale=0.5, steps=1+2"
+    (entry,) = load_adapters(listed(tmp_path, table))
+    plain = {"adapters_file": None, "clip_model_id": "none", "frechet_images": 0, "num_images": 1}
+    asked = settings(tmp_path, adapters=(word,), **plain)
+    assert adapter_entries(asked) == (entry,)
+    found = benchmark(asked.replace(compare_baseline=False), backbone=base)
+    assert [arm.arm.id for arm in found.arms] == ["mine-1", "mine-2"]
+    assert [(arm.arm.sampler, arm.arm.eta, arm.arm.scale) for arm in found.arms] == [("tcd", 0.3, 0.5)] * 2
+    both = asked.replace(adapters_file=listed(tmp_path, table))
+    with pytest.raises(InputError, match="adapter id mine came twice"):
+        benchmark(both, backbone=base)
+
+
+@pytest.mark.parametrize(
+    ("word", "words"),
+    [
+        ("mine", "NAME=VALUE with a comma"),
+        ("lora_path=x", "id among them"),
+        ("id=a,id=b,lora_path=x", "each name once"),
+        ("id=a", "neither lora_path nor lora_id"),
+        ("id=a,lora_path=x,sampler=euler", "lcm, tcd, ddim"),
+        ("id=a,lora_path=x,step=4", "did you mean steps?"),
+        ("id=a,lora_path=x,steps=0", "at least 1"),
+    ],
+)
+def test_a_bad_word_for_an_adapter_is_refused_in_one_line(tmp_path: Path, word: str, words: str) -> None:
+    with pytest.raises(InputError) as raised:
+        settings(tmp_path, adapters=word)
+    assert words in str(raised.value) and "\n" not in str(raised.value)
+
+
+def test_the_runs_own_adapter_is_sampled_as_its_saved_scheduler_says(
+    base: Backbone, other: Path, tmp_path: Path
+) -> None:
+    config = other / "scheduler" / "scheduler_config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"_class_name": "TCDScheduler"}))
+    asked = settings(tmp_path, lora_path=other, clip_model_id="none", frechet_images=0, num_images=1, solver_steps=0)
+    found = benchmark(asked, backbone=base)
+    assert {arm.arm.id: arm.arm.sampler for arm in found.arms} == {
+        "teacher-5": "ddim", "student-1": "tcd", "student-2": "tcd", "base-tcd-1": "tcd", "base-tcd-2": "tcd"
+    }  # fmt: skip
+    assert found.record.summary["student-2"].control == "base-tcd-2"
+
+
+@pytest.mark.parametrize("content", ['{"_class_name": "EulerDiscreteScheduler"}', "[]", "{"])
+def test_a_scheduler_that_is_not_known_is_named(other: Path, content: str) -> None:
+    (other / "scheduler" / "scheduler_config.json").write_text(content)
+    notes = Notes()
+    assert opening.recorded_sampler(lora.locate(other), notes) == "lcm"
+    (warned,) = notes.warned
+    assert ("EulerDiscreteScheduler" if "Euler" in content else "cannot be read") in warned
+    assert opening.recorded_sampler(None, notes) == "lcm" and len(notes.warned) == 1
+
+
+def test_a_further_adapter_that_was_trained_on_another_base_is_named(
+    base: Backbone, other: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(opening.checkpoint, "recorded", lambda folder: trained_elsewhere(folder == other))
+    notes = Notes()
+    shipped = base.abilities.adapter()  # type: ignore[union-attr]
+    words = (f"id=strange,lora_path={other},steps=1", f"id=own,lora_path={shipped},steps=1")
+    asked = settings(tmp_path, adapters=words, clip_model_id="none", frechet_images=0, compare_baseline=False)
+    benchmark(asked, backbone=base, reporter=notes)
+    (warned,) = [line for line in notes.warned if "was not made for it" in line]
+    assert warned.startswith(f"the adapter {other} was trained on elsewhere (0123abcd)")
+
+
+def trained_elsewhere(elsewhere: bool) -> SimpleNamespace | None:
+    return (
+        SimpleNamespace(base_model="elsewhere", base_fingerprint="0123abcd" * 8, step_counts=(1, 2, 4))
+        if elsewhere
+        else None
+    )
 
 
 def test_a_sampler_with_other_timesteps_than_the_trained_ones_is_named(base: Backbone, tmp_path: Path) -> None:

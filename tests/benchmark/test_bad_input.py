@@ -42,7 +42,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ("--prompt house --lora_path {root}/tensors.safetensors", 4, "is not an adapter: it holds weight; allowed is"),
         ("--prompt house --lora_path {root}/nothing", 4, "nothing"),
         ("--prompt house --adapters_file {root}/empty.txt", 2, "is no list of adapters"),
-        ("--prompt house --fast_options quick", 2, "fast_options: quick came; allowed: one or several, each fused,"),
+        ("--prompt house --fast_options quick", 2, "fast_options: 'quick' came; allowed: fused, tiny-vae, bf16,"),
     ],
 )
 def test_one_line_a_code_and_nothing_written(

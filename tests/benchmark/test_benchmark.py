@@ -13,12 +13,13 @@ import torch
 from PIL import Image
 
 from fewstep import lora
-from fewstep.arms import base_arm, student_arm, teacher_arm
+from fewstep.arms import base_arm, solver_arm, student_arm, teacher_arm
 from fewstep.backbone import Backbone
 from fewstep.benchmark import BenchmarkResult, benchmark
 from fewstep.config import BenchSettings, load_toml
 from fewstep.errors import CheckpointError, InputError
 from fewstep.metrics.alignment import CLIPAlignment
+from fewstep.pictures import draw_latents, encode_prompts
 from fewstep.records import BenchmarkRecord
 from fewstep.report import picture_path
 from tests.benchmark.fakes import PROMPTS, Notes, make_adapter
@@ -151,13 +152,16 @@ def test_the_record_is_the_json_and_agrees_with_the_table(run: tuple[BenchmarkRe
     own = [score for score in result.record.scores if score.arm == "student-2"]
     mean = np.mean([score.clip_align_x100 for score in own])
     assert student.alignment is not None and student.alignment.value == pytest.approx(mean)
-    assert student.floor == pytest.approx(np.mean([score.clip_floor_x100 for score in own]))
+    assert student.floor is not None and student.floor.low is not None
+    assert student.floor.value == pytest.approx(np.mean([score.clip_floor_x100 for score in own]))
     assert student.control == "base-2"
     assert student.delta_all_right is not None and student.gain_all_right is not None
     assert set(student.attributes) == {"red", "green", "intact"}
     assert student.frechet is not None and (student.frechet.pictures, student.frechet.references) == (8, 20)
     assert student.frechet.difference is not None and student.frechet.difference.standard_error is not None
-    assert set(student.distances) == {"kid", "cmmd", "precision", "recall", "kid_teacher", "cmmd_teacher"}
+    assert set(student.attributes) == set(student.delta_attributes)
+    names = {"kid", "cmmd", "precision", "recall"}
+    assert set(student.distances) == names | {f"{name}_teacher" for name in (*names, "frechet")}
     assert all(figure.standard_error is not None for figure in student.distances.values())
     assert student.diversity is not None and student.faithfulness is not None and student.faithfulness.value > 0
     assert student.saturation is not None and len(student.saturation) == 4
@@ -247,6 +251,7 @@ def test_one_picture_of_one_prompt_has_no_spread_and_no_floor(base: Backbone, tm
     summary = result.record.summary["student-1"]
     assert summary.alignment is not None and summary.alignment.low is None
     assert summary.retention_corrected is None and result.record.floor is None
+    assert summary.retention_raw is None, "a ratio of raw cosines never stands alone"
 
 
 def test_the_base_brings_prompts_where_none_are_given(base: Backbone, tmp_path: Path) -> None:
@@ -360,7 +365,7 @@ def test_prompt_files_that_hold_nothing(base: Backbone, tmp_path: Path, content:
 
 def test_repeated_and_overlong_prompts_are_named(base: Backbone, tmp_path: Path) -> None:
     file = tmp_path / "odd.txt"
-    file.write_text("a house\n\na house\n" + "very " * 90 + "long\n")
+    file.write_text("a house\n\na house\n" + "very " * 75 + "long tail of words\n")
     notes = Notes()
     benchmark(
         settings(
@@ -370,7 +375,32 @@ def test_repeated_and_overlong_prompts_are_named(base: Backbone, tmp_path: Path)
         backbone=base,
     )  # fmt: skip
     assert any("more than once" in line for line in notes.warned)
-    assert any("prompt 2 is" in line and "longer" in line for line in notes.warned)
+    (cut,) = [line for line in notes.warned if line.startswith("prompt 2 is")]
+    assert "4 tokens longer than the 77" in cut and "what is cut: 'long tail of words'" in cut
+
+
+@pytest.mark.parametrize("sampler", ["ddim", "lcm", "tcd", "dpmpp", "dpmpp-karras"])
+def test_the_recorded_timesteps_are_the_visited_ones(base: Backbone, sampler: str) -> None:
+    """And the evaluations that are reported are those that the network was asked for."""
+    count, alpha_bar = 1000, base.schedule.alphas_cumprod.tolist()
+    arm = {
+        "ddim": teacher_arm(5, 3.0, count),
+        "dpmpp": solver_arm(5, 3.0, alpha_bar, karras=False),
+        "dpmpp-karras": solver_arm(5, 3.0, alpha_bar, karras=True),
+    }.get(sampler) or student_arm(4, sampler=sampler, eta=0.3 if sampler == "tcd" else 0.0)  # type: ignore[arg-type]
+    visited: list[int] = []
+    evaluations = 0
+
+    def asked(x_t: torch.Tensor, t: torch.Tensor, cond: torch.Tensor) -> torch.Tensor:
+        nonlocal evaluations
+        evaluations += len(x_t)
+        visited.append(int(t[0]))
+        assert t.unique().numel() == 1
+        return x_t
+
+    draw_latents(base, arm, encode_prompts(base, ["a house"]), [(0, 0)], seed=1, denoiser=asked)
+    assert tuple(dict.fromkeys(visited)) == arm.timesteps
+    assert evaluations == arm.evaluations
 
 
 def test_two_arms_that_are_the_same_model_do_not_differ(base: Backbone, tmp_path: Path) -> None:

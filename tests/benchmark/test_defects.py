@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from fewstep import lora
-from fewstep.arms import student_arm
+from fewstep.arms import Arm, base_arm, student_arm
 from fewstep.backbone import Backbone, load_backbone
 from fewstep.metrics.alignment import CLIPAlignment, alignment_and_floor
 from fewstep.metrics.intervals import bootstrap, paired_difference
@@ -23,10 +23,26 @@ def scenes() -> Backbone:
     return backbone
 
 
-def pictures(backbone: Backbone, prompts: list[str], seed: int) -> torch.Tensor:
+def pictures(backbone: Backbone, prompts: list[str], seed: int, arm: Arm | None = None) -> torch.Tensor:
     ids = picture_ids(len(prompts), 1)
     conditioning = encode_prompts(backbone, prompts)
-    return make_pictures(backbone, student_arm(STEPS), conditioning, ids, seed=seed, batch_size=16).pixels
+    return make_pictures(backbone, arm or student_arm(STEPS), conditioning, ids, seed=seed, batch_size=16).pixels
+
+
+def renumber(unet: torch.nn.Module) -> None:
+    """Another base that draws the same: the heads of every attention, and the channels in each, in another order."""
+    random = torch.Generator().manual_seed(1)
+    for module in unet.modules():
+        if not hasattr(module, "to_q"):
+            continue
+        width = module.to_q.weight.shape[0] // module.heads
+        heads = torch.randperm(module.heads, generator=random).tolist()
+        order = torch.cat([head * width + torch.randperm(width, generator=random) for head in heads])
+        for part in (module.to_q, module.to_k, module.to_v):
+            part.weight.data = part.weight.data[order]
+            if part.bias is not None:
+                part.bias.data = part.bias.data[order]
+        module.to_out[0].weight.data = module.to_out[0].weight.data[:, order]
 
 
 @pytest.mark.slow
@@ -64,3 +80,25 @@ def test_one_model_under_two_noises_does_not_differ(scenes: Backbone) -> None:
     ):
         assert difference.low is not None and difference.high is not None
         assert difference.low < 0 < difference.high
+
+
+@pytest.mark.slow
+def test_an_adapter_of_another_base_gains_nothing_over_the_base(scenes: Backbone) -> None:
+    """It fits, and the other base is exactly as good; but what was learnt has its place in the first one alone."""
+    assert scenes.abilities is not None
+    prompts, answers = scenes.abilities.prompts(PROMPTS, 3), scenes.abilities.answers
+
+    def right(drawn: torch.Tensor) -> torch.Tensor:
+        return answers(drawn.float() / 255, prompts)["all_right"]
+
+    own = right(pictures(scenes, prompts, 3))
+    other = load_backbone("scenes", device="cpu", dtype="no")
+    untouched = pictures(other, prompts[:4], 3, base_arm(STEPS))
+    renumber(other.unet)
+    control = pictures(other, prompts, 3, base_arm(STEPS))
+    assert (control[:4].int() - untouched.int()).abs().max() <= 1, "the other base draws what the first one draws"
+    lora.load_adapter(other, lora.locate(scenes.abilities.adapter()))
+    strange = right(pictures(other, prompts, 3))
+    gain, none = (paired_difference(one, right(control), range(PROMPTS)) for one in (own, strange))
+    assert gain.low is not None and none.low is not None and none.high is not None
+    assert gain.low > max(0, none.high) and none.low < 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 import pytest
@@ -66,6 +67,19 @@ def test_what_is_not_at_hand_is_named_in_the_report(base: Backbone, tmp_path: Pa
         assert words in warned and "is not at hand" in warned
         assert f"nobody/{name}" in text[text.index("</section>") :][:2000], "in the report, above the figures"
     assert result.record.preference_model is None and result.record.feature_extractor == "the base's own features"
+
+
+def test_inception_without_its_libraries_is_named_with_the_fix(
+    base: Backbone, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "torch_fidelity", None)
+    result = benchmark(
+        settings(tmp_path, steps=(1,), compare_baseline=False, feature_model="inception"), backbone=base
+    )  # fmt: skip
+    (warned,) = result.record.warnings
+    assert "feature_model 'inception' was asked for and is not at hand" in warned and "fewstep[fid]" in warned
+    assert "over the base's own features instead" in warned
+    assert "fewstep[fid]" in (result.outdir / "report.html").read_text()
 
 
 def test_a_preference_model_that_is_none(base: Backbone, tmp_path: Path) -> None:

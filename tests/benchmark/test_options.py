@@ -21,9 +21,10 @@ from fewstep.report import picture_path
 from tests.benchmark.test_benchmark import pixels, settings, table
 from tests.benchmark.test_resume import stopping
 
-FAST = ("fused", "channels-last", "compile", "bf16")
-ARMS = ["student-2", "student-fused-2", "student-channels-last-2", "student-compile-2", "student-bf16-2",
-        "student-tiny-vae-2"]  # fmt: skip
+FAST = ("fused", "channels-last", "compile", "bf16", "channels-last+fused", "bf16+tiny-vae")
+NAMES = ("fused", "channels-last", "compile", "bf16", "fused+channels-last", "tiny-vae+bf16", "tiny-vae")
+"""As they are named in the end: in the order in which they are applied."""
+ARMS = ["student-2", *(f"student-{name.replace('+', '-')}-2" for name in NAMES)]
 
 
 def make_tiny_vae(folder: Path, *, latent_channels: int = 4, blocks: int = 4) -> Path:
@@ -96,9 +97,8 @@ def test_each_is_an_arm_of_its_own_with_time_quality_and_difference(run: Benchma
     assert [arm.arm.id for arm in run.arms if arm.arm.role == "student"] == ARMS
     rows, timed = table(run.outdir / "results.csv"), table(run.outdir / "timing.csv")
     theirs = {row["prompt_idx"]: row for row in rows if row["arm"] == "student-2"}
-    for name in ARMS[1:]:
+    for name, option in zip(ARMS[1:], NAMES, strict=True):
         found = run.record.summary[name]
-        option = name.removeprefix("student-").removesuffix("-2")
         assert (found.plain, found.arm.option, found.control) == ("student-2", option, "base-2")
         assert found.alignment is not None and found.change_alignment is not None and found.change_all_right is not None
         mine = [row for row in rows if row["arm"] == name]
@@ -111,15 +111,16 @@ def test_each_is_an_arm_of_its_own_with_time_quality_and_difference(run: Benchma
         (other,) = [row for row in timed if row["arm"] == "student-2"]
         ratio = float(other["time_per_image_s"]) / float(own["time_per_image_s"])
         assert float(mine[0]["speedup_vs_plain"]) == pytest.approx(ratio, rel=1e-3)
-        assert own["precision"] == ("bfloat16" if option == "bf16" else "float32")
+        assert own["precision"] == ("bfloat16" if "bf16" in option else "float32")
         # Another decoder is other arithmetic, everything else the same, counted as it is written.
-        assert (own["gflop"] == other["gflop"]) == (option not in ("tiny-vae", "fused"))
+        assert (own["gflop"] == other["gflop"]) == ("tiny-vae" not in option and "fused" not in option)
+        assert (own["decode_gflop"] == other["decode_gflop"]) == ("tiny-vae" not in option)
     assert all(row["option"] == row["speedup_vs_plain"] == "" for row in rows if row["arm"] not in ARMS[1:])
     assert "What may make it faster" in (run.outdir / "report.html").read_text()
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("option", ["fused", "channels-last", "compile"])
+@pytest.mark.parametrize("option", ["fused", "channels-last", "compile", "fused-channels-last"])
 def test_what_is_the_same_arithmetic_draws_the_same_pictures(run: BenchmarkResult, option: str) -> None:
     assert np.abs(pictures(run, f"student-{option}-2") - pictures(run, "student-2")).max() <= 1
     assert np.abs(pictures(run, "base-2") - pictures(run, "student-2")).max() > 1
@@ -129,7 +130,9 @@ def test_what_is_the_same_arithmetic_draws_the_same_pictures(run: BenchmarkResul
 def test_half_precision_is_near_and_another_decoder_is_another_picture(run: BenchmarkResult) -> None:
     student = pictures(run, "student-2")
     assert 0 < np.abs(pictures(run, "student-bf16-2") - student).mean() < 4
-    assert np.abs(pictures(run, "student-tiny-vae-2") - student).mean() > 10
+    decoded = pictures(run, "student-tiny-vae-2")
+    assert np.abs(decoded - student).mean() > 10
+    assert 0 < np.abs(pictures(run, "student-tiny-vae-bf16-2") - decoded).mean() < 4
 
 
 @pytest.mark.slow
@@ -227,8 +230,20 @@ def test_a_decoder_that_is_none_or_not_for_this_base(base: Backbone, tmp_path: P
     refused(base, tiny_vae(short), CheckpointError, "diffusion_pytorch_model.safetensors is not in it")
 
 
-def test_unknown_and_repeated_options(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="fused, channels-last, compile, bf16, fp16"):
-        asked(tmp_path, fast_options="faster")
-    with pytest.raises(InputError, match="fused came twice"):
-        asked(tmp_path, fast_options=("fused", "fused"))
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ("faster", "'faster' came; allowed: fused, tiny-vae, bf16, fp16, channels-last, compile"),
+        ("fused+faster", r"'fused\+faster' came; allowed: fused"),
+        ("bf16+fp16", r"'bf16\+fp16' came; .* one of the precisions"),
+        ("fused+fused", r"'fused\+fused' came; .* each once"),
+        ("tiny-vae", "'tiny-vae' came; .* tiny-vae beside others"),
+        ("tiny-vae+bf16", r"fast_options tiny-vae\+bf16 came without tiny_vae; .* --tiny_vae FOLDER"),
+        (("fused", "fused"), "fused came twice"),
+        (("compile+fused", "fused+compile"), r"fused\+compile came twice"),
+    ],
+)
+def test_unknown_repeated_and_impossible_options(tmp_path: Path, options: object, words: str) -> None:
+    with pytest.raises(InputError, match=words) as caught:
+        asked(tmp_path, fast_options=options)
+    assert "\n" not in str(caught.value)

@@ -7,8 +7,12 @@ import io
 import os
 import subprocess
 import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
+from random import Random
 from typing import Any
 
 import pytest
@@ -20,6 +24,7 @@ from fewstep.benchmark import BenchmarkResult, benchmark
 from fewstep.config import BenchSettings
 from fewstep.errors import InputError, Interrupted
 from fewstep.locks import alone_in
+from fewstep.reporting import Bar
 from tests.benchmark.fakes import make_adapter
 from tests.benchmark.test_benchmark import settings
 
@@ -87,6 +92,64 @@ def test_stopped_at_three_places_and_resumed_it_is_the_same_benchmark(
     result = benchmark(small(tmp_path, resume=True), backbone=stopping(base, 24 - done))
     assert without_times(result.outdir / "results.csv") == without_times(whole.outdir / "results.csv")
     assert contents(result.outdir) == contents(whole.outdir)
+
+
+class Stumbling:
+    """A reporter that stops the run at one of the places where it may be stopped, wherever that is."""
+
+    def __init__(self, place: int | None = None) -> None:
+        self.passed, self._place = 0, place
+
+    def say(self, text: str) -> None: ...
+
+    def warn(self, text: str) -> None: ...
+
+    @contextmanager
+    def progress(self, name: str, total: int) -> Iterator[Bar]:
+        stumbling = self
+
+        class _Bar:
+            def advance(self, n: int = 1, **values: float) -> None:
+                stumbling.passed += 1
+                if stumbling.passed == stumbling._place:
+                    raise KeyboardInterrupt
+
+        yield _Bar()
+
+
+def test_stopped_anywhere_it_goes_on(base: Backbone, whole: BenchmarkResult, tmp_path: Path) -> None:
+    """In three random places out of all, whether it draws, times, measures or writes; none is ever lost."""
+    counting = Stumbling()
+    benchmark(small(tmp_path, outdir=tmp_path / "count"), backbone=base, reporter=counting)
+    lora.detach(base.unet)
+    random = Random(time.time_ns())
+    places = sorted(random.sample(range(1, counting.passed + 1), 3))
+    for place in places:
+        # Later ones come sooner, for what was done is not done again: any of them is as good.
+        with suppress(Interrupted):
+            benchmark(small(tmp_path, resume=True), backbone=base, reporter=Stumbling(place))
+        lora.detach(base.unet)
+    result = benchmark(small(tmp_path, resume=True), backbone=base)
+    assert without_times(result.outdir / "results.csv") == without_times(whole.outdir / "results.csv"), places
+    assert contents(result.outdir) == contents(whole.outdir), places
+
+
+@pytest.mark.parametrize("phase", ["timing student-2", "distances", "grids"])
+def test_stopped_after_the_drawing_it_is_resumable_too(base: Backbone, tmp_path: Path, phase: str) -> None:
+    class At(Stumbling):
+        @contextmanager
+        def progress(self, name: str, total: int) -> Iterator[Bar]:
+            self._place = self.passed + 1 if name == phase else None
+            with super().progress(name, total) as bar:
+                yield bar
+
+    with pytest.raises(Interrupted, match="go on with --resume"):
+        benchmark(small(tmp_path), backbone=base, reporter=At())
+    lora.detach(base.unet)
+    assert not (tmp_path / "out" / "results.csv").exists()
+    with pytest.raises(InputError, match="--resume"):
+        benchmark(small(tmp_path), backbone=base)
+    benchmark(small(tmp_path, resume=True), backbone=stopping(base, 0))
 
 
 def test_a_finished_one_is_drawn_no_more_and_may_grow(base: Backbone, tmp_path: Path) -> None:

@@ -6,6 +6,8 @@ import numpy as np
 import pytest
 import torch
 from scipy import linalg
+from torch import nn
+from torchmetrics.image.fid import FrechetInceptionDistance
 
 from fewstep.metrics.frechet import frechet_distance
 from fewstep.metrics.halves import half_sample_distances, half_samples, with_spread
@@ -23,6 +25,23 @@ def test_the_formula_with_scipys_square_root() -> None:
     root = linalg.sqrtm(cov_a @ cov_b).real
     expected = float((a.mean(0) - b.mean(0)).square().sum()) + float(np.trace(cov_a + cov_b - 2 * root))
     assert frechet_distance(a, b) == pytest.approx(expected, rel=1e-6)
+
+
+@pytest.mark.parametrize(("pictures", "references", "dimensions"), [(40, 90, 8), (20, 12, 24), (9, 60, 24)])
+def test_it_is_torchmetrics_figure(pictures: int, references: int, dimensions: int) -> None:
+    """Also with fewer pictures than dimensions, where covariances have no inverse."""
+
+    class Features(nn.Module):
+        num_features = dimensions
+
+        def forward(self, features: torch.Tensor) -> torch.Tensor:
+            return features
+
+    a, b = normal(pictures, dimensions) * 1.5 + 0.3, normal(references, dimensions, 1)
+    metric = FrechetInceptionDistance(feature=Features())
+    metric.update(b, real=True)
+    metric.update(a, real=False)
+    assert frechet_distance(a, b) == pytest.approx(float(metric.compute()), rel=1e-5)
 
 
 def test_nothing_between_a_set_and_itself_and_a_shift_counts_squared() -> None:

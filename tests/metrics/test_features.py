@@ -1,16 +1,19 @@
-"""DINOv2 through transformers, with a tiny network of random weights; and weights that are not there."""
+"""DINOv2 with a tiny network of random weights, Inception with stand-ins for its libraries; and what is not there."""
 
 from __future__ import annotations
 
 import json
+import os
+import sys
 from pathlib import Path
+from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
 from fewstep.errors import CheckpointError
-from fewstep.metrics.features import DINOFeatures
+from fewstep.metrics.features import DINOFeatures, InceptionFeatures, InceptionNotAtHand
 from fewstep.metrics.pretrained import ModelNotAtHand
 from tests.benchmark.fakes import make_clip, make_dino
 
@@ -74,3 +77,49 @@ def test_another_model_and_half_a_model(folder: Path, tmp_path: Path) -> None:
     save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(CheckpointError, match=r"lacks 1 weights of a Dinov2Model, such as layernorm\.weight"):
         DINOFeatures(str(tmp_path))
+
+
+# --------------------------------------------------------------------------------------------------------- Inception
+
+
+def libraries(monkeypatch: pytest.MonkeyPatch, network: object) -> None:
+    """torch-fidelity and torchmetrics as they are where the former is installed."""
+    monkeypatch.setitem(sys.modules, "torch_fidelity", ModuleType("torch_fidelity"))
+    monkeypatch.setitem(sys.modules, "torchmetrics.image.fid", SimpleNamespace(NoTrainInceptionV3=network))
+
+
+def test_inception_is_the_ports_2048_features_and_runs_no_code(
+    monkeypatch: pytest.MonkeyPatch, pixels: torch.Tensor
+) -> None:
+    asked: list[object] = []
+
+    class Network(torch.nn.Linear):
+        def __init__(self, *given: object) -> None:
+            super().__init__(3, 2048)
+            asked.extend([*given, os.environ.get("TORCH_FORCE_WEIGHTS_ONLY_LOAD")])
+
+        def forward(self, pixels: torch.Tensor) -> torch.Tensor:
+            assert pixels.dtype == torch.uint8
+            return super().forward(pixels.float().mean(dim=(2, 3)))
+
+    libraries(monkeypatch, Network)
+    monkeypatch.delenv("TORCH_FORCE_WEIGHTS_ONLY_LOAD", raising=False)
+    features = InceptionFeatures(allow_pickle=True)
+    assert asked == ["inception-v3-compat", ["2048"], "1"] and "TORCH_FORCE_WEIGHTS_ONLY_LOAD" not in os.environ
+    found = features(pixels)
+    assert found.shape == (3, 2048) and found.dtype == torch.float32 and not found.requires_grad
+
+
+def test_inception_that_is_not_at_hand(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(*_: object) -> None:
+        raise OSError("\x1b[1mno route to host\x1b[0m\nmore")
+
+    libraries(monkeypatch, fails)
+    with pytest.raises(InceptionNotAtHand, match="pickled file; add --allow_pickle"):
+        InceptionFeatures()
+    with pytest.raises(InceptionNotAtHand, match=r"cannot be had in .*: no route to host\)") as caught:
+        InceptionFeatures(allow_pickle=True)
+    assert "\n" not in str(caught.value) and caught.value.exit_code == 4
+    monkeypatch.setitem(sys.modules, "torch_fidelity", None)
+    with pytest.raises(InceptionNotAtHand, match=r"run `pip install 'fewstep\[fid\]'`"):
+        InceptionFeatures(allow_pickle=True)

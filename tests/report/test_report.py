@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import replace
+from html import unescape
 from html.parser import HTMLParser
 from pathlib import Path
 from xml.etree import ElementTree
@@ -143,16 +144,18 @@ def test_options_stand_beside_the_plain_student(found: BenchmarkRecord, tmp_path
 def test_attributes_and_times_as_bars(text: str) -> None:
     plots = [ElementTree.fromstring(found) for found in re.findall(r'<svg class="plot bars".*?</svg>', text, re.DOTALL)]
     titles = [[title.text or "" for title in plot.iter("title")] for plot in plots]
-    assert len(plots) == 2
+    assert len(plots) == 4
     # The student of the verdict, its teacher and its control, in two attributes.
     assert len(titles[0]) == 6 and "student-4, birds: 70.0 % (68.0 to 72.0)" in titles[0]
-    assert plots[1].attrib["viewBox"].startswith("0 0 720 ")
-    assert "student-4, decode: 25 ms of 100 ms, 25 %" in titles[1] and len(titles[1]) == 3 * 4
+    assert "student-4, decode: 25 ms of 100 ms, 25 %" in titles[2] and len(titles[2]) == 3 * 4
+    # Each for a desk, and for a phone, whose letters would else be half as large.
+    assert [plot.attrib["viewBox"].split()[2] for plot in plots] == ["720", "400", "720", "406"]
+    assert titles[1] == titles[0] and titles[3] == titles[2]
     for plot in plots:
-        _, _, width, height = map(float, plot.attrib["viewBox"].split())
+        left, _, width, height = map(float, plot.attrib["viewBox"].split())
         for bar in plot.iter("rect"):
             x, y, wide, high = (float(bar.attrib[name]) for name in ("x", "y", "width", "height"))
-            assert x >= 0 and x + wide <= width and y >= 0 and y + high <= height
+            assert x >= left and x + wide <= width and y >= 0 and y + high <= height
 
 
 def test_long_names_of_arms_have_room(found: BenchmarkRecord) -> None:
@@ -185,6 +188,24 @@ def test_a_gallery_of_many_prompts_is_cut_and_says_so(found: BenchmarkRecord, tm
     folders = pictures(tmp_path, many, side=8, count=1)
     text = page(many, {"student-4": folders["student-4"]})
     assert text.count("data:image/jpeg") == 40 and "4 more prompts are in the images folder" in text
+    assert re.findall(r'data-number="(\d+)"', text) == [str(number) for number in range(40)]
+
+
+def test_the_worst_prompts_of_all_are_in_the_gallery(found: BenchmarkRecord, tmp_path: Path) -> None:
+    many = replace(found, prompts=tuple(f"prompt {number}" for number in range(60)))
+    folders = pictures(tmp_path, many, side=8, count=1)
+
+    def score(arm: str, prompt: int) -> PictureScore:
+        right = {"all_right": arm == "teacher-50" or prompt not in (45, 59)}
+        return PictureScore(arm=arm, prompt_idx=prompt, picture_idx=0, clip_align_x100=30, clip_floor_x100=20,
+                            preference=None, right=right)  # fmt: skip
+
+    scores = tuple(score(arm, prompt) for arm in ("teacher-50", "student-4") for prompt in range(60))
+    text = page(replace(many, scores=scores), {"student-4": folders["student-4"]})
+    rows = dict(re.findall(r'data-number="(\d+)" data-loss="([^"]+)"', text))
+    assert len(rows) == 40 and (rows["45"], rows["59"]) == ("1.0000", "1.0000") and "37" in rows and "39" not in rows
+    assert "data-worst>" in text
+    assert "data-worst>" not in page(found, folders), "nothing to sort by"
 
 
 def test_big_pictures_are_made_small(found: BenchmarkRecord, tmp_path: Path) -> None:
@@ -212,6 +233,13 @@ def test_the_verdict(found: BenchmarkRecord) -> None:
     assert "+0.30 (+0.20 to +0.40) against the teacher's (worse; N = 4)" in distribution
 
 
+def test_three_sentences_are_the_verdict_and_the_rest_stands_below(found: BenchmarkRecord, text: str) -> None:
+    box, below = text[text.index('aria-label="Verdict"') :].split("</section>", 1)
+    assert [unescape(one) for one in re.findall(r"<p>(.*?)</p>", box)] == verdict(found)[:3]
+    listed = re.findall(r"<li>(.*?)</li>", below[: below.index("</ul>")])
+    assert [unescape(one) for one in listed] == verdict(found)[3:] != []
+
+
 def test_a_loss_is_called_a_loss(found: BenchmarkRecord) -> None:
     worse = replace(found.summary["student-4"], delta_all_right=interval(-0.2, 0.05), saturation=(0.8, 1.0, 1.0, 1.0))
     sentences = verdict(replace(found, summary=found.summary | {"student-4": worse}))
@@ -234,9 +262,27 @@ def test_the_verdict_sets_the_student_against_what_costs_no_training(found: Benc
         solver = summary(solver_arm(8, 7.5, alpha_bar, karras=False), seconds, right, 33.0)
         return verdict(replace(found, summary={**found.summary, "dpmpp-8": solver}))[2]
 
-    assert told(0.3, 0.6) == "To be as good without training takes 3.0 times as long (dpmpp-8)."
+    assert told(0.3, 0.6).startswith("dpmpp-8 needs no training, is as good and takes 3.0 times as long")
     assert "at equal time this student has no reason to exist" in told(0.1, 0.55)
     assert told(0.05, 0.3) == "No untrained solver that was drawn is as good (dpmpp-8)."
+    # A solver as fast as the student was not drawn: the verdict is not to be had without.
+    near = "none took as little time as the student, which 2 steps of one would come near."
+    assert told(0.3, 0.3) == f"No untrained solver that was drawn is as good (dpmpp-8); {near}"
+    assert told(0.3, 0.6).endswith(f"3.0 times as long; {near}")
+
+
+def test_a_student_has_to_be_shown_to_be_better_than_what_costs_no_training(found: BenchmarkRecord) -> None:
+    """Not by its figure alone: by the paired difference, on the same prompts and noise."""
+    alpha_bar = [1 - (t + 1) / 1001 for t in range(1000)]
+    solver = summary(solver_arm(2, 7.5, alpha_bar, karras=False), 0.1, 0.54, 33.0)
+
+    def told(low: float) -> str:
+        over = {"dpmpp-2": Interval(value=0.01, low=low, high=0.03)}
+        student = replace(found.summary["student-4"], over_solvers=over)
+        return verdict(replace(found, summary={**found.summary, "student-4": student, "dpmpp-2": solver}))[2]
+
+    assert told(-0.01).startswith("dpmpp-2 needs no training, is not shown to be worse and takes 100 ms: at equal time")
+    assert told(0.005) == "No untrained solver that was drawn is as good (dpmpp-2)."
 
 
 def test_the_verdict_by_alignment(found: BenchmarkRecord) -> None:
@@ -320,7 +366,14 @@ def test_empty_cells_and_attributes_in_results_csv() -> None:
 def test_timing_csv(found: BenchmarkRecord) -> None:
     lines = timing_csv(found).splitlines()
     assert len(lines) == 4 and lines[2].startswith("student-4,4,1,5,0.1,0.01,0.1,")
-    assert lines[2].endswith(",A CPU of 2 cores,float32,2,321,0.1,0.025,0.25")
+    assert lines[2].endswith(",A CPU of 2 cores,float32,2,321,0.1,0.025,0.25,0.04")
+
+
+def test_the_decoders_share_and_the_floors_are_in_the_table(found: BenchmarkRecord) -> None:
+    cells = {column.title: column.cells[1] for column in columns(list(found.summary.values()))}
+    assert (
+        cells["Decoder"] == "25 %, 40 %" and cells["Share of the floor"] == "25 %" and cells["Peak memory"] == "321 MB"
+    )
 
 
 # -------------------------------------------------------------------------------------------------- record and grids

@@ -94,6 +94,13 @@ class Backbone:
             lengths = [len(tokens) for tokens in self.tokenizer(list(prompts), truncation=False).input_ids]
         return [max(0, length - self.max_tokens) for length in lengths]
 
+    def unread(self, prompts: Sequence[str]) -> list[str]:
+        """The text at the end of each prompt that the text encoder does not see, as its tokens spell it; mostly ''."""
+        with quiet_libraries():
+            tokens = self.tokenizer(list(prompts), truncation=False).input_ids
+        # What is kept ends with the end token, as the whole does.
+        return [self.tokenizer.decode(one[self.max_tokens - 1 : -1]).strip() for one in tokens]
+
     @torch.no_grad()
     def encode(self, pixels: Tensor, noise: Tensor | None = None) -> Tensor:
         """Latents [B, 4, h, w] fp32 of `pixels`, scaled as the UNet wants them; never clamped.

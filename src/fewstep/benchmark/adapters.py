@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -11,14 +10,11 @@ from fewstep import lora
 from fewstep.arms import Arm, Sampler, base_arm, student_arm
 from fewstep.backbone import Backbone, adapters_off
 from fewstep.checkpoint import recorded_steps
-from fewstep.config import AdapterEntry, BenchSettings, load_adapters
+from fewstep.config import AdapterEntry, BenchSettings, adapter_entries
 from fewstep.errors import InputError
-from fewstep.opening import describe_adapter
+from fewstep.opening import describe_adapter, recorded_sampler, warn_of_another_base
 from fewstep.reporting import Reporter
 from fewstep.timesteps import promised_points
-
-SCHEDULERS: dict[str, Sampler] = {"LCMScheduler": "lcm", "TCDScheduler": "tcd", "DDIMScheduler": "ddim"}
-"""Which sampler stands for the scheduler that an adapter was saved with."""
 
 
 @dataclass(frozen=True)
@@ -33,13 +29,14 @@ class Further:
 
 
 class Adapters:
-    """Every adapter of a benchmark. One at a time is attached; the first is the one that the settings name.
+    """Every adapter of a benchmark. One at a time is attached; the first is the one that lora_path or lora_id names.
 
     Args:
         main: where the settings' own adapter is; None where there is none, or where it is attached already.
 
     Raises:
-        InputError: the file of adapters is not one, or came for a base that has an adapter attached already.
+        InputError: the file of adapters is not one, an id came twice, or adapters came for a base that has one
+            attached already.
         CheckpointError: an adapter that is not at hand, not for this base, or without effect.
     """
 
@@ -52,27 +49,29 @@ class Adapters:
             self._sources[None] = (main, 1.0)
         self._attached: str | None = None
         self.further: list[Further] = []
-        if settings.adapters_file is None:
+        entries = adapter_entries(settings)
+        if not entries:
             return
         if main is None and getattr(backbone.unet, "peft_config", {}):
             raise InputError(
-                "adapters_file came for a base that has an adapter attached already; allowed is a base without one; "
-                "name that adapter in the file instead"
+                "further adapters came for a base that has an adapter attached already; allowed is a base without "
+                "one; name that adapter among them instead"
             )
-        for entry in load_adapters(settings.adapters_file):
+        for entry in entries:
             self.further.append(self._proven(entry, reporter))
         self._back_to_main()
 
     def _proven(self, entry: AdapterEntry, reporter: Reporter) -> Further:
         source = lora.locate(entry.lora_path, entry.lora_id)
         facts = self._attach(entry.id, source, entry.scale, reporter)
+        warn_of_another_base(source, self._backbone, reporter)
         steps = entry.steps or tuple(n for n in self._settings.steps if n in (recorded_steps(source.folder) or (n,)))
         if not steps:
             raise InputError(
                 f"adapter {entry.id} promises other step counts than {' '.join(map(str, self._settings.steps))}; "
-                "allowed is at least one that is drawn; give it steps of its own in the file"
+                "allowed is at least one that is drawn; give it steps of its own"
             )
-        return Further(entry, source, entry.sampler or _recorded_sampler(source) or "lcm", steps, facts)
+        return Further(entry, source, entry.sampler or recorded_sampler(source, reporter), steps, facts)
 
     def _attach(self, name: str | None, source: lora.AdapterSource, scale: float, reporter: Reporter) -> dict[str, str]:
         info = lora.load_adapter(self._backbone, source, allow_pickle=self._settings.allow_pickle, warn=reporter.warn)
@@ -151,14 +150,3 @@ def controls(students: Sequence[Arm], num_train_timesteps: int) -> list[Arm]:
         )
         found.setdefault(control.id, control)
     return list(found.values())
-
-
-def _recorded_sampler(source: lora.AdapterSource) -> Sampler | None:
-    """The sampler of the scheduler that was saved beside an adapter."""
-    config = source.folder / "scheduler" / "scheduler_config.json"
-    if not config.is_file():
-        return None
-    try:
-        return SCHEDULERS.get(str(json.loads(config.read_text(encoding="utf-8")).get("_class_name")))
-    except (OSError, ValueError):
-        return None

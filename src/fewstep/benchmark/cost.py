@@ -15,10 +15,18 @@ from fewstep.benchmark.plan import Plan
 from fewstep.pictures import Conditioning, as_bytes, draw_latents
 from fewstep.records import ArmTiming, Spread
 from fewstep.reporting import Bar
-from fewstep.timing import Timing, matrix_rate, measure
+from fewstep.timing import WARMUP, matrix_rate, measure
+
+PARTS = 4
+"""End to end, text, one forward, decoding."""
 
 _matrix_rate = cache(matrix_rate)
 """Of a machine that stays the same."""
+
+
+def runs_of(plan: Plan) -> int:
+    """How often something is run to time an arm at one batch size."""
+    return PARTS * (WARMUP + plan.settings.timing_repeats)
 
 
 @torch.no_grad()
@@ -30,7 +38,7 @@ def time_arm(plan: Plan, backbone: Backbone, arm: Arm, batch_size: int, bar: Bar
         backbone: the base as the arm draws with it.
         arm: what is timed.
         batch_size: pictures at once.
-        bar: advanced in the end.
+        bar: advanced after each of `runs_of` a batch size.
     """
     settings, prompts = plan.settings, plan.prompts
     texts = [prompts[number % len(prompts)] for number in range(batch_size)]
@@ -53,31 +61,29 @@ def time_arm(plan: Plan, backbone: Backbone, arm: Arm, batch_size: int, bar: Bar
     t = torch.full((rows,), arm.timesteps[0], device=backbone.device)
     denoise = backbone.denoiser(adapter=arm.adapter)
 
-    def spread(timing: Timing) -> Spread:
+    # Operations of one batch: a picture's text, forwards and decoding, each counted once in this thread.
+    one = slice(0, 1)
+    text_flops = flops(lambda: backbone.embed(texts[:1])) * batch_size * (2 if arm.guided else 1)
+    unet_flops = flops(lambda: denoise(latents[one], t[one], cond[one])) * batch_size * arm.evaluations
+    decode_flops = flops(lambda: backbone.decode(latents[one])) * batch_size
+
+    def timed(work: Callable[[], object]) -> Spread:
+        timing = measure(work, repeats=settings.timing_repeats, device=backbone.device, on_run=bar.advance)
         return Spread(median=timing.median, iqr=timing.iqr, repeats=len(timing.seconds))
 
-    def operations() -> int:
-        """Of one batch: a picture's text, forwards and decoding, each counted once in this thread."""
-        one = slice(0, 1)
-        text = flops(lambda: backbone.embed(texts[:1])) * batch_size * (2 if arm.guided else 1)
-        forward = flops(lambda: denoise(latents[one], t[one], cond[one])) * batch_size * arm.evaluations
-        return text + forward + flops(lambda: backbone.decode(latents[one])) * batch_size
-
-    repeats, device = settings.timing_repeats, backbone.device
-    found = ArmTiming(
+    return ArmTiming(
         batch_size=batch_size,
-        end_to_end=spread(measure(draw, repeats=repeats, device=device)),
-        text=spread(measure(encode, repeats=repeats, device=device)),
-        unet_forward=spread(measure(lambda: denoise(latents, t, cond), repeats=repeats, device=device)),
+        end_to_end=timed(draw),
+        text=timed(encode),
+        unet_forward=timed(lambda: denoise(latents, t, cond)),
+        decode=timed(lambda: as_bytes(backbone.decode(latents[:batch_size]))),
         unet_calls=arm.steps,
-        flops=operations(),
+        flops=text_flops + unet_flops + decode_flops,
+        decode_flops=decode_flops,
         peak_memory_bytes=_peak_memory(draw, backbone, plan.backbone),
         precision=str(backbone.dtype).removeprefix("torch."),
-        matrix_rate=_matrix_rate(device, backbone.dtype),
-        decode=spread(measure(lambda: as_bytes(backbone.decode(latents[:batch_size])), repeats=repeats, device=device)),
+        matrix_rate=_matrix_rate(backbone.device, backbone.dtype),
     )
-    bar.advance()
-    return found
 
 
 def _peak_memory(draw: Callable[[], object], painter: Backbone, base: Backbone) -> int | None:

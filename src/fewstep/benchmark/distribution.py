@@ -34,8 +34,8 @@ class Distributions:
     Attributes:
         extractor: what the features are of; None where there are none.
         frechet: to pictures of the same captions.
-        distances: "kid", "cmmd", "precision", "recall" to pictures of the same captions, and "kid_teacher",
-            "cmmd_teacher" to the teacher's pictures.
+        distances: "kid", "cmmd", "precision", "recall" to pictures of the same captions, and these and "frechet" to
+            the teacher's pictures, as "kid_teacher" and so on.
         variety: "diversity", over the teacher's, and "faithfulness", the paired distance to the teacher's pictures.
     """
 
@@ -169,18 +169,31 @@ def _to_real(
     if pictures.embeddings is not None and references.embeddings is not None:
         found["cmmd"] = _figure(cmmd, pictures.embeddings, pictures, references.embeddings, references, halves)
     if real is not None and not pictures.is_real and len(pictures.features) > NEIGHBOURS:
-        for index, name in enumerate(("precision", "recall")):
-            found[name] = _figure(
-                lambda a, b, index=index: precision_recall(a, b)[index],  # type: ignore[misc]
-                pictures.features, pictures, real.features, real, halves, least=NEIGHBOURS + 1,
-            )  # fmt: skip
+        found |= _manifolds(pictures, real, halves)
     return found
+
+
+def _manifolds(pictures: _Pictures, others: _Pictures, halves: list[frozenset[int]]) -> dict[str, Interval]:
+    """Precision and recall of two sets of more than k pictures."""
+
+    def figure(index: int) -> Interval:
+        def share(a: Tensor, b: Tensor) -> float:
+            return precision_recall(a, b)[index]
+
+        return _figure(share, pictures.features, pictures, others.features, others, halves, least=NEIGHBOURS + 1)
+
+    return {"precision": figure(0), "recall": figure(1)}
 
 
 def _to_teacher(pictures: _Pictures, teacher: _Pictures | None, halves: list[frozenset[int]]) -> dict[str, Interval]:
     if teacher is None or teacher is pictures or pictures.is_real or len(pictures.features) < 2:
         return {}
-    found = {"kid_teacher": _figure(kid, pictures.features, pictures, teacher.features, teacher, halves)}
+    found = {
+        f"{name}_teacher": _figure(distance, pictures.features, pictures, teacher.features, teacher, halves)
+        for name, distance in (("frechet", frechet_distance), ("kid", kid))
+    }
+    if min(len(pictures.features), len(teacher.features)) > NEIGHBOURS:
+        found |= {f"{name}_teacher": figure for name, figure in _manifolds(pictures, teacher, halves).items()}
     if pictures.embeddings is not None and teacher.embeddings is not None:
         found["cmmd_teacher"] = _figure(cmmd, pictures.embeddings, pictures, teacher.embeddings, teacher, halves)
     return found

@@ -40,10 +40,11 @@ class Options:
 
     def __init__(self, settings: BenchSettings, backbone: Backbone) -> None:
         self._names = [*(settings.fast_options or ()), *([TINY_VAE] if settings.tiny_vae else [])]
-        for name in self._names:
-            if name in PRECISIONS:
+        parts = [part for name in self._names for part in name.split("+")]
+        for name in PRECISIONS:
+            if name in parts:
                 _check_precision(name, backbone)
-        if "compile" in self._names:
+        if "compile" in parts:
             _check_compiler(backbone.device)
         self._tiny = load_tiny_vae(settings.tiny_vae, backbone) if settings.tiny_vae else None
 
@@ -68,7 +69,7 @@ class Options:
 
     def key_of(self, arm: Arm) -> dict[str, str | None]:
         """The weights that an option brings to `arm`: their SHA-256."""
-        return {"decoder": self._tiny.digest if self._tiny and arm.option == TINY_VAE else None}
+        return {"decoder": self._tiny.digest if self._tiny and TINY_VAE in _parts(arm) else None}
 
     @contextmanager
     def on(self, backbone: Backbone, arm: Arm) -> Iterator[Backbone]:
@@ -82,7 +83,10 @@ class Options:
             return
         copies = {part: deepcopy(getattr(backbone, part)) for part in ("unet", "vae", "text_encoder")}
         try:
-            yield self._applied(replace(backbone, **copies), arm.option)
+            painter = replace(backbone, **copies)
+            for option in _parts(arm):
+                painter = self._applied(painter, option)
+            yield painter
         except torch.OutOfMemoryError:
             raise
         except RuntimeError as error:
@@ -91,7 +95,7 @@ class Options:
                 "on this machine; leave it out"
             ) from error
         finally:
-            if arm.option == "compile":
+            if "compile" in _parts(arm):
                 torch.compiler.reset()  # what was compiled for the copy would count against the next one's limit
 
     def _applied(self, copy: Backbone, option: str) -> Backbone:
@@ -106,7 +110,7 @@ class Options:
                 # Whole and for each shape anew: where that is not to be had, an error instead of slow code.
                 copy.unet.compile(fullgraph=True, dynamic=False, backend=BACKEND)
             case "tiny-vae" if self._tiny is not None:
-                return replace(copy, vae=self._tiny.network)
+                return replace(copy, vae=deepcopy(self._tiny.network))
             case "bf16" | "fp16":
                 # The adapter too: under autocast its fp32 weights would be rounded alike, at every call.
                 with quiet_libraries():
@@ -116,6 +120,11 @@ class Options:
             case _:
                 raise ValueError(f"option {option!r} came; allowed are those of BenchSettings")
         return copy
+
+
+def _parts(arm: Arm) -> list[str]:
+    """The options of an arm, in the order in which they are applied."""
+    return arm.option.split("+") if arm.option else []
 
 
 def _check_precision(name: str, backbone: Backbone) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from fewstep import lora
-from fewstep.arms import Arm, check_arms, real_arm, solver_arm, student_arm, teacher_arm
+from fewstep.arms import Arm, Sampler, check_arms, real_arm, solver_arm, student_arm, teacher_arm
 from fewstep.backbone import Backbone
 from fewstep.benchmark.adapters import Adapters, controls
 from fewstep.benchmark.cells import CELLS
@@ -18,9 +18,9 @@ from fewstep.benchmark.real import DataPictures, OwnPictures, RealPictures, pict
 from fewstep.config import BenchSettings
 from fewstep.errors import CheckpointError, InputError
 from fewstep.metrics.alignment import CLIPAlignment
-from fewstep.metrics.features import DINOFeatures, Features, OwnFeatures
+from fewstep.metrics.features import INCEPTION, DINOFeatures, Features, InceptionFeatures, OwnFeatures
 from fewstep.metrics.pretrained import ModelNotAtHand
-from fewstep.opening import open_base, read_prompts, warn_of_prompts
+from fewstep.opening import open_base, read_prompts, recorded_sampler, warn_of_prompts
 from fewstep.report import RECORD_FILE, arm_folder
 from fewstep.reporting import Reporter
 
@@ -128,8 +128,9 @@ def make_plan(
     _refuse_another_run(settings.outdir)
     prompts = read_prompts(settings)
     named = settings.lora_path is not None or settings.lora_id is not None
-    # With a file of adapters the base's own one is not taken unasked.
-    wants_adapter = (named or settings.adapters_file is None) if arms is None else any(arm.adapter for arm in arms)
+    # With other adapters the base's own one is not taken unasked.
+    others = settings.adapters_file is not None or settings.adapters is not None
+    wants_adapter = (named or not others) if arms is None else any(arm.adapter for arm in arms)
     opened = open_base(
         settings.replace(device=device),
         backbone=backbone,
@@ -144,7 +145,8 @@ def make_plan(
     settings = _resolved(settings, backbone, data)
     adapters = Adapters(settings, backbone, opened.source, reporter)
     options = Options(settings, backbone)
-    arms = options.beside(arms or _arms(settings, backbone, adapters, with_student=wants_adapter))
+    sampler = recorded_sampler(opened.source, reporter) if wants_adapter else None
+    arms = options.beside(arms or _arms(settings, backbone, adapters, sampler))
     real: RealPictures | None = data
     if data is None and backbone.abilities is not None:
         real = OwnPictures(backbone.abilities, prompts, settings)
@@ -156,6 +158,12 @@ def make_plan(
     warn_of_prompts(prompts, backbone, reporter)
     adapters.warn_of_timesteps(arms, reporter)
     alignment = _alignment(settings, backbone, reporter)
+    longer = alignment.overlong(prompts) if alignment else []
+    if longer:
+        reporter.warn(
+            f"{len(longer)} prompts, such as number {longer[0]}, are longer than the alignment model reads: they are "
+            "judged by their beginning"
+        )
     if settings.timing_repeats < 5:
         reporter.warn(f"timing_repeats {settings.timing_repeats} came; below 5, medians and spreads mean little")
     return Plan(
@@ -203,9 +211,12 @@ def _resolved(settings: BenchSettings, backbone: Backbone, data: DataPictures | 
     )
 
 
-def _arms(settings: BenchSettings, backbone: Backbone, adapters: Adapters, *, with_student: bool) -> list[Arm]:
+def _arms(settings: BenchSettings, backbone: Backbone, adapters: Adapters, sampler: Sampler | None) -> list[Arm]:
+    """The arms that the settings describe; ``sampler`` is the run's own adapter's, None where there is none."""
     count = backbone.schedule.num_train_timesteps
-    students = [student_arm(steps, settings.flash_guidance, count) for steps in settings.steps if with_student]
+    students = []
+    if sampler is not None:
+        students += [student_arm(n, settings.flash_guidance, count, sampler=sampler) for n in settings.steps]
     students += adapters.arms()
     if not settings.compare_baseline:
         return students
@@ -256,6 +267,8 @@ def _features(
     if name is None:
         return own
     try:
+        if name == INCEPTION:
+            return InceptionFeatures(device=backbone.device, allow_pickle=settings.allow_pickle)
         return DINOFeatures(name, device=backbone.device, allow_pickle=settings.allow_pickle)
     except ModelNotAtHand as error:
         instead = own or alignment

@@ -13,7 +13,7 @@ from accelerate import PartialState
 from fewstep.arms import Arm
 from fewstep.backbone import Backbone
 from fewstep.benchmark.cells import CELLS, ArmCells, Cells, make_room
-from fewstep.benchmark.cost import time_arm
+from fewstep.benchmark.cost import runs_of, time_arm
 from fewstep.benchmark.distribution import measure_distributions
 from fewstep.benchmark.drawing import draw, judges_of, replacing
 from fewstep.benchmark.plan import Plan, make_plan
@@ -90,17 +90,17 @@ def benchmark(
         for folder in sorted({outdir.resolve(), (plan.settings.baseline_outdir or outdir).resolve()}) if main else ():
             locks.enter_context(alone_in(folder))
         kept = _make_room(plan, processes, listening)
+        rows: list[Row] = []
         try:
             # All processes draw, batch by batch; the first one does the rest alone, when nothing else runs any more.
             evaluations = _draw(plan, kept, processes, listening)
-            timings = _time(plan, kept, listening) if main else {}
+            if main:
+                timings = _time(plan, kept, listening)
+                distributions = measure_distributions(plan, evaluations, listening)
+                record, rows = sum_up(plan, evaluations, timings, distributions, listening.warnings)
+                _write(plan, record, rows, listening)
         except KeyboardInterrupt:
             raise Interrupted(f"stopped; what was drawn is kept in {outdir}; go on with --resume") from None
-        rows: list[Row] = []
-        if main:
-            distributions = measure_distributions(plan, evaluations, listening)
-            record, rows = sum_up(plan, evaluations, timings, distributions, listening.warnings)
-            _write(plan, record, rows, listening)
         processes.wait_for_everyone()
         if not main:
             record = BenchmarkRecord.from_json((outdir / RECORD_FILE).read_text(encoding="utf-8"))
@@ -130,7 +130,8 @@ def _make_room(plan: Plan, processes: PartialState, reporter: Reporter) -> dict[
     """The cells of each arm, in a folder that holds nothing of another benchmark any more, and the settings there."""
     settings, outdir = plan.settings, plan.settings.outdir
     if processes.is_main_process:
-        make_room(outdir / CELLS, resume=settings.resume, finished=(outdir / RESULT_FILES[0]).exists())
+        finished = all((outdir / name).exists() for name in RESULT_FILES)
+        make_room(outdir / CELLS, resume=settings.resume, finished=finished)
     processes.wait_for_everyone()
     cells = Cells(outdir / CELLS, plan.key)
     kept = {arm.id: cells.of(arm, plan.key_of(arm)) for arm in plan.arms}
@@ -162,13 +163,23 @@ def _draw(
     judges = judges_of(plan)
 
     def drawn(share: tuple[int, int]) -> dict[str, Evaluation]:
-        return {arm.id: draw(plan, arm, conditioning, judges, kept[arm.id], share, reporter) for arm in plan.arms}
+        found = {}
+        with reporter.progress("all arms", sum(map(_work, plan.arms))) as bar:
+            for arm in plan.arms:
+                found[arm.id] = draw(plan, arm, conditioning, judges, kept[arm.id], share, reporter)
+                bar.advance(_work(arm))
+        return found
 
     evaluations = drawn((processes.process_index, processes.num_processes))
     processes.wait_for_everyone()
     if processes.is_main_process and processes.num_processes > 1:
         return drawn((0, 1))  # the others' batches are read
     return evaluations
+
+
+def _work(arm: Arm) -> int:
+    """What drawing an arm takes, about, in network evaluations a picture; decoding counts as one."""
+    return arm.evaluations + 1
 
 
 def _time(plan: Plan, kept: Mapping[str, ArmCells], reporter: Reporter) -> dict[str, tuple[ArmTiming, ...]]:
@@ -180,8 +191,10 @@ def _time(plan: Plan, kept: Mapping[str, ArmCells], reporter: Reporter) -> dict[
             timings[arm.id] = ()
             continue
         known = kept[arm.id].timings(sizes)
-        with reporter.progress(f"timing {arm.id}", len(sizes)) as bar:
-            if known is None:
+        with reporter.progress(f"timing {arm.id}", len(sizes) * runs_of(plan)) as bar:
+            if known is not None:
+                bar.advance(len(sizes) * runs_of(plan))
+            else:
                 with plan.painter(arm) as painter:
                     known = tuple(time_arm(plan, painter, arm, size, bar) for size in sizes)
                 kept[arm.id].put_timings(known)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
@@ -78,6 +78,7 @@ def sum_up(
                 saturation(found.found["latents"], others.baseline.found["latents"]) if others.baseline else None
             ),
             control=control.id if control else None,
+            over_solvers=_over_solvers(found, evaluations.values()),
             plain=plain.id if plain else None,
             speedup_vs_plain=speedup(others.plain),
             **_alignment_figures(found, others),
@@ -86,7 +87,7 @@ def sum_up(
         )
         rows += _rows(found, others, prompts, summary[arm.id])
 
-    floors = {name: arm.floor for name, arm in summary.items() if arm.floor is not None}
+    floors = {name: arm.floor.value for name, arm in summary.items() if arm.floor is not None}
     floor = None
     if floors:
         name = baseline.id if baseline else next(iter(floors))
@@ -120,16 +121,16 @@ def _alignment_figures(found: Evaluation, others: _Others) -> dict[str, Any]:
     figures: dict[str, Any] = {
         "alignment": bootstrap(score, prompts),
         "alignment_std": score.double().std().item() if len(score) > 1 else None,
-        "floor": None if floor is None else floor.double().mean().item(),
+        "floor": None if floor is None else bootstrap(floor, prompts),
     }
     if others.baseline is not None:
         theirs = others.baseline.found["alignment"]
         figures["delta_alignment"] = paired_difference(score, theirs["score"], prompts)
-        figures["retention_raw"] = retention(score, theirs["score"], prompts)
         if floor is not None:
-            figures["retention_corrected"] = corrected_retention(
-                score, floor, theirs["score"], theirs["floor"], prompts
-            )
+            honest = corrected_retention(score, floor, theirs["score"], theirs["floor"], prompts)
+            figures["retention_corrected"] = honest
+            # A ratio of raw cosines flatters: it never stands alone.
+            figures["retention_raw"] = retention(score, theirs["score"], prompts) if honest else None
     for figure, other in (("gain_alignment", others.control), ("change_alignment", others.plain)):
         if other is not None:
             figures[figure] = paired_difference(score, other.found["alignment"]["score"], prompts)
@@ -164,7 +165,33 @@ def _answer_figures(found: Evaluation, others: _Others) -> dict[str, Any]:
         "gain_all_right": against(others.control),
         "change_all_right": against(others.plain),
         "attributes": {name: share(right, prompts) for name, right in answers.items() if name != "all_right"},
+        "delta_attributes": _attribute_differences(answers, others.baseline, prompts),
     }
+
+
+def _attribute_differences(
+    answers: Mapping[str, Tensor], baseline: Evaluation | None, prompts: Sequence[int]
+) -> dict[str, Interval]:
+    theirs = baseline.answers if baseline else None
+    if theirs is None:
+        return {}
+    return {
+        name: paired_difference(right, theirs[name], prompts)
+        for name, right in answers.items()
+        if name != "all_right" and name in theirs
+    }
+
+
+def _over_solvers(found: Evaluation, others: Iterable[Evaluation]) -> dict[str, Interval]:
+    if found.arm.role != "student":
+        return {}
+    judge, name = ("alignment", "score") if found.answers is None else ("answers", "all_right")
+    own, differences = _of(found, judge, name), {}
+    for other in others:
+        theirs = _of(other, judge, name)
+        if other.arm.role == "solver" and own is not None and theirs is not None:
+            differences[other.arm.id] = paired_difference(own, theirs, found.prompt_numbers)
+    return differences
 
 
 def _rows(found: Evaluation, others: _Others, prompts: Sequence[str], summary: ArmSummary) -> list[Row]:

@@ -1,14 +1,20 @@
-"""Features of pictures, between which distances are taken: of a network of the base's own, or of DINOv2."""
+"""Features of pictures, between which distances are taken: of a network of the base's own, DINOv2 or Inception."""
 
 from __future__ import annotations
 
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 
-from fewstep.errors import CheckpointError
-from fewstep.metrics.pretrained import as_arrays, load_pretrained
+from fewstep.errors import CheckpointError, first_line
+from fewstep.metrics.pretrained import ModelNotAtHand, as_arrays, load_pretrained
+
+INCEPTION = "inception"
+"""What `--feature_model` says where Inception's features are wanted, those of the usual FID."""
 
 
 class Features(Protocol):
@@ -70,3 +76,68 @@ class DINOFeatures:
         inputs = self._processor(images=as_arrays(pixels), input_data_format="channels_last", return_tensors="pt")
         found: Tensor = self._network(pixel_values=inputs["pixel_values"].to(self._device)).pooler_output
         return found.cpu()
+
+
+class InceptionNotAtHand(ModelNotAtHand):
+    """`InceptionFeatures` without the libraries, the leave or the file that they need."""
+
+    def __init__(self, reason: str) -> None:
+        self.reason = reason
+        CheckpointError.__init__(
+            self, f"the features {INCEPTION!r} of --feature_model are not at hand ({reason}); or pass another one"
+        )
+
+
+class InceptionFeatures:
+    """The 2048 features of the Inception network that published FIDs are taken over, by torch-fidelity's port.
+
+    torchmetrics resizes to 299 × 299, bilinear with antialiasing: not what every published FID does.
+
+    Args:
+        device: where to run it; always in fp32.
+        allow_pickle: its weights are a pickled file, fetched once from its authors; only tensors are read from it.
+
+    Raises:
+        InceptionNotAtHand: torch-fidelity or its torchvision is not installed, pickled weights are not allowed, or
+            they cannot be fetched or read.
+    """
+
+    name = "Inception's 2048 features"
+
+    def __init__(self, *, device: torch.device | str = "cpu", allow_pickle: bool = False) -> None:
+        try:
+            import torch_fidelity  # noqa: F401  # torchmetrics asks only whether it is installed, not whether it works
+            from torchmetrics.image.fid import NoTrainInceptionV3
+        except (ImportError, RuntimeError) as error:  # of torchvision: built for another torch
+            raise InceptionNotAtHand(f"{first_line(error)}; run `pip install 'fewstep[fid]'`") from error
+        if not allow_pickle:
+            raise InceptionNotAtHand("its weights are a pickled file; add --allow_pickle")
+        try:
+            with _tensors_alone():
+                network = NoTrainInceptionV3("inception-v3-compat", ["2048"])
+        except Exception as error:  # of the network, of the disk, of the file: there is no common one
+            place = os.path.join(torch.hub.get_dir(), "checkpoints")
+            raise InceptionNotAtHand(f"its weights cannot be had in {place}: {first_line(error)}") from error
+        self._network = network.to(device).requires_grad_(False)
+        self._device = device
+
+    @torch.no_grad()
+    def __call__(self, pixels: Tensor) -> Tensor:
+        """Pixels uint8 [B, 3, H, W] to features [B, 2048] fp32 on the CPU."""
+        found: Tensor = self._network(pixels.to(self._device))
+        return found.float().cpu()
+
+
+@contextmanager
+def _tensors_alone() -> Iterator[None]:
+    """Whatever libraries unpickle inside, torch reads tensors from it and runs nothing."""
+    name = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"
+    before = os.environ.get(name)
+    os.environ[name] = "1"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[name]
+        else:
+            os.environ[name] = before

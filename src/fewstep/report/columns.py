@@ -20,8 +20,14 @@ class Column:
 
 
 def columns(arms: Sequence[ArmSummary]) -> list[Column]:
-    """The table: only columns that some arm has a figure for."""
-    return _filled(_TABLE, arms)
+    """The whole table: only columns that some arm has a figure for."""
+    return [column for _, group in column_groups(arms) for column in group]
+
+
+def column_groups(arms: Sequence[ArmSummary]) -> list[tuple[str, list[Column]]]:
+    """The same in parts that fit on paper, each with a title."""
+    groups = [(title, _filled(table, arms)) for title, table in _TABLES.items()]
+    return [(title, group) for title, group in groups if group]
 
 
 def option_columns(arms: Sequence[ArmSummary]) -> list[Column]:
@@ -29,18 +35,21 @@ def option_columns(arms: Sequence[ArmSummary]) -> list[Column]:
     return _filled(_OPTIONS, arms)
 
 
-def _filled(table: Sequence[tuple[str, str, Callable[[ArmSummary], str]]], arms: Sequence[ArmSummary]) -> list[Column]:
+def _filled(table: _Table, arms: Sequence[ArmSummary]) -> list[Column]:
     found = [Column(title, meaning, tuple(cell(arm) for arm in arms)) for title, meaning, cell in table]
     return [column for column in found if any(column.cells)]
 
 
 def attribute_columns(arms: Sequence[ArmSummary]) -> list[Column]:
-    """A column for each attribute of the answer key: the share of pictures that have it right."""
+    """For each attribute of the answer key the share of pictures that have it right, and its difference."""
     names = list(dict.fromkeys(name for arm in arms for name in arm.attributes))
-    return [
-        Column(name, "", tuple(percent(arm.attributes[name]) if name in arm.attributes else "" for arm in arms))
-        for name in names
-    ]
+    found = []
+    for name in names:
+        found.append(Column(name, "", tuple(_share(arm.attributes.get(name)) for arm in arms)))
+        against = tuple(_difference(arm, arm.delta_attributes.get(name), 100, 1) for arm in arms)
+        if any(against):
+            found.append(Column("against teacher", "", against))
+    return found
 
 
 def _spread(found: Interval | None) -> str:
@@ -90,6 +99,17 @@ def _part(arm: ArmSummary, name: Literal["unet_total", "decode"]) -> str:
     return seconds((timing.unet_total if name == "unet_total" else timing.decode.median) / timing.batch_size)
 
 
+def _percent(share: float | None) -> str:
+    return "" if share is None else f"{100 * share:.0f} %"
+
+
+def _decoder(arm: ArmSummary) -> str:
+    if not arm.timings:
+        return ""
+    timing = arm.timings[0]
+    return f"{_percent(timing.decode_share)}, {_percent(timing.decode_share_of_flops)}"
+
+
 def _time(arm: ArmSummary) -> str:
     return "" if arm.time_per_image_s is None else seconds(arm.time_per_image_s)
 
@@ -98,7 +118,10 @@ def _saturation(arm: ArmSummary) -> str:
     return "" if arm.saturation is None else f"{sum(arm.saturation) / len(arm.saturation):.3f}"
 
 
-_TABLE: list[tuple[str, str, Callable[[ArmSummary], str]]] = [
+_Table = list[tuple[str, str, Callable[[ArmSummary], str]]]
+"""Title, meaning, and how an arm's cell is spelled."""
+
+_QUALITY: _Table = [
     ("Evaluations", "network evaluations a picture; guidance takes two a step", lambda a: str(a.arm.evaluations or "")),
     ("Guidance", "w in u + w (c − u)", lambda a: f"{a.arm.guidance:g}" if a.arm.is_drawn else ""),
     ("All right", "pictures with every captioned attribute right", lambda a: _share(a.all_right)),
@@ -121,7 +144,7 @@ _TABLE: list[tuple[str, str, Callable[[ArmSummary], str]]] = [
     (
         "Floor",
         "the same pictures with everyone else's captions",
-        lambda a: "" if a.floor is None else f"{a.floor:.2f}",
+        lambda a: _spread(a.floor),
     ),
     (
         "Alignment against teacher",
@@ -149,6 +172,9 @@ _TABLE: list[tuple[str, str, Callable[[ArmSummary], str]]] = [
         "paired difference: same prompt, same noise (real pictures have none)",
         lambda a: _difference(a, a.delta_preference, 1, 2),
     ),
+]
+
+_DISTANCES: _Table = [
     (
         "Fréchet",
         "distance to pictures of the same captions, passed through the VAE",
@@ -163,8 +189,15 @@ _TABLE: list[tuple[str, str, Callable[[ArmSummary], str]]] = [
     ("CMMD", "kernel distance × 1000 to the same pictures, over the alignment model's embeddings", _scaled("cmmd")),
     ("Precision", "share of the arm's pictures within the real ones' manifold", _scaled("precision")),
     ("Recall", "share of real pictures within the arm's manifold", _scaled("recall")),
+    (
+        "Fréchet to teacher",
+        "distance to the teacher's pictures; as biased by N as the other",
+        _scaled("frechet_teacher"),
+    ),
     ("KID × 1000 to teacher", "kernel distance to the teacher's pictures; unbiased", _scaled("kid_teacher", 1000)),
     ("CMMD to teacher", "kernel distance × 1000 to the teacher's pictures", _scaled("cmmd_teacher")),
+    ("Precision to teacher", "share of the arm's pictures within the teacher's manifold", _scaled("precision_teacher")),
+    ("Recall to teacher", "share of the teacher's pictures within the arm's manifold", _scaled("recall_teacher")),
     (
         "Diversity",
         "feature distance among the pictures of a prompt, over the teacher's",
@@ -176,6 +209,9 @@ _TABLE: list[tuple[str, str, Callable[[ArmSummary], str]]] = [
         lambda a: _spread(a.faithfulness),
     ),
     ("Saturation", "spread of the latents over the teacher's, mean over channels", _saturation),
+]
+
+_COST: _Table = [
     ("Time a picture", "median, end to end, at the smallest timed batch", _time),
     (
         "Peak memory",
@@ -183,15 +219,22 @@ _TABLE: list[tuple[str, str, Callable[[ArmSummary], str]]] = [
         lambda a: _megabytes(a.timings[0].peak_memory_bytes if a.timings else None),
     ),
     (
+        "Share of the floor",
+        "time of the operations alone at the rate of a large matrix product, over the time taken",
+        lambda a: _percent(a.timings[0].share_of_floor if a.timings else None),
+    ),
+    ("Decoder", "its share of the time, and of the operations", _decoder),
+    (
         "Speed-up",
         "over the teacher",
         lambda a: "" if a.speedup_vs_baseline is None else f"{a.speedup_vs_baseline:.1f}×",
     ),
     ("Speed-up over plain", "over the same arm without the option", lambda a: _times(a.speedup_vs_plain)),
 ]
-"""Title, meaning, and how an arm's cell is spelled."""
 
-_OPTIONS: list[tuple[str, str, Callable[[ArmSummary], str]]] = [
+_TABLES = {"Picture by picture": _QUALITY, "All pictures together": _DISTANCES, "Cost": _COST}
+
+_OPTIONS: _Table = [
     ("Speed-up over plain", "", lambda a: _times(a.speedup_vs_plain)),
     ("Time a picture", "", _time),
     ("of that UNet", "", lambda a: _part(a, "unet_total")),

@@ -10,11 +10,13 @@ from fewstep.records import ArmSummary
 from fewstep.report.verdict import quality, seconds
 
 WIDTH, HEIGHT = 720, 400
+NARROW = 400
+"""Width for a phone: as many units as it has pixels, about, so that letters keep their size."""
 LEFT, RIGHT, TOP, BOTTOM = 64, 24, 24, 56
 ROLES = ("teacher", "solver", "student", "base", "real")
 
 
-def frontier(arms: Sequence[ArmSummary]) -> str:
+def frontier(arms: Sequence[ArmSummary], width: int = WIDTH) -> str:
     """Quality against seconds a picture (log scale) with 95 % intervals; empty where there is no quality to plot.
 
     The steps of one family of arms are joined, so that a curve up and to the left is what one hopes for. Arms with an
@@ -43,15 +45,15 @@ def frontier(arms: Sequence[ArmSummary]) -> str:
         y0, y1 = max(0.0, y0), min(100.0, y1)
 
     def at(second: float, value: float) -> tuple[float, float]:
-        x = LEFT + (math.log10(second) - x0) / (x1 - x0) * (WIDTH - LEFT - RIGHT)
+        x = LEFT + (math.log10(second) - x0) / (x1 - x0) * (width - LEFT - RIGHT)
         y = HEIGHT - BOTTOM - (value - y0) / (y1 - y0) * (HEIGHT - TOP - BOTTOM)
         return x, y
 
     parts = [
-        f'<svg class="plot" viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="Quality against seconds a picture">',
-        f'<rect class="frame" x="{LEFT}" y="{TOP}" width="{WIDTH - LEFT - RIGHT}" height="{HEIGHT - TOP - BOTTOM}"/>',
+        f'<svg class="plot" viewBox="0 0 {width} {HEIGHT}" role="img" aria-label="Quality against seconds a picture">',
+        f'<rect class="frame" x="{LEFT}" y="{TOP}" width="{width - LEFT - RIGHT}" height="{HEIGHT - TOP - BOTTOM}"/>',
     ]
-    for tick in _log_ticks(x0, x1):
+    for tick in _log_ticks(x0, x1, most=(width - LEFT - RIGHT) // 56):
         x, _ = at(tick, y0)
         parts.append(f'<line class="rule" x1="{x:.1f}" x2="{x:.1f}" y1="{TOP}" y2="{HEIGHT - BOTTOM}"/>')
         parts.append(
@@ -59,10 +61,10 @@ def frontier(arms: Sequence[ArmSummary]) -> str:
         )
     for tick in _ticks(y0, y1):
         _, y = at(10**x0, tick)
-        parts.append(f'<line class="rule" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>')
+        parts.append(f'<line class="rule" x1="{LEFT}" x2="{width - RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>')
         parts.append(f'<text class="tick" x="{LEFT - 8}" y="{y + 4:.1f}" text-anchor="end">{tick:g}</text>')
     parts.append(
-        f'<text class="axis" x="{(LEFT + WIDTH - RIGHT) / 2}" y="{HEIGHT - 12}" text-anchor="middle">'
+        f'<text class="axis" x="{(LEFT + width - RIGHT) / 2}" y="{HEIGHT - 12}" text-anchor="middle">'
         "seconds a picture, log scale</text>"
     )
     parts.append(
@@ -73,7 +75,7 @@ def frontier(arms: Sequence[ArmSummary]) -> str:
         _, y = at(10**x0, scale * found.value)
         told = f"{arm.arm.title}: {scale * found.value:.1f}"
         parts.append(
-            f'<line class="{arm.arm.role} level" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y:.1f}" y2="{y:.1f}">'
+            f'<line class="{arm.arm.role} level" x1="{LEFT}" x2="{width - RIGHT}" y1="{y:.1f}" y2="{y:.1f}">'
             f"<title>{escape(told)}</title></line>"
         )
     families = dict.fromkeys((arm.arm.role, arm.arm.family) for arm, _, _ in points)
@@ -107,10 +109,14 @@ def _padded(values: Sequence[float], pad: float) -> tuple[float, float]:
     return min(values) - pad, max(values) + pad
 
 
-def _log_ticks(low: float, high: float) -> list[float]:
-    """1, 2 and 5 of every decade between 10**low and 10**high."""
+def _log_ticks(low: float, high: float, most: int) -> list[float]:
+    """1, 2 and 5 of every decade between 10**low and 10**high; fewer a decade where these are more than `most`."""
     decades = range(math.floor(low), math.ceil(high) + 1)
-    return [m * 10.0**d for d in decades for m in (1, 2, 5) if low <= math.log10(m * 10.0**d) <= high]
+    for steps in ((1, 2, 5), (1, 3), (1,)):
+        ticks = [m * 10.0**d for d in decades for m in steps if low <= math.log10(m * 10.0**d) <= high]
+        if len(ticks) <= most:
+            break
+    return ticks
 
 
 def _ticks(low: float, high: float) -> list[float]:

@@ -49,6 +49,7 @@ def side_by_side(records: Mapping[str, BenchmarkRecord]) -> tuple[BenchmarkRecor
                 found,
                 arm=replace(found.arm, id=new, is_baseline=False),
                 control=renamed.get(found.control) if found.control else None,
+                over_solvers={renamed[solver]: over for solver, over in found.over_solvers.items()},
                 plain=renamed.get(found.plain) if found.plain else None,
             )
             origins[new] = (name, arm)

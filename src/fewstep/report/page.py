@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import io
 from collections.abc import Mapping, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +16,15 @@ from PIL import Image
 from fewstep.config import BenchSettings, command_line
 from fewstep.records import ArmSummary, BenchmarkRecord
 from fewstep.report.bars import attribute_bars, time_bars
-from fewstep.report.columns import attribute_columns, columns, option_columns
-from fewstep.report.figures import ROLES, frontier
+from fewstep.report.columns import attribute_columns, column_groups, option_columns
+from fewstep.report.figures import NARROW, ROLES, frontier
 from fewstep.report.layout import picture_path
-from fewstep.report.verdict import headline, verdict
+from fewstep.report.verdict import MAIN, headline, verdict
 
 GALLERY_PROMPTS = 40
 """More would make a page of tens of megabytes; all pictures lie beside it."""
+GALLERY_WORST = 12
+"""Of these, the prompts where the student loses most, wherever they stand."""
 GALLERY_SIDE = 256
 """Pixels of a gallery picture's longer side."""
 
@@ -41,29 +44,38 @@ def page(record: BenchmarkRecord, folders: Mapping[str, Path]) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    arms = list(record.summary.values())
+    arms, sentences, compared = list(record.summary.values()), verdict(record), _compared(record)
+    losses = _losses(record)
     shown = [arm for arm in arms if arm.arm.id in folders]
     return environment.get_template("page.html.j2").render(
         title=f"fewstep: {record.base.get('name', 'a base')} in few steps",
         record=record,
         arms=arms,
-        verdict=verdict(record),
-        columns=columns(arms),
+        verdict=sentences[:MAIN],
+        besides=sentences[MAIN:],
+        groups=column_groups(arms),
         attributes=attribute_columns(arms),
         faster=_with_options(arms),
         faster_columns=option_columns(_with_options(arms)),
-        # Our own SVG; every text in it is escaped where it is made.
-        frontier=Markup(frontier(arms)),
-        compared=_compared(record),
-        attribute_bars=Markup(attribute_bars(_compared(record))),
-        time_bars=Markup(time_bars(arms)),
+        frontier=_plots(frontier(arms), frontier(arms, NARROW)),
+        compared=compared,
+        attribute_bars=_plots(attribute_bars(compared), attribute_bars(compared, NARROW)),
+        time_bars=_plots(time_bars(arms), time_bars(arms, NARROW)),
         roles=[role for role in ROLES if any(arm.arm.role == role for arm in arms)],
         notes=_notes(record),
         command=command_line("bench", BenchSettings, record.settings),
         gallery_arms=shown,
-        gallery=_gallery(record, {arm.arm.id: folders[arm.arm.id] for arm in shown}),
+        gallery=_gallery(record, {arm.arm.id: folders[arm.arm.id] for arm in shown}, losses),
+        can_sort=len(set(losses.values())) > 1,
         gallery_left_out=max(0, len(record.prompts) - GALLERY_PROMPTS),
     )
+
+
+def _plots(wide: str, narrow: str) -> Markup:
+    """A plot for desks and paper and one for phones. Our own SVG; every text in it is escaped where it is made."""
+    if not wide:
+        return Markup()
+    return Markup(f'<div class="scroll wide">{wide}</div>\n<div class="scroll narrow">{narrow}</div>')
 
 
 def _notes(record: BenchmarkRecord) -> list[str]:
@@ -85,10 +97,15 @@ def _notes(record: BenchmarkRecord) -> list[str]:
             if record.real and record.real.frechet
             else ""
         )
+        few = (
+            " There are no more pictures than dimensions: it says little."
+            if min(frechet.pictures, frechet.references) <= frechet.dimensions
+            else ""
+        )
         notes.append(
             f"Fréchet distance in {frechet.dimensions} dimensions, N = {frechet.pictures} pictures against "
             f"{frechet.references} of the same captions. It grows with small N: compare within this table alone."
-            f"{beside}"
+            f"{beside}{few}"
         )
     if record.feature_extractor:
         notes.append(
@@ -149,19 +166,25 @@ def _losses(record: BenchmarkRecord) -> dict[int, float]:
     }
 
 
-def _gallery(record: BenchmarkRecord, folders: Mapping[str, Path]) -> list[dict[str, Any]]:
+def _chosen(prompts: int, losses: Mapping[int, float]) -> list[int]:
+    """The numbers of the prompts in the gallery: the first ones, and the worst of all."""
+    worst = sorted(losses, key=lambda number: -losses[number])[:GALLERY_WORST] if prompts > GALLERY_PROMPTS else []
+    rest = (number for number in range(prompts) if number not in worst)
+    return sorted([*worst, *islice(rest, GALLERY_PROMPTS - len(worst))])
+
+
+def _gallery(record: BenchmarkRecord, folders: Mapping[str, Path], losses: Mapping[int, float]) -> list[dict[str, Any]]:
     """A row a prompt, a picture an arm: picture 0 of each."""
-    losses = _losses(record)
     return [
         {
-            "prompt": prompt,
+            "prompt": record.prompts[number],
             "number": number,
             "loss": losses.get(number, 0.0),
             "pictures": [
                 {"arm": arm, "src": _embedded(picture_path(folder, number, 0))} for arm, folder in folders.items()
             ],
         }
-        for number, prompt in enumerate(record.prompts[:GALLERY_PROMPTS])
+        for number in _chosen(len(record.prompts), losses)
     ]
 
 

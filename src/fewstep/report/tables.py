@@ -50,6 +50,7 @@ def timing_csv(record: BenchmarkRecord) -> str:
         "text_median_s", "text_iqr_s", "unet_calls", "unet_forward_median_s", "unet_forward_iqr_s", "unet_total_s",
         "decode_median_s", "decode_iqr_s", "network_evaluations_per_image", "device", "precision", "threads",
         "peak_memory_mb", "gflop", "floor_s", "share_of_floor",
+        "decode_gflop",
     ]  # fmt: skip
     lines = [
         [
@@ -59,7 +60,7 @@ def timing_csv(record: BenchmarkRecord) -> str:
             timing.decode.iqr, arm.arm.evaluations, record.machine.get("device"), timing.precision,
             record.machine.get("threads"),
             None if timing.peak_memory_bytes is None else timing.peak_memory_bytes / 1e6, timing.flops / 1e9,
-            timing.floor, timing.share_of_floor,
+            timing.floor, timing.share_of_floor, timing.decode_flops / 1e9,
         ]
         for arm in record.summary.values()
         for timing in arm.timings

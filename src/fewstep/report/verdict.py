@@ -8,9 +8,15 @@ from fewstep.records import ArmSummary, BenchmarkRecord, Interval
 
 SATURATION_TOLERANCE = 0.05
 
+MAIN = 3
+"""Sentences that are the verdict; those after them are what a careful reader asks next."""
+
 
 def verdict(record: BenchmarkRecord) -> list[str]:
-    """Up to seven sentences about the student that matters most; what was not measured is not spoken of."""
+    """Up to seven sentences about the student that matters most; what was not measured is not spoken of.
+
+    The first `MAIN` say how good it is, how fast, and whether the teacher by a better solver would not do as well.
+    """
     student = headline(list(record.summary.values()))
     if student is None:
         return ["No student was drawn: there is nothing to compare."]
@@ -74,7 +80,7 @@ def _quality(student: ArmSummary, record: BenchmarkRecord) -> str | None:
     if student.alignment:
         text = f"{name} scores {student.alignment.value:.2f} in alignment"
         if student.floor is not None:
-            text += f", where shuffled captions score {student.floor:.2f}"
+            text += f", where shuffled captions score {student.floor.value:.2f}"
         if teacher is None or teacher.alignment is None or student.delta_alignment is None:
             return f"{text}."
         kept = (
@@ -121,21 +127,32 @@ def _solvers(student: ArmSummary, record: BenchmarkRecord) -> str | None:
     reached, own = quality(student), student.time_per_image_s
     if not solvers or reached is None or own is None:
         return None
-    as_good = [
-        (arm, arm.time_per_image_s)
-        for arm in solvers
-        if (found := quality(arm)) is not None and found.value >= reached.value and arm.time_per_image_s is not None
-    ]
+    timed = [(arm, arm.time_per_image_s) for arm in solvers if arm.time_per_image_s is not None]
+    as_good = [(arm, taken) for arm, taken in timed if _as_good(arm, student)]
+    fast = any(taken <= own for _, taken in timed)
+    steps = max(2, student.arm.evaluations // (2 if solvers[0].arm.guided else 1))
+    slow = not fast and all(arm.arm.steps > steps for arm in solvers)
+    missing = f"; none took as little time as the student, which {steps} steps of one would come near" if slow else ""
     if not as_good:
-        return f"No untrained solver that was drawn is as good ({', '.join(arm.arm.id for arm in solvers)})."
+        return f"No untrained solver that was drawn is as good ({', '.join(arm.arm.id for arm in solvers)}){missing}."
     best, taken = min(as_good, key=lambda pair: pair[1])
     ratio = taken / own
+    found = quality(best)
+    if found is not None and found.value < reached.value:
+        told = f"{best.arm.id} needs no training, is not shown to be worse"
+    else:
+        told = f"{best.arm.id} needs no training, is as good"
     if ratio <= 1:
-        return (
-            f"{best.arm.id} needs no training, is as good and takes {seconds(taken)}: "
-            "at equal time this student has no reason to exist."
-        )
-    return f"To be as good without training takes {ratio:.1f} times as long ({best.arm.id})."
+        return f"{told} and takes {seconds(taken)}: at equal time this student has no reason to exist."
+    return f"{told} and takes {ratio:.1f} times as long{missing}."
+
+
+def _as_good(solver: ArmSummary, student: ArmSummary) -> bool:
+    """Whether a student is not shown to be better: by their paired difference, where one prompt is not all there is."""
+    over, found, reached = student.over_solvers.get(solver.arm.id), quality(solver), quality(student)
+    if over is not None and over.low is not None:
+        return over.low <= 0
+    return found is not None and reached is not None and found.value >= reached.value
 
 
 def _control(student: ArmSummary, record: BenchmarkRecord) -> str | None:
