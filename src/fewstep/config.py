@@ -236,6 +236,16 @@ class TrainSettings(BaseModelSettings):
         description="Keep fewer of the student's activations and compute them again in the backward pass: less memory "
         "for one more forward; the gradients are the same.",
     )
+    compile: bool = Field(
+        False,
+        description="torch.compile of the UNet for the teacher's and the student's batches, proven against the UNet "
+        "itself before training; compiling takes minutes.",
+    )
+    channels_last: bool = Field(
+        False,
+        description="Keep the UNet's and the VAE's weights in the memory order channels-last, which tensor cores take "
+        "convolutions in.",
+    )
     learning_rate: Annotated[float, Field(gt=0, le=1)] = Field(1e-4, description="AdamW's learning rate.")
     lr_schedule: Literal["constant", "cosine"] = Field("constant", description="Learning rate after the warm-up.")
     lr_warmup_steps: CountOrNone = Field(0, description="Updates over which the learning rate rises from 0.")
