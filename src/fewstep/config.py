@@ -207,7 +207,16 @@ def _forbid_both(settings: Checked, first: str, second: str, fix: str) -> None:
 class TrainSettings(BaseModelSettings):
     """Distil a base model into a few-step LoRA."""
 
-    dataset_name: Text | None = Field(None, description="Hugging Face dataset to train on.")
+    dataset_name: Text | None = Field(
+        None,
+        description="Hugging Face dataset to train on, or the URL of .tar shards, several as "
+        "https://HOST/NAME-{0000..0123}.tar.",
+    )
+    streaming: bool = Field(
+        False,
+        description="Fetch the dataset file by file as it is needed, a few at a time, instead of all of it first; "
+        "shards by URL always are.",
+    )
     data_dir: Folder | None = Field(
         None,
         description="Folder to train on: COCO 2014/2017, images/ + captions/, picture + .txt, metadata.jsonl, .tar "
@@ -362,6 +371,11 @@ class TrainSettings(BaseModelSettings):
     def _consistent(self) -> Self:
         for first, second in combinations(("dataset_name", "data_dir", "prompts_file"), 2):
             _forbid_both(self, first, second, "leave one out")
+        if self.streaming and self.dataset_name is None:
+            raise ValueError(
+                "streaming came without dataset_name; allowed is a dataset of the Hub or the URL of shards; leave "
+                "--streaming out"
+            )
         if self.prompts_file is not None and self.start == "data":
             raise ValueError(
                 f"start data came with prompts_file {spell(self.prompts_file)}, which has no pictures; allowed "

@@ -92,7 +92,7 @@ def rehearse(settings: TrainSettings, *, reporter: Reporter = SILENT) -> DryRun:
     resumed = start.checkpoint_to_resume(settings, reporter)
     recorded = None if resumed is None else checkpoint.recorded_base(resumed)
     backbone, settings = start.open_base(settings, own_device(settings.device, processes), recorded, reporter)
-    opened = open_data(settings, backbone, reporter=reporter)
+    opened = open_data(settings, backbone, streaming=settings.streaming, reporter=reporter)
     method = start.method_of(settings, backbone)
     quick = {size: engine.quickened(backbone, settings, size) for size in (1, 2)}
     parameters = start.student_of(settings, backbone)

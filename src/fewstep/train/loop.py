@@ -112,7 +112,7 @@ def distill(
         shape, device = backbone.latent_shape(settings.resolution), backbone.device
 
         # ---- The data.
-        opened = open_data(settings, backbone, reporter=reporter)
+        opened = open_data(settings, backbone, streaming=settings.streaming, reporter=reporter)
         slices = start.slices_of(settings, processes)
 
         # ---- The method, the student, and what trains it.

@@ -24,7 +24,7 @@ from torch import Tensor
 from fewstep.backbone import Backbone, adapters_off
 from fewstep.config import Start
 from fewstep.data import Batch, Slices
-from fewstep.data.loader import Replaced
+from fewstep.data.loader import Noted, Replaced
 from fewstep.data.order import sample_index
 from fewstep.errors import CheckpointError
 from fewstep.files import write_bytes_atomic
@@ -54,7 +54,7 @@ class Lesson:
     cond: Tensor
     captions: tuple[str, ...]
     items: tuple[int, ...]
-    replaced: tuple[Replaced, ...] = ()
+    replaced: tuple[Replaced | Noted, ...] = ()
     forwards: int = 0
 
     def loss(self, method: KStep, student: Denoiser) -> tuple[Tensor, Tensor]:

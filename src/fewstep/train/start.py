@@ -38,7 +38,8 @@ MAY_CHANGE = {
     *("keep_last", "keep_every"),
     *("device", "gradient_checkpointing", "compile", "channels_last", "default_base", "revision", "allow_pickle"),
     *("teacher_cache", "cache_dir"),  # their own keys tell
-    *("base_model", "data_dir", "dataset_name", "prompts_file", "image_column", "caption_column"),  # fingerprints tell
+    *("base_model", "data_dir", "dataset_name", "streaming", "prompts_file"),  # fingerprints tell
+    *("image_column", "caption_column"),
     "max_dropped",  # likewise
     *("batch_size", "gradient_accumulation_steps"),  # the global batch tells
     "max_steps",
