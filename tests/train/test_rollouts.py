@@ -134,7 +134,7 @@ def test_a_rollout_that_is_not_as_it_was_written_is_named(settings: TrainSetting
     ):
         distill(few.replace(run_name="second"))
     second.unlink()
-    distill(few.replace(run_name="second"))
+    distill(few.replace(run_name="third"))
 
 
 @pytest.mark.parametrize("count", [8, 24, 64])
