@@ -17,6 +17,7 @@ import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -28,6 +29,7 @@ from fewstep import lora
 from fewstep.arithmetic import flops, peak_memory
 from fewstep.backbone import Backbone, load_backbone, random_backbone
 from fewstep.backbone import threads as cores
+from fewstep.backbone.compiled import Compiled
 from fewstep.data import Batch, Slices
 from fewstep.data.loader import to_pixels
 from fewstep.methods.kstep import Draws, KStep
@@ -38,7 +40,7 @@ from fewstep.train.encoding import Cached, Encoder, Fresh
 from fewstep.train.rollouts import Lesson, RolloutStore, Teacher, kept_lessons
 
 TOLERANCE = 1e-3
-"""Largest difference of a gradient, over the gradients' largest value."""
+"""Largest difference of a gradient, over the gradients' largest value; and of the loss, over itself."""
 
 
 @dataclass(frozen=True)
@@ -56,8 +58,12 @@ class Job:
         return self.method.draw(0, 0, self.batch.positions, self.backbone.latent_shape(self.batch.pictures.shape[1]))
 
 
-def naive(job: Job) -> None:
-    """One sample at a time, everything computed where it is needed."""
+Form = Callable[[Job], "Tensor | None"]
+
+
+def naive(job: Job) -> Tensor:
+    """One sample at a time, everything computed where it is needed; the loss, as all forms but the last return it."""
+    total = torch.zeros((), device=job.backbone.device)
     backbone, method, draws = job.backbone, job.method, job.draws
     schedule, device = backbone.schedule, backbone.device
     for row, caption in enumerate(job.batch.captions):
@@ -71,23 +77,27 @@ def naive(job: Job) -> None:
                 u, c = (job.second_unet(x, at, text).sample.float() for text in (uncond, cond))
                 x = ddim_step(schedule, u + method.guidance * (c - u), x, at, to)
         loss = method.loss(backbone.denoiser(), x_t, own.t, cond, x)
-        (loss.sum() / len(job.batch.captions)).backward()
+        part = loss.sum() / len(job.batch.captions)
+        part.backward()
+        total += part.detach()
+    return total
 
 
-def learn(job: Job, lesson: Lesson) -> None:
+def learn(job: Job, lesson: Lesson) -> Tensor:
     """The student's part of an update."""
     mean, _ = lesson.loss(job.method, job.backbone.denoiser())
     mean.backward()
+    return mean.detach()
 
 
-def ours(job: Job, *, parts: bool = True, pairs: int = 1, encoder: Encoder | None = None) -> None:
+def ours(job: Job, *, parts: bool = True, pairs: int = 1, encoder: Encoder | None = None) -> Tensor:
     """The whole batch at once, in one UNet; with `parts`, on the CPU, a part of it a thread."""
     method = replace(job.method, pairs_per_rollout=pairs)
     small = cores.SMALL
     cores.SMALL = small if parts else 0
     try:
         shape = job.backbone.latent_shape(job.batch.pictures.shape[1])
-        learn(
+        return learn(
             replace(job, method=method),
             Teacher(job.backbone, encoder or Fresh(job.backbone), method, 0, shape)(job.batch),
         )
@@ -95,21 +105,40 @@ def ours(job: Job, *, parts: bool = True, pairs: int = 1, encoder: Encoder | Non
         cores.SMALL = small
 
 
-def gradients(job: Job, form: Callable[[Job], None]) -> Tensor:
+def gradients(job: Job, form: Form) -> tuple[Tensor | None, Tensor]:
+    """The loss, where the form returns it, and all gradients."""
     for parameter in job.parameters:
         parameter.grad = None
-    form(job)
-    return torch.cat([parameter.grad.flatten() for parameter in job.parameters if parameter.grad is not None])
+    loss = form(job)
+    return loss, torch.cat([parameter.grad.flatten() for parameter in job.parameters if parameter.grad is not None])
 
 
-def check(job: Job, forms: dict[str, Callable[[Job], None]]) -> None:
-    """All forms give the naive form's gradients."""
-    wanted = gradients(job, naive)
+def check(job: Job, forms: dict[str, Form], jobs: dict[str, Job]) -> None:
+    """All forms give the naive form's gradients; `jobs` has those of forms that work on another base."""
+    loss, wanted = gradients(job, naive)
     for name, form in forms.items():
-        error = float((gradients(job, form) - wanted).abs().max() / wanted.abs().max())
-        print(f"gradients of {name!r}: largest difference {error:.1e} of the largest gradient")
-        if job.backbone.dtype == torch.float32 and error > TOLERANCE:
+        own, found = gradients(jobs.get(name, job), form)
+        error = float((found - wanted).abs().max() / wanted.abs().max())
+        print(f"gradients of {name!r}: largest difference {error:.1e} of the largest gradient", end="")
+        apart = float(abs(own - loss) / loss) if own is not None and loss is not None else 0.0
+        print(f"; loss: {apart:.1e} of itself")
+        if job.backbone.dtype == torch.float32 and max(error, apart) > TOLERANCE:
             raise SystemExit(f"error: {name!r} does not compute what the naive form does")
+
+
+def copy_of(backbone: Backbone) -> Backbone:
+    """The same base around a UNet of its own."""
+    return replace(backbone, unet=copy.deepcopy(backbone.unet))
+
+
+def attached(backbone: Backbone) -> list[nn.Parameter]:
+    """A student that has learnt something at random, on every base the same: B is zero at first, and so would be half
+    of the gradients."""
+    parameters = lora.attach(backbone.unet, 4, 32, ["to_q", "to_k", "to_v", "to_out.0"], 0)
+    random = torch.Generator().manual_seed(0)
+    for parameter in parameters:
+        parameter.data.add_(0.01 * torch.randn(parameter.shape, generator=random).to(parameter.device))
+    return parameters
 
 
 def main() -> None:
@@ -121,6 +150,8 @@ def main() -> None:
     parser.add_argument("--batch_size", type=int, default=8)
     parser.add_argument("--k", type=int, default=8)
     parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--channels_last", action="store_true", help="also the UNet in channels-last")
+    parser.add_argument("--compile", action="store_true", help="also the UNet compiled, which takes minutes at first")
     parser.add_argument("--epochs", type=int, default=4, help="how often kept rollouts are learnt from")
     args = parser.parse_args()
 
@@ -136,10 +167,15 @@ def main() -> None:
         guidance=backbone.guidance_scale,
     )
     second = copy.deepcopy(backbone.unet)
-    parameters = lora.attach(backbone.unet, 4, 32, ["to_q", "to_k", "to_v", "to_out.0"], 0)
-    random = torch.Generator().manual_seed(0)
-    for parameter in parameters:  # B is zero at first: without this half of the gradients would be
-        parameter.data.add_(0.01 * torch.randn(parameter.shape, generator=random).to(parameter.device))
+    bases = {"": backbone}
+    if args.channels_last:
+        bases["+ channels-last"] = copy_of(backbone)
+        bases["+ channels-last"].unet.to(memory_format=torch.channels_last)
+    if args.compile:
+        copied = copy_of(backbone)
+        bases["+ compiled"] = replace(copied, compiled=Compiled(copied.unet, args.batch_size))
+    students = {name: attached(base) for name, base in bases.items()}
+    parameters, random = students[""], torch.Generator().manual_seed(0)
     count = args.batch_size
     batch = Batch(
         update=0,
@@ -169,26 +205,28 @@ def main() -> None:
         # Form, samples an update, pairs an update.
         reused = replace(method, pairs_per_rollout=4)
         lesson = Teacher(backbone, Fresh(backbone), reused, 0, shape)(batch)
-        forms: dict[str, tuple[Callable[[Job], None], int, int]] = {
+        forms: dict[str, tuple[Form, int, int]] = {
             "naive": (naive, count, count),
             "whole batch, one UNet": (lambda job: ours(job, parts=False), count, count),
             "+ a part a thread (CPU)": (ours, count, count),
             "+ latents and embeddings cached": (lambda job: ours(job, encoder=cache), count, count),
             "+ up to 4 pairs a rollout": (lambda job: ours(job, pairs=4, encoder=cache), count, len(lesson.pairs.t)),
+            **{name: (lambda one: ours(one, encoder=cache), count, count) for name in list(bases)[1:]},
             f"or rollouts kept for {args.epochs} epochs": (kept, count * args.epochs, count * args.epochs),
         }
-        same = ("whole batch, one UNet", "+ a part a thread (CPU)", "+ latents and embeddings cached")
-        check(job, {name: forms[name][0] for name in same})
+        same = ("whole batch, one UNet", "+ a part a thread (CPU)", "+ latents and embeddings cached", *list(bases)[1:])
+        jobs = {name: replace(job, backbone=bases[name], parameters=students[name]) for name in list(bases)[1:]}
+        check(job, {name: forms[name][0] for name in same}, jobs)
 
         seconds: dict[str, list[float]] = {name: [] for name in forms}
         memory: dict[str, int | None] = {}
-        for name, (form, _, _) in forms.items():
-            memory[name] = peak_memory(lambda form=form: gradients(job, form), backbone.device)  # and warmed up
+        for name, (form, _, _) in forms.items():  # and each is warmed up
+            memory[name] = peak_memory(partial(gradients, jobs.get(name, job), form), backbone.device)
         for _ in range(args.repeats):
             for name, (form, _, _) in forms.items():
                 synchronise(backbone.device)
                 started = time.perf_counter()
-                gradients(job, form)
+                gradients(jobs.get(name, job), form)
                 synchronise(backbone.device)
                 seconds[name].append(time.perf_counter() - started)
 

@@ -72,9 +72,9 @@ SECTIONS = {
     "Comparison": "compare_baseline baseline_steps baseline_guidance baseline_outdir solver_steps adapters_file "
     "adapters fast_options tiny_vae clip_model_id preference_model feature_model batch_sizes timing_repeats "
     "frechet_images",
-    "Data": "dataset_name data_dir image_column caption_column max_dropped",
+    "Data": "dataset_name streaming data_dir image_column caption_column max_dropped",
     "Training": "size stage max_steps learning_rate lr_schedule lr_warmup_steps gradient_accumulation_steps "
-    "gradient_checkpointing max_grad_norm ema_decay resume_from_checkpoint",
+    "gradient_checkpointing compile channels_last max_grad_norm ema_decay resume_from_checkpoint",
     "Method": "sampler guidance_scale guidance_interval num_ddim_steps num_inference_steps pure_noise_share start "
     "pairs_per_rollout teacher_rollouts teacher_cache cache_dir loss loss_weighting",
     "Base model": "base_model default_base revision prediction_type resolution allow_pickle",

@@ -28,6 +28,7 @@ from pydantic import (
     ConfigDict,
     Field,
     ValidationError,
+    field_validator,
     model_validator,
 )
 from pydantic.fields import FieldInfo
@@ -249,7 +250,16 @@ def _forbid_both(settings: Checked, first: str, second: str, fix: str) -> None:
 class TrainSettings(BaseModelSettings):
     """Distil a base model into a few-step LoRA."""
 
-    dataset_name: Text | None = Field(None, description="Hugging Face dataset to train on.")
+    dataset_name: Text | None = Field(
+        None,
+        description="Hugging Face dataset to train on, or the URL of .tar shards, several as "
+        "https://HOST/NAME-{0000..0123}.tar.",
+    )
+    streaming: bool = Field(
+        False,
+        description="Fetch the dataset file by file as it is needed, a few at a time, instead of all of it first; "
+        "shards by URL always are.",
+    )
     data_dir: Folder | None = Field(
         None,
         description="Folder to train on: COCO 2014/2017, images/ + captions/, picture + .txt, metadata.jsonl, .tar "
@@ -277,6 +287,16 @@ class TrainSettings(BaseModelSettings):
         False,
         description="Keep fewer of the student's activations and compute them again in the backward pass: less memory "
         "for one more forward; the gradients are the same.",
+    )
+    compile: bool = Field(
+        False,
+        description="torch.compile of the UNet for the teacher's and the student's batches, proven against the UNet "
+        "itself before training; compiling takes minutes.",
+    )
+    channels_last: bool = Field(
+        False,
+        description="Keep the UNet's and the VAE's weights in the memory order channels-last, which tensor cores take "
+        "convolutions in.",
     )
     learning_rate: Annotated[float, Field(gt=0, le=1)] = Field(1e-4, description="AdamW's learning rate.")
     lr_schedule: Literal["constant", "cosine"] = Field("constant", description="Learning rate after the warm-up.")
@@ -407,6 +427,11 @@ class TrainSettings(BaseModelSettings):
     def _consistent(self) -> Self:
         for first, second in combinations(("dataset_name", "data_dir", "prompts_file"), 2):
             _forbid_both(self, first, second, "leave one out")
+        if self.streaming and self.dataset_name is None:
+            raise ValueError(
+                "streaming came without dataset_name; allowed is a dataset of the Hub or the URL of shards; leave "
+                "--streaming out"
+            )
         if self.prompts_file is not None and self.start == "data":
             raise ValueError(
                 f"start data came with prompts_file {spell(self.prompts_file)}, which has no pictures; allowed "

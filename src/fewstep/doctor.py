@@ -178,7 +178,7 @@ class _Examination:
         return "the text encoder and the UNet give finite numbers"
 
     def data(self) -> str:
-        opened = open_data(self._settings, self._base)
+        opened = open_data(self._settings, self._base, streaming=self._settings.streaming)
         self._data = opened.report
         few = Slices(batch_size=min(FIRST_PICTURES, len(opened.data)))
         batch = next(

@@ -13,7 +13,7 @@ import torch
 
 from fewstep import lora
 from fewstep.arms import base_arm
-from fewstep.backbone import Backbone
+from fewstep.backbone import Backbone, compiled
 from fewstep.benchmark import BenchmarkResult, benchmark, cost, options
 from fewstep.config import BenchSettings
 from fewstep.errors import CheckpointError, InputError
@@ -80,7 +80,7 @@ def run(
     attached: Backbone, before: object, tiny: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[BenchmarkResult]:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(options, "BACKEND", "eager")  # the compiler itself takes minutes
+        patch.setattr(compiled, "BACKEND", "eager")  # the compiler itself takes minutes
         patch.setattr(cost, "_matrix_rate", lambda device, dtype: 1e10)  # seconds in bf16
         folder = tmp_path_factory.mktemp("run")
         yield benchmark(asked(folder, fast_options=FAST, tiny_vae=str(tiny)), backbone=attached)
@@ -187,7 +187,7 @@ def test_a_machine_without_a_compiler(base: Backbone, tmp_path: Path, monkeypatc
     def no_compiler(graph: object, inputs: object) -> object:
         raise FileNotFoundError("g++ is not there\nand more lines")
 
-    monkeypatch.setattr(options, "BACKEND", no_compiler)
+    monkeypatch.setattr(compiled, "BACKEND", no_compiler)
     words = (
         r"compile came, but torch\.compile does not work here \(.*a C\+\+ compiler; install it, or leave compile out"
     )

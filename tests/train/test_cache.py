@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from fewstep import cli
@@ -207,6 +207,34 @@ def test_shards_give_back_what_was_put_in_whatever_file_it_is_in(
     assert again.keys() == {str(key) for key in asked} and Shards(tmp_path, "captions").keys() == set()
     assert torch.equal(again.get(["16", "3"], torch.device("cpu")), values[[16, 3]])
     assert all(file["values"].dtype == torch.float16 for file in map(load_file, tmp_path.glob("*.safetensors")))
+
+
+@pytest.mark.parametrize("place", ["value", "key"])
+def test_a_flipped_bit_is_named(tmp_path: Path, place: str) -> None:
+    shards = Shards(tmp_path, "latents")
+    values = torch.randn(6, 3, 2).half().float()
+    keys = [f"{number:03d}" for number in range(6)]
+    shards.complete(keys, lambda places: values[places])
+    shards.flush()
+    file = next(tmp_path.glob("*.safetensors"))
+    content = bytearray(file.read_bytes())
+    begin = len(content) - values.numel() * 2
+    if place == "value":
+        content[begin + 4 * 6 * 2 + 5] ^= 4  # in the fifth of six
+    else:
+        content[content.index(b"004") + 2] ^= 3  # 004 is 007 now: somebody else's picture
+    file.write_bytes(content)
+    again, name = Shards(tmp_path, "latents"), "004" if place == "value" else "007"
+    whole = [key for key in keys if key != "004"]
+    assert torch.equal(again.get(whole, torch.device("cpu")), values[[0, 1, 2, 3, 5]])
+    with pytest.raises(CheckpointError, match=f"{file.name}' is damaged at latents {name}: .*; remove the file"):
+        again.get(["000", name], torch.device("cpu"))
+
+
+def test_a_file_without_checksums_is_no_file_of_a_cache(tmp_path: Path) -> None:
+    save_file({"values": torch.zeros(1, 2)}, tmp_path / "latents-0.safetensors", {"keys": '["1"]'})
+    with pytest.raises(CheckpointError, match=r"latents-0.safetensors' is no file of a cache \(.*; remove it"):
+        Shards(tmp_path, "latents")
 
 
 def test_numbers_beyond_fp16_are_refused(tmp_path: Path) -> None:

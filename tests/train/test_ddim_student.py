@@ -8,12 +8,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from fewstep import lora
 from fewstep.arms import Sampler, student_arm
 from fewstep.backbone import load_backbone
-from fewstep.config import TrainSettings
+from fewstep.config import GenerateSettings, TrainSettings
 from fewstep.errors import InputError, Interrupted
+from fewstep.generate import generate
 from fewstep.methods.trajectory import Trajectory
 from fewstep.pictures import encode_prompts, make_pictures
 from fewstep.randomness import generator
@@ -63,7 +65,7 @@ def test_what_was_left_open_is_what_a_path_needs(student: tuple[DistillResult, H
 
 @pytest.mark.parametrize("steps", [1, 4])
 def test_a_stock_pipeline_with_the_saved_scheduler_draws_the_students_picture(
-    student: tuple[DistillResult, Heard], base: Path, steps: int
+    student: tuple[DistillResult, Heard], base: Path, tmp_path: Path, steps: int
 ) -> None:
     from diffusers import DDIMScheduler, StableDiffusionPipeline
 
@@ -94,6 +96,11 @@ def test_a_stock_pipeline_with_the_saved_scheduler_draws_the_students_picture(
         return drawn.pixels[0].permute(1, 2, 0).numpy().astype(int)
 
     assert np.abs(stock - own("ddim")).max() <= 1
+    settings = GenerateSettings(
+        base_model=str(base), lora_path=adapter, prompt=PROMPT, steps=(steps,), seed=5, outdir=tmp_path, device="cpu"
+    )
+    with Image.open(generate(settings).images[0]) as picture:  # with the sampler that was saved beside the adapter
+        assert np.abs(stock - np.asarray(picture).astype(int)).max() <= 1
     assert steps == 1 or np.abs(stock - own("lcm")).mean() > 1
 
 

@@ -124,6 +124,27 @@ def test_a_damaged_rollout_is_named(settings: TrainSettings, tmp_path: Path) -> 
         distill(few.replace(run_name="second"))
 
 
+@pytest.mark.parametrize("change", ["bit", "caption", "name"])
+def test_a_rollout_that_is_not_as_it_was_written_is_named(settings: TrainSettings, tmp_path: Path, change: str) -> None:
+    few = settings.replace(output_dir=tmp_path, teacher_cache=tmp_path / "cache", teacher_rollouts=4, max_steps=3)
+    distill(few.replace(run_name="first"))
+    first, second = (tmp_path / "cache" / f"0000000{number}.safetensors" for number in (0, 2))
+    content = bytearray(second.read_bytes())
+    if change == "bit":
+        content[-9] ^= 1
+    elif change == "caption":
+        content[content.index(b"pattern")] ^= 1
+    else:
+        content = bytearray(first.read_bytes())
+    second.write_bytes(content)
+    with pytest.raises(
+        CheckpointError, match=r"00000002\.safetensors' is damaged at rollout [23]: .*; remove the file"
+    ):
+        distill(few.replace(run_name="second"))
+    second.unlink()
+    distill(few.replace(run_name="third"))
+
+
 @pytest.mark.parametrize("count", [8, 24, 64])
 def test_every_epoch_goes_through_all_of_them_in_another_order(count: int) -> None:
     slices = (

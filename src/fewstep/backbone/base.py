@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..quiet import quiet_libraries
+from .compiled import UNetCall, eager
 from .threads import in_parts, is_small, whole
 
 if TYPE_CHECKING:
@@ -40,6 +41,7 @@ class Backbone:
         abilities: what the base can do besides; None for most.
         fingerprint: 32 hexadecimal digits that change with the base's weights and configurations.
         revision: of the Hub's repository, if one was asked for.
+        compiled: what the denoiser calls in the UNet's place: a compiled form of it. None for the UNet itself.
     """
 
     name: str
@@ -58,6 +60,7 @@ class Backbone:
     abilities: Abilities | None
     fingerprint: str
     revision: str | None = None
+    compiled: UNetCall | None = None
 
     def __post_init__(self) -> None:
         for network in (self.unet, self.vae, self.text_encoder):
@@ -154,12 +157,12 @@ class Backbone:
                 switching inside free.
         """
 
-        run = in_parts if is_small(self.unet) else whole
+        call = self.compiled or eager(self.unet)
+        run = in_parts if is_small(self.unet) and self.compiled is None else whole
 
         def forward(x_t: Tensor, t: Tensor, cond: Tensor) -> Tensor:
             with self.autocast():
-                output: Tensor = self.unet(x_t, t, encoder_hidden_states=cond, return_dict=False)[0]
-            return output
+                return call(x_t, t, cond)
 
         def denoise(x_t: Tensor, t: Tensor, cond: Tensor, /) -> Tensor:
             with nullcontext() if adapter else adapters_off(self.unet):

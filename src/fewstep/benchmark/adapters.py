@@ -5,15 +5,16 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 
 from fewstep import lora
-from fewstep.arms import Arm, Sampler, base_arm, student_arm
+from fewstep.arms import Arm, Sampler, base_arm, sampler_timesteps, student_arm
 from fewstep.backbone import Backbone, adapters_off
 from fewstep.checkpoint import recorded_steps
 from fewstep.config import AdapterEntry, BenchSettings, adapter_entries
 from fewstep.errors import InputError
 from fewstep.opening import describe_adapter, recorded_sampler, warn_of_another_base
-from fewstep.reporting import Reporter
+from fewstep.reporting import SILENT, Reporter
 from fewstep.timesteps import promised_points
 
 
@@ -113,12 +114,14 @@ class Adapters:
             # The run's own adapter is compared with its record elsewhere; an option samples where the plain arm does.
             if promised is None or arm.source is None or arm.option is not None:
                 continue
-            trained = promised_points(promised, self._backbone.schedule.num_train_timesteps)
+            sampler = recorded_sampler(self._sources[arm.source][0], SILENT)
+            grid = partial(sampler_timesteps, sampler)
+            trained = promised_points(promised, self._backbone.schedule.num_train_timesteps, grid)
             strange = [t for t in arm.timesteps if t not in trained]
             if strange:
                 reporter.warn(
                     f"arm {arm.id} samples at timesteps {' '.join(map(str, strange))}, where its adapter was not "
-                    f"trained ({' '.join(map(str, trained))}): expect worse pictures; sample with lcm at "
+                    f"trained ({' '.join(map(str, trained))}): expect worse pictures; sample with {sampler} at "
                     f"{' '.join(map(str, promised))} steps"
                 )
 

@@ -14,16 +14,13 @@ from dataclasses import replace
 import torch
 
 from fewstep.arms import Arm, faster_arm
-from fewstep.backbone import Backbone, load_tiny_vae
+from fewstep.backbone import Backbone, compiled, load_tiny_vae
 from fewstep.config import BenchSettings
 from fewstep.errors import InputError, first_line
 from fewstep.quiet import quiet_libraries
 
 TINY_VAE = "tiny-vae"
 PRECISIONS = {"bf16": torch.bfloat16, "fp16": torch.float16}
-
-BACKEND = "inductor"
-"""Of torch.compile."""
 
 
 class Options:
@@ -45,7 +42,7 @@ class Options:
             if name in parts:
                 _check_precision(name, backbone)
         if "compile" in parts:
-            _check_compiler(backbone.device)
+            compiled.check_compiler(backbone.device, "fast_options compile")
         self._tiny = load_tiny_vae(settings.tiny_vae, backbone) if settings.tiny_vae else None
 
     def beside(self, arms: Sequence[Arm]) -> tuple[Arm, ...]:
@@ -108,7 +105,7 @@ class Options:
                 copy.vae.to(memory_format=torch.channels_last)
             case "compile":
                 # Whole and for each shape anew: where that is not to be had, an error instead of slow code.
-                copy.unet.compile(fullgraph=True, dynamic=False, backend=BACKEND)
+                copy.unet.compile(fullgraph=True, dynamic=False, backend=compiled.BACKEND)
             case "tiny-vae" if self._tiny is not None:
                 return replace(copy, vae=deepcopy(self._tiny.network))
             case "bf16" | "fp16":
@@ -135,15 +132,3 @@ def _check_precision(name: str, backbone: Backbone) -> None:
         )
     if name == "fp16" and backbone.device.type == "cpu":
         raise InputError("fast_options fp16 came with the CPU; allowed there: bf16; leave fp16 out")
-
-
-def _check_compiler(device: torch.device) -> None:
-    """Compile one operation: what does not work for one does not work for a network."""
-    try:
-        torch.compile(lambda x: x + 1, backend=BACKEND, fullgraph=True)(torch.zeros(2, device=device))
-    except Exception as error:  # of dynamo, of inductor, of Triton, of the compiler: there is no common one
-        needed = "a C++ compiler" if device.type == "cpu" else "Triton and a C compiler"
-        raise InputError(
-            f"fast_options compile came, but torch.compile does not work here ({first_line(error)}); allowed is a "
-            f"machine with {needed}; install it, or leave compile out"
-        ) from error

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fewstep.backbone import Abilities, Backbone
 from fewstep.config import BenchSettings
-from fewstep.data import PictureData, open_data
+from fewstep.data import PictureData, StreamedPictures, open_data
 from fewstep.errors import InputError
 from fewstep.pictures import as_bytes
 from fewstep.randomness import generator
@@ -130,6 +130,11 @@ def pictures_of_data(settings: BenchSettings, backbone: Backbone, reporter: Repo
     if settings.data_dir is None and settings.dataset_name is None:
         return None
     opened = open_data(settings, backbone, reporter=reporter)
+    if isinstance(opened.data, StreamedPictures):
+        raise InputError(
+            f"dataset_name {settings.dataset_name!r} came by URL, of which a part at a time is here; allowed for a "
+            "benchmark is data that is here as a whole; download the shards, and pass their folder as --data_dir"
+        )
     return DataPictures(opened.data, opened.fingerprint, settings)
 
 

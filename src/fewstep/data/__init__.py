@@ -5,22 +5,24 @@ A new kind of dataset is a file of its own that offers `PictureData`, and a line
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import floor
 from pathlib import Path
 from typing import Protocol
 
 from fewstep.data import folder
 from fewstep.data.generated import DrawsPictures, GeneratedPictures
-from fewstep.data.hub import scan_hub
+from fewstep.data.hub import HubShards, scan_hub
 from fewstep.data.loader import Batch, Batches, Slices
 from fewstep.data.pairs import LocalPictures, PictureData, keep_readable
 from fewstep.data.prompts import scan_prompts
+from fewstep.data.remote import RemoteShards, expand, is_url
 from fewstep.data.report import DataReport, Drops
+from fewstep.data.stream import StreamedPictures
 from fewstep.errors import InputError
 from fewstep.reporting import SILENT, Reporter
 
-__all__ = ["Batch", "Batches", "DataReport", "OpenedData", "PictureData", "Slices", "open_data"]
+__all__ = ["Batch", "Batches", "DataReport", "OpenedData", "PictureData", "Slices", "StreamedPictures", "open_data"]
 
 
 class DataSettings(Protocol):
@@ -73,10 +75,13 @@ class OpenedData:
     allowance: int
 
 
-def open_data(settings: DataSettings, backbone: Base, *, reporter: Reporter = SILENT) -> OpenedData:
+def open_data(
+    settings: DataSettings, backbone: Base, *, streaming: bool = False, reporter: Reporter = SILENT
+) -> OpenedData:
     """Find, scan and check the training data: a folder, a dataset, captions alone, or the base's own drawings.
 
     Args:
+        streaming: fetch a dataset file by file as it is needed; what comes by URL always is.
         reporter: told what was found and what was dropped.
 
     Raises:
@@ -92,7 +97,9 @@ def open_data(settings: DataSettings, backbone: Base, *, reporter: Reporter = SI
     rows_of = settings.dataset_name
     if settings.data_dir is not None and folder.holds_rows(settings.data_dir):
         rows_of = str(settings.data_dir)
-    if rows_of is not None:
+    if settings.dataset_name is not None and (streaming or is_url(settings.dataset_name)):
+        data, report, fingerprint = _open_stream(settings.dataset_name, settings, resolution, reporter)
+    elif rows_of is not None:
         rows = scan_hub(
             rows_of,
             resolution,
@@ -139,3 +146,24 @@ def open_data(settings: DataSettings, backbone: Base, *, reporter: Reporter = SI
         fingerprint=fingerprint,
         allowance=max(0, floor(settings.max_dropped * (report.pictures + lost) + 1e-9) - lost),
     )
+
+
+def _open_stream(
+    name: str, settings: DataSettings, resolution: int, reporter: Reporter
+) -> tuple[StreamedPictures, DataReport, str]:
+    """Data of which a part at a time is here; its counts are as if every shard were like the first."""
+    source: RemoteShards | HubShards
+    if is_url(name):
+        folder.refuse_columns(settings.image_column, None, name)
+        source = RemoteShards(expand(name), resolution, settings.max_dropped, settings.caption_column, reporter)
+    else:
+        source = HubShards(name, resolution, settings.max_dropped, settings.image_column, settings.caption_column)
+    data = StreamedPictures(source)
+    first = data.first.report
+    report = replace(
+        first,
+        source=f"{len(source):,} shards, fetched as they are needed; if all are like the first, {source.name(0)}",
+        pictures=len(data),
+        captions=first.captions * len(source),
+    )
+    return data, report, source.fingerprint(data.first)

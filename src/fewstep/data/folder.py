@@ -87,7 +87,10 @@ def scan_folder(
             "captions_*.json"
         )
     if not place.is_dir():
-        raise DataError(f"data_dir {place} does not exist; allowed is a folder: {LAYOUTS}; check the path")
+        fix = (
+            "pass shards by URL as --dataset_name" if place.parts[:1] in (("http:",), ("https:",)) else "check the path"
+        )
+        raise DataError(f"data_dir {place} does not exist; allowed is a folder: {LAYOUTS}; {fix}")
     if (place / "metadata.jsonl").is_file():
         return _with_metadata(place / "metadata.jsonl", drops, image_column, caption_column)
     annotations = coco.find_annotations(place)
@@ -125,7 +128,7 @@ def scan_folder(
     return Scanned(source=source, files=FolderFiles(place), pairs=pairs)
 
 
-def refuse_columns(image_column: str | None, caption_column: str | None, place: Path) -> None:
+def refuse_columns(image_column: str | None, caption_column: str | None, place: Path | str) -> None:
     """Raise an `InputError` where columns are named of data that has none."""
     for setting, column in (("image_column", image_column), ("caption_column", caption_column)):
         if column is not None:

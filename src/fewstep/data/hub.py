@@ -1,6 +1,7 @@
 """A dataset of the Hugging Face Hub, or a local one in parquet or other files of rows, memory-mapped by `datasets`.
 
-Pictures are read as the bytes that were stored and decoded here, like any other: same formats, same limits.
+Pictures are read as the bytes that were stored and decoded here, like any other: same formats, same limits. A dataset
+that is streamed is fetched file by file (`data.stream`), each of which is then read like a dataset of its own.
 """
 
 from __future__ import annotations
@@ -8,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import io
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, cast
@@ -19,13 +20,18 @@ from fewstep.data import captions
 from fewstep.data.pairs import add_to_fingerprint
 from fewstep.data.pictures import PictureError, decode, decode_file, inspect, inspect_file, quiet_pillow
 from fewstep.data.report import Drops, shown
+from fewstep.data.stream import OpenedShard
 from fewstep.errors import DataError, InputError
 from fewstep.reporting import SILENT, Reporter
 
 if TYPE_CHECKING:
     import datasets
 
+Rows = Any
+"""A `datasets.Dataset`, or an `IterableDataset`: both have columns and features."""
+
 _ROWS = 256  # looked over at a time
+_FILE = "rows.arrow"
 
 
 class HubPictures:
@@ -93,11 +99,32 @@ def scan_hub(
         DataError: the dataset cannot be had, or has no such split.
         InputError: the columns are not there, or it is not clear which are meant.
     """
-    rows, split = _load(name)
-    roots = _roots(name)
-    image = _image_column(rows, name, image_column)
-    caption = _caption_column(rows, name, caption_column, image)
-    rows = _undecoded(rows, image, caption)
+    loaded, split, _ = _load(name)
+    rows, columns = _chosen(loaded, name, image_column, caption_column)
+    found = scan_rows(rows, columns, resolution, drops, reporter, roots=_roots(name))
+    return ScannedRows(
+        data=found.data,
+        source=f"dataset {name}, split {split}",
+        captions=found.captions,
+        fingerprint=found.fingerprint,
+    )
+
+
+def scan_rows(
+    rows: datasets.Dataset,
+    columns: tuple[str, str],
+    resolution: int,
+    drops: Drops,
+    reporter: Reporter = SILENT,
+    *,
+    roots: Sequence[Path],
+) -> ScannedRows:
+    """Look over rows whose columns (image undecoded, caption) are known; `drops` counts those that cannot be used.
+
+    Args:
+        roots: the folders in which files that rows name may lie.
+    """
+    image, caption = columns
     kept: list[int] = []
     count = 0
     digest = hashlib.blake2b(digest_size=16)
@@ -122,8 +149,8 @@ def scan_hub(
                 add_to_fingerprint(digest, str(number), mark, good)
             bar.advance(len(table))
     return ScannedRows(
-        data=HubPictures(rows, (image, caption), np.array(kept, dtype=np.int64), resolution),
-        source=f"dataset {name}, split {split}",
+        data=HubPictures(rows, columns, np.array(kept, dtype=np.int64), resolution),
+        source="",
         captions=count,
         fingerprint=digest.hexdigest(),
     )
@@ -163,8 +190,71 @@ def _place(path: str, roots: Sequence[Path]) -> Path:
     return place
 
 
-def _load(name: str) -> tuple[datasets.Dataset, str]:
-    """The dataset that `name` stands for, and which split of it was taken."""
+class HubShards:
+    """The files of a dataset's split, each fetched when it is needed: a `ShardSource`."""
+
+    def __init__(
+        self,
+        name: str,
+        resolution: int,
+        max_dropped: float,
+        image_column: str | None = None,
+        caption_column: str | None = None,
+    ) -> None:
+        """Find out which files there are; raises as `scan_hub`."""
+        rows, self._split, self._version = _load(name, streaming=True)
+        if rows.features is None:  # such as of .json, whose columns are known once some rows were read
+            rows = rows._resolve_features()
+        self._rows, self._columns = _chosen(rows, name, image_column, caption_column)
+        self._name, self._resolution, self._max_dropped = name, resolution, max_dropped
+
+    @property
+    def key(self) -> str:
+        version = f"{self._name} {self._split} {self._version}"
+        return hashlib.blake2b(version.encode(), digest_size=16).hexdigest()
+
+    def fingerprint(self, first: OpenedShard) -> str:
+        """Of the number of files, and of the content of the first."""
+        return hashlib.blake2b(f"{len(self)} {first.fingerprint}".encode(), digest_size=16).hexdigest()
+
+    def __len__(self) -> int:
+        return int(self._rows.num_shards)
+
+    def name(self, number: int) -> str:
+        return f"dataset {self._name}, split {self._split}, file {number} of {len(self)}"
+
+    def fetch(self, number: int, folder: Path) -> None:
+        import pyarrow
+
+        schema = self._rows.features.arrow_schema
+        tables = self._rows.shard(len(self), number).with_format("arrow").iter(batch_size=_ROWS)
+        with pyarrow.OSFile(str(folder / _FILE), "wb") as sink, pyarrow.ipc.new_stream(sink, schema) as stream:
+            while (table := self._next(tables, number)) is not None:
+                stream.write_table(table.cast(schema))
+
+    def open(self, number: int, folder: Path) -> OpenedShard:
+        import datasets
+
+        drops = Drops()
+        rows = datasets.Dataset.from_file(str(folder / _FILE))
+        found = scan_rows(rows, self._columns, self._resolution, drops, roots=_roots(self._name))
+        report = drops.report(self.name(number), len(found.data), found.captions)
+        report.check(self._max_dropped)
+        return OpenedShard(data=found.data, report=report, fingerprint=found.fingerprint)
+
+    def _next(self, tables: Iterator[Any], number: int) -> Any:
+        """The next rows, None at the end; what goes wrong is of the file or of the network."""
+        try:
+            return next(tables, None)
+        except Exception as error:  # of httpx, of fsspec, of pyarrow, of the builder's own code
+            raise DataError(
+                f"{self.name(number)} cannot be read ({_line(error)}); check the network and the dataset; where a run "
+                "has checkpoints, go on with --resume_from_checkpoint latest"
+            ) from error
+
+
+def _load(name: str, *, streaming: bool = False) -> tuple[Rows, str, str]:
+    """The dataset that `name` stands for, which split of it was taken, and what changes when its files do."""
     import datasets
 
     repo, config, split = (name, "", "") if Path(name).exists() else [*name.split(":", 2), "", ""][:3]
@@ -178,8 +268,11 @@ def _load(name: str) -> tuple[datasets.Dataset, str]:
                 f"dataset {repo} has no split {split!r}; allowed: {', '.join(splits)}; "
                 f"pass --dataset_name {repo}:{config}:{splits[0]}"
             )
-        builder.download_and_prepare(dl_manager=_bounded_downloads(builder))
-        rows = builder.as_dataset(split=split)
+        if streaming:
+            rows: Rows = builder.as_streaming_dataset(split=split)
+        else:
+            builder.download_and_prepare(dl_manager=_bounded_downloads(builder))
+            rows = builder.as_dataset(split=split)
     except ConnectionError as error:
         raise DataError(
             f"dataset {repo} is not in the cache {datasets.config.HF_DATASETS_CACHE} and the Hub cannot be reached "
@@ -198,7 +291,7 @@ def _load(name: str) -> tuple[datasets.Dataset, str]:
             f"dataset {repo} cannot be opened ({_line(error)}); allowed is ID, ID:CONFIGURATION or "
             "ID:CONFIGURATION:SPLIT of a dataset stored as files, not as a script; check the name"
         ) from error
-    return cast("datasets.Dataset", rows), split
+    return rows, split, str(builder.cache_dir)  # its name has a hash of the files' times, or of the commit
 
 
 def _bounded_downloads(builder: datasets.DatasetBuilder) -> datasets.DownloadManager:
@@ -221,7 +314,19 @@ def _bounded_downloads(builder: datasets.DatasetBuilder) -> datasets.DownloadMan
     )
 
 
-def _image_column(rows: datasets.Dataset, name: str, wanted: str | None) -> str:
+def _chosen(
+    rows: Rows, name: str, image_column: str | None, caption_column: str | None
+) -> tuple[Rows, tuple[str, str]]:
+    """The two columns that count, pictures undecoded, and their names."""
+    import datasets
+
+    image = _image_column(rows, name, image_column)
+    caption = _caption_column(rows, name, caption_column, image)
+    chosen = rows.select_columns([image, caption]).cast_column(image, datasets.Image(decode=False))
+    return chosen, (image, caption)
+
+
+def _image_column(rows: Rows, name: str, wanted: str | None) -> str:
     import datasets
 
     features = {str(column): feature for column, feature in rows.features.items()}
@@ -245,7 +350,7 @@ def _holds_bytes(feature: Any) -> bool:
     return getattr(inner, "dtype", "") in ("binary", "large_binary")
 
 
-def _caption_column(rows: datasets.Dataset, name: str, wanted: str | None, image: str) -> str:
+def _caption_column(rows: Rows, name: str, wanted: str | None, image: str) -> str:
     columns = [column for column in rows.column_names if column != image]
     if wanted is None:
         return captions.guess_column(columns, f"dataset {name}")
@@ -257,13 +362,7 @@ def _caption_column(rows: datasets.Dataset, name: str, wanted: str | None, image
     return wanted
 
 
-def _undecoded(rows: datasets.Dataset, image: str, caption: str) -> datasets.Dataset:
-    import datasets
-
-    return rows.select_columns([image, caption]).cast_column(image, datasets.Image(decode=False))
-
-
-def _columns(rows: datasets.Dataset) -> str:
+def _columns(rows: Rows) -> str:
     return ", ".join(shown(column) for column in rows.column_names)
 
 

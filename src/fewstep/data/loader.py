@@ -15,7 +15,7 @@ from __future__ import annotations
 import signal
 from collections.abc import Callable, Iterator, Set
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -66,6 +66,29 @@ class Slices:
         return update * self.global_batch + self.positions(micro).start
 
 
+@runtime_checkable
+class InItsOwnOrder(Protocol):
+    """Data that says itself which item stands where, for it cannot be read at random as a whole."""
+
+    def index_at(self, seed: int, place: int, attempt: int = 0) -> int:
+        """Which item stands at a place of the endless sequence; at a later attempt, another in its place."""
+        ...
+
+    def notes(self) -> tuple[str, ...]:
+        """What became known of the data since the last call, a line each."""
+        ...
+
+
+@dataclass(frozen=True)
+class Noted:
+    """What became known of the data while it was read."""
+
+    text: str
+
+    def __str__(self) -> str:
+        return self.text
+
+
 @dataclass(frozen=True)
 class Replaced:
     """A picture that another one stands in for."""
@@ -88,7 +111,7 @@ class Batch:
         items: numbers of the B items in the data.
         pictures: uint8 [B, R, R, 3], RGB; R is 0 where the data is captions alone.
         captions: B of them, none empty.
-        replaced: pictures that were met for the first time here and could not be used.
+        replaced: pictures that were met for the first time here and could not be used, and what else became known.
         spared: rows whose picture was not asked for, and is black.
     """
 
@@ -98,7 +121,7 @@ class Batch:
     items: tuple[int, ...]
     pictures: Tensor
     captions: tuple[str, ...]
-    replaced: tuple[Replaced, ...]
+    replaced: tuple[Replaced | Noted, ...]
     spared: tuple[int, ...] = ()
 
     def pixels(self, device: torch.device | str = "cpu") -> Tensor:
@@ -151,6 +174,7 @@ class Batches:
         self._workers = workers
         self.replaced: dict[str, str] = {}
         """Names of the pictures that turned out to be no good, and why."""
+        self._noted: set[str] = set()
 
     def __len__(self) -> int:
         """Number of micro-batches."""
@@ -179,6 +203,8 @@ class Batches:
     def _checked(self, loaded: _Loaded) -> Batch:
         new = tuple(replaced for replaced in loaded.replaced if replaced.name not in self.replaced)
         self.replaced |= {replaced.name: replaced.reason for replaced in new}
+        noted = [Noted(text) for text in loaded.notes if text not in self._noted]  # each worker says it
+        self._noted.update(loaded.notes)
         if len(self.replaced) > self._allowance:
             named = "; ".join(f"{name}: {reason}" for name, reason in list(self.replaced.items())[-3:])
             raise DataError(
@@ -192,7 +218,7 @@ class Batches:
             items=loaded.items,
             pictures=torch.from_numpy(loaded.pictures),
             captions=loaded.captions,
-            replaced=new,
+            replaced=(*noted, *new),
             spared=loaded.spared,
         )
 
@@ -209,6 +235,7 @@ class _Loaded:
     captions: tuple[str, ...]
     replaced: tuple[Replaced, ...]
     spared: tuple[int, ...]
+    notes: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -239,12 +266,13 @@ class _Source(Dataset["_Loaded | FewstepError"]):
             captions=captions,
             replaced=tuple({bad.name: bad for bad in replaced}.values()),
             spared=tuple(row for row, picture in enumerate(pictures) if picture is None),
+            notes=self.data.notes() if isinstance(self.data, InItsOwnOrder) else (),
         )
 
     def _sample(self, place: int, replaced: list[Replaced]) -> tuple[int, np.ndarray | None, str]:
         """(number, pixels, caption) of the item at a place of the endless sequence; no pixels where they are spared."""
-        index = sample_index(self.seed, place, len(self.data))
         for attempt in range(_ATTEMPTS):
+            index = self._index_at(place, attempt)
             try:
                 pixels: np.ndarray | None
                 if index in self.spared:
@@ -253,7 +281,6 @@ class _Source(Dataset["_Loaded | FewstepError"]):
                     pixels, captions = self.data.item(index)
             except PictureError as error:
                 replaced.append(Replaced(self.data.name(index), str(error)))
-                index = _draw(len(self.data), generator(self.seed, "replacement", place, attempt))
             else:
                 return index, pixels, captions[_draw(len(captions), generator(self.seed, "caption", place))]
         bad = replaced[-1]
@@ -261,6 +288,14 @@ class _Source(Dataset["_Loaded | FewstepError"]):
             f"{_ATTEMPTS} pictures in a row are no good, the last {bad.name}: {bad.reason}; allowed are a few; check "
             "the data"
         )
+
+    def _index_at(self, place: int, attempt: int) -> int:
+        """The item at a place, or the one drawn in its stead at a later attempt."""
+        if isinstance(self.data, InItsOwnOrder):
+            return self.data.index_at(self.seed, place, attempt)
+        if attempt:
+            return _draw(len(self.data), generator(self.seed, "replacement", place, attempt - 1))
+        return sample_index(self.seed, place, len(self.data))
 
 
 def _draw(n: int, rng: torch.Generator) -> int:

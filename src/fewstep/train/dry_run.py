@@ -22,7 +22,7 @@ from fewstep.methods.kstep import KStep
 from fewstep.processes import join_processes, own_device
 from fewstep.reporting import SILENT, Reporter, in_bytes
 from fewstep.timing import synchronise
-from fewstep.train import start
+from fewstep.train import engine, start
 from fewstep.train.encoding import Fresh
 from fewstep.train.needs import disk_of_run, free_disk
 from fewstep.train.rollouts import Lesson, Teacher
@@ -92,19 +92,22 @@ def rehearse(settings: TrainSettings, *, reporter: Reporter = SILENT) -> DryRun:
     resumed = start.checkpoint_to_resume(settings, reporter)
     recorded = None if resumed is None else checkpoint.recorded_base(resumed)
     backbone, settings = start.open_base(settings, own_device(settings.device, processes), recorded, reporter)
-    opened = open_data(settings, backbone, reporter=reporter)
+    opened = open_data(settings, backbone, streaming=settings.streaming, reporter=reporter)
     method = start.method_of(settings, backbone)
+    quick = {size: engine.quickened(backbone, settings, size) for size in (1, 2)}
     parameters = start.student_of(settings, backbone)
-    optimizer = torch.optim.AdamW(parameters, lr=settings.learning_rate)
+    optimizer = engine.adamw_of(parameters, settings, backbone.device)
     ema = EMA(parameters, settings.ema_decay)
     slices = start.slices_of(settings, processes)
 
-    with reporter.progress("dry run", 2) as bar:
+    with reporter.progress("dry run", 2) as bar, engine.compiling(settings):
         trials = []
         for size in (1, 2):
             batch = _dear_batch(size, settings, backbone, method, opened)
             try:
-                trials.append(_tried(batch, settings, backbone, method, optimizer))
+                if settings.compile:
+                    engine.prove(quick[size], backbone, parameters, settings, size)
+                trials.append(_tried(batch, settings, quick[size], method, optimizer))
             except torch.OutOfMemoryError:
                 raise InputError(
                     f"batch {size} does not fit into the memory of {backbone.device}; allowed is what fits, "

@@ -7,7 +7,8 @@
 What is kept is rounded to fp16 and used rounded from the first time on, so that a run that fills the cache and one that
 finds it full are the same bit for bit; against a run without a cache it is that rounding, 2^-11 of each number, that
 differs. A run computes what it needs and lacks, batch by batch; `fewstep cache` does that and nothing else. Shards are
-read through memory maps: a data set does not have to fit into memory.
+read through memory maps: a data set does not have to fit into memory. Each entry has a checksum, which is looked at
+whenever it is read.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -27,7 +29,7 @@ from fewstep.data import Batch
 from fewstep.data.loader import to_pixels
 from fewstep.errors import CheckpointError, InputError
 from fewstep.files import write_bytes_atomic
-from fewstep.train.keyed import claim, opened
+from fewstep.train.keyed import checksum, claim, damaged, opened
 
 KEY = "cache.json"
 SHARD = 1024
@@ -153,6 +155,16 @@ def cache_key(backbone: Backbone, data_fingerprint: str, resolution: int) -> dic
     }
 
 
+@dataclass(frozen=True)
+class _Entry:
+    """Where a tensor is: the file's memory map, the row in it, its checksum, the file's name."""
+
+    values: Any
+    row: int
+    sum: int
+    path: Path
+
+
 class Shards:
     """Tensors of one shape under names, fp16, in files of up to `SHARD` of them."""
 
@@ -163,7 +175,7 @@ class Shards:
             CheckpointError: a file cannot be read.
         """
         self._folder, self._kind = folder, kind
-        self._where: dict[str, tuple[Any, int]] = {}
+        self._where: dict[str, _Entry] = {}
         self._new: dict[str, Tensor] = {}
         for path in sorted(folder.glob(f"{kind}-*.safetensors")):
             self._take(path)
@@ -172,10 +184,14 @@ class Shards:
         file = opened(path)
         try:
             keys = json.loads(file.metadata()["keys"])
+            sums = json.loads(file.metadata()["sums"])
             values = file.get_slice("values")
+            entries = {
+                key: _Entry(values, row, sum_, path) for row, (key, sum_) in enumerate(zip(keys, sums, strict=True))
+            }
         except (TypeError, KeyError, ValueError) as error:
             raise CheckpointError(f"{str(path)!r} is no file of a cache ({error!r}); remove it") from None
-        self._where |= {key: (values, row) for row, key in enumerate(keys)}
+        self._where |= entries
 
     def keys(self) -> set[str]:
         """The names of all that is held."""
@@ -206,13 +222,20 @@ class Shards:
         return True
 
     def get(self, keys: Sequence[str], device: torch.device) -> Tensor:
-        """The values of `keys`, all of which are held, as fp32 [len(keys), ...] on the device."""
+        """The values of `keys`, all of which are held, as fp32 [len(keys), ...] on the device.
+
+        Raises:
+            CheckpointError: one is not as it was written.
+        """
         values = [self._new[key] if key in self._new else self._read(key) for key in keys]
         return torch.stack(values).to(device).float()
 
     def _read(self, key: str) -> Tensor:
-        values, row = self._where[key]
-        return values[row]
+        entry = self._where[key]
+        value: Tensor = entry.values[entry.row]
+        if checksum(key, [value]) != entry.sum:
+            raise damaged(entry.path, f"{self._kind} {key}")
+        return value
 
     def flush(self) -> None:
         """Write what is new into a file of its own, which is named for what is in it.
@@ -222,7 +245,9 @@ class Shards:
         """
         if not self._new:
             return
-        content = save({"values": torch.stack(list(self._new.values()))}, {"keys": json.dumps(list(self._new))})
+        sums = [checksum(key, [value]) for key, value in self._new.items()]
+        about = {"keys": json.dumps(list(self._new)), "sums": json.dumps(sums)}
+        content = save({"values": torch.stack(list(self._new.values()))}, about)
         path = self._folder / f"{self._kind}-{hashlib.blake2b(content, digest_size=8).hexdigest()}.safetensors"
         try:
             write_bytes_atomic(path, content)

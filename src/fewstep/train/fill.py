@@ -44,7 +44,7 @@ def fill(
     main = processes.is_main_process
     reporter = reporter if main else SILENT
     backbone, resolved = start.open_base(settings, own_device(settings.device, processes), None, reporter)
-    opened = open_data(resolved, backbone, reporter=reporter)
+    opened = open_data(resolved, backbone, streaming=resolved.streaming, reporter=reporter)
     slices = start.slices_of(settings, processes)
     method, shape = start.method_of(resolved, backbone), backbone.latent_shape(resolved.resolution)
     cache = start.cache_of(settings.cache_dir, resolved, backbone, opened, main=main)

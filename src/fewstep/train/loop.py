@@ -39,7 +39,7 @@ from fewstep.previews import Previews
 from fewstep.processes import join_processes, noticing_losses, own_device
 from fewstep.reporting import SILENT, Reporter
 from fewstep.telemetry import LoggedReporter, LossByTimestep, Telemetry
-from fewstep.train import start
+from fewstep.train import engine, start
 from fewstep.train.progress import Progress
 from fewstep.train.rollouts import Lesson, RolloutStore, Teacher, kept_lessons
 from fewstep.train.watch import Watch
@@ -114,14 +114,16 @@ def distill(
         shape, device = backbone.latent_shape(settings.resolution), backbone.device
 
         # ---- The data.
-        opened = open_data(settings, backbone, reporter=reporter)
+        opened = open_data(settings, backbone, streaming=settings.streaming, reporter=reporter)
         slices = start.slices_of(settings, processes)
 
         # ---- The method, the student, and what trains it.
         method = start.method_of(settings, backbone)
+        quick = engine.quickened(backbone, settings, settings.batch_size)
+        cleanup.enter_context(engine.compiling(settings))
         parameters = start.student_of(settings, backbone)
         ema = EMA(parameters, settings.ema_decay)
-        adamw = torch.optim.AdamW(parameters, lr=settings.learning_rate)
+        adamw = engine.adamw_of(parameters, settings, device)
         accelerator = Accelerator(
             cpu=device.type == "cpu",
             mixed_precision=settings.mixed_precision,
@@ -147,6 +149,9 @@ def distill(
             start.warn_of_versions(resumed, reporter)
         for line in start.plan(settings, method, slices, lora.trainable_parameters(backbone.unet), device):
             reporter.say(line)
+        if settings.compile:
+            worst = engine.prove(quick, backbone, parameters, settings, settings.batch_size)
+            reporter.say(f"compiled: outputs and gradients are the UNet's own to {worst:.1g} of their size")
         best_folder = settings.run_dir / "lora" / checkpoint.BEST
         check_folder: Callable[[], None] | None = None
         if main:
@@ -248,7 +253,7 @@ def distill(
             workers=start.loading_workers(device, processes.num_processes),
             spared=encoder.items(),
         )
-        teacher = Teacher(backbone, encoder, method, settings.seed, shape, settings.starts_from)
+        teacher = Teacher(quick, encoder, method, settings.seed, shape, settings.starts_from)
         lessons: Iterator[Lesson]
         speed = start.throughput_of(settings, backbone, processes.num_processes)
         if settings.keeps_rollouts:
@@ -268,7 +273,7 @@ def distill(
             lessons = map(teacher, speed.waiting(batches(start=step, end=settings.max_steps)))
 
         # ---- The loop.
-        student = backbone.denoiser()
+        student = quick.denoiser()
         watch = Watch(lora.AdapterWeights(backbone.unet).parameters(), reporter.warn)
         watch.remember(telemetry.history)
         update: list[Lesson] = []

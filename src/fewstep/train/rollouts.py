@@ -24,14 +24,14 @@ from torch import Tensor
 from fewstep.backbone import Backbone, adapters_off
 from fewstep.config import Start
 from fewstep.data import Batch, Slices
-from fewstep.data.loader import Replaced
+from fewstep.data.loader import Noted, Replaced
 from fewstep.data.order import sample_index
 from fewstep.errors import CheckpointError
 from fewstep.files import write_bytes_atomic
 from fewstep.methods.kstep import Draws, KStep, Pairs
 from fewstep.solver import Denoiser
 from fewstep.train.encoding import Encoder
-from fewstep.train.keyed import claim, opened
+from fewstep.train.keyed import checksum, claim, damaged, opened
 
 KEY = "rollouts.json"
 """The file that says what the rollouts of a folder are of."""
@@ -54,7 +54,7 @@ class Lesson:
     cond: Tensor
     captions: tuple[str, ...]
     items: tuple[int, ...]
-    replaced: tuple[Replaced, ...] = ()
+    replaced: tuple[Replaced | Noted, ...] = ()
     forwards: int = 0
 
     def loss(self, method: KStep, student: Denoiser) -> tuple[Tensor, Tensor]:
@@ -211,14 +211,16 @@ class RolloutStore:
             "rows": pairs.rows,
             "weight": pairs.weight.cpu(),
         }
-        content = save(tensors, {"captions": json.dumps(lesson.captions)})
-        write_bytes_atomic(self.folder / f"{first:08d}.safetensors", content)
+        captions = json.dumps(lesson.captions)
+        path = self.folder / f"{first:08d}.safetensors"
+        known = str(checksum(f"{path.stem} {captions}", list(tensors.values())))
+        write_bytes_atomic(path, save(tensors, {"captions": captions, "sum": known}))
 
     def get(self, numbers: list[int], device: torch.device) -> tuple[Pairs, tuple[str, ...]]:
         """The pairs of the rollouts `numbers`, in that order, and their captions.
 
         Raises:
-            CheckpointError: one is not there.
+            CheckpointError: one is not there, or not as it was written.
         """
         parts: list[dict[str, Tensor]] = []
         captions = []
@@ -230,9 +232,13 @@ class RolloutStore:
                 )
             path, row = self._where[number]
             with opened(path) as file:
-                mine = (file.get_tensor("rows") == row).nonzero().squeeze(1)
-                part = {name: file.get_tensor(name)[mine] for name in ("x_t", "target", "t", "weight")}
-                captions.append(json.loads(file.metadata()["captions"])[row])
+                whole = {name: file.get_tensor(name) for name in ("x_t", "target", "t", "rows", "weight")}
+                about = file.metadata()
+            if about.get("sum") != str(checksum(f"{path.stem} {about['captions']}", list(whole.values()))):
+                raise damaged(path, f"rollout {number}")
+            mine = (whole.pop("rows") == row).nonzero().squeeze(1)
+            part = {name: value[mine] for name, value in whole.items()}
+            captions.append(json.loads(about["captions"])[row])
             parts.append(part | {"rows": torch.full_like(part["t"], place)})
         joined = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
         pairs = Pairs(

@@ -29,6 +29,7 @@ from fewstep.reporting import Bar, Reporter
 from fewstep.telemetry import Throughput
 from fewstep.timesteps import promised_points
 from fewstep.timing import quick_matrix_rate
+from fewstep.train import engine
 from fewstep.train.encoding import Cached, Encoder, Fresh, cache_key
 from fewstep.train.rollouts import RolloutStore, Teacher
 from fewstep.validation import FIGURE
@@ -40,9 +41,10 @@ MAY_CHANGE = {
     *("output_dir", "run_name", "log_file", "checkpoint_every", "validate_every", "log_every", "oracle_images"),
     *("validate_images", "clip_model_id"),
     *("keep_last", "keep_every"),
-    *("device", "gradient_checkpointing", "default_base", "revision", "allow_pickle"),
+    *("device", "gradient_checkpointing", "compile", "channels_last", "default_base", "revision", "allow_pickle"),
     *("teacher_cache", "cache_dir"),  # their own keys tell
-    *("base_model", "data_dir", "dataset_name", "prompts_file", "image_column", "caption_column"),  # fingerprints tell
+    *("base_model", "data_dir", "dataset_name", "streaming", "prompts_file"),  # fingerprints tell
+    *("image_column", "caption_column"),
     "max_dropped",  # likewise
     *("batch_size", "gradient_accumulation_steps"),  # the global batch tells
     "max_steps",
@@ -130,6 +132,9 @@ def open_base(
         prediction_type=settings.prediction_type,
         why=why,
     )
+    if settings.channels_last:
+        for network in (backbone.unet, backbone.vae):
+            network.to(memory_format=torch.channels_last)
     if not is_small(backbone.vae):  # one picture of Stable Diffusion's size keeps a device busy: no memory for more
         backbone.vae.enable_slicing()
     return backbone, resolved(settings, backbone)
@@ -300,6 +305,12 @@ def plan(settings: TrainSettings, method: KStep, slices: Slices, trainable: int,
         f"training: {settings.max_steps:,} steps of {slices.global_batch} pictures ({slices.batch_size} x "
         f"{slices.accumulation} micro-batches x {slices.processes} processes) on {device}, "
         f"mixed_precision {settings.mixed_precision}"
+    )
+    yield (
+        f"engine: UNet {'compiled' if settings.compile else 'as it is, not compiled'}, "
+        f"{'channels-last' if settings.channels_last else 'channels first'}, gradient checkpointing "
+        f"{'on' if settings.gradient_checkpointing else 'off'}, "
+        f"AdamW {'fused' if engine.fuses(settings, device) else 'plain'}"
     )
     yield "settings:"
     yield from (f"  {line}" for line in settings_toml(settings).splitlines())

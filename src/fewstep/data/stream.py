@@ -1,0 +1,256 @@
+"""Data too large or too far away to have here: shards of it, of which a few at a time are fetched, and read at random.
+
+    shards      in a new order each epoch, by the seed; `WINDOW` of them at a time are the buffer
+    pictures    of the shards in the buffer in an order of their own, by the seed and the buffer's number
+
+Every shard stands for as many places in the sequence of all samples as the first one has pictures. What stands at a
+place then follows from the seed and the place, as with data that is here: nothing is counted on the way, so that a
+resumed run fetches the shards of its buffer again and goes on, and workers and processes need not agree on anything. Of
+a shard with more pictures some are left out, others each epoch; in one with fewer some come twice.
+
+All processes of a machine share what is fetched; the next buffer is fetched while this one is used, and shards that are
+two buffers back are removed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol, TypeVar
+
+import numpy as np
+import torch
+from filelock import FileLock
+
+from fewstep.data.order import sample_index
+from fewstep.data.pairs import PictureData
+from fewstep.data.pictures import PictureError
+from fewstep.data.report import DataReport
+from fewstep.errors import DataError
+from fewstep.randomness import generator
+
+WINDOW = 4
+"""Shards that are read at random at a time."""
+
+_REPEATS = 3  # a shard that another process has removed meanwhile is fetched again, but not for ever
+
+ResultT = TypeVar("ResultT")
+
+
+@dataclass(frozen=True, kw_only=True)
+class OpenedShard:
+    """A shard that is here and was looked over.
+
+    Attributes:
+        data: its usable pictures, at least one.
+        report: what was kept and dropped.
+        fingerprint: of its content.
+    """
+
+    data: PictureData
+    report: DataReport
+    fingerprint: str
+
+
+class ShardSource(Protocol):
+    """Where shards come from; may be asked by several threads and processes."""
+
+    @property
+    def key(self) -> str:
+        """Another one for other shards, and for the same ones once they have changed."""
+        ...
+
+    def __len__(self) -> int: ...
+
+    def name(self, number: int) -> str:
+        """What to call a shard in a message."""
+        ...
+
+    def fetch(self, number: int, folder: Path) -> None:
+        """Put a shard into an empty folder.
+
+        Raises:
+            DataError: it cannot be had.
+            OSError: the folder cannot be written to.
+        """
+        ...
+
+    def open(self, number: int, folder: Path) -> OpenedShard:
+        """Look over the shard that `fetch` put there.
+
+        Raises:
+            DataError: it is damaged, or too little of it can be used.
+        """
+        ...
+
+
+class StreamedPictures:
+    """The pictures of a source's shards. Item r · (number of shards) + s is the picture r of shard s."""
+
+    def __init__(self, source: ShardSource, home: Path | None = None) -> None:
+        """Fetch the first shard, which says how many places each of them stands for.
+
+        Args:
+            home: where shards are kept while they are needed; a folder below the user's cache if None.
+
+        Raises:
+            DataError: it cannot be had or used.
+        """
+        self._source = source
+        self._home = cache_folder() / source.key if home is None else home
+        self._opened: dict[int, PictureData] = {}
+        self._notes: list[str] = []
+        self._window = (0, -1)  # seed and number
+        self.first = self._look(0)
+        self._each = len(self.first.data)
+
+    def __len__(self) -> int:
+        """Places of an epoch."""
+        return len(self._source) * self._each
+
+    def name(self, index: int) -> str:
+        row, shard = divmod(index, len(self._source))
+        return self._read(shard, lambda data: f"{self._source.name(shard)}: {data.name(row % len(data))}")
+
+    def item(self, index: int) -> tuple[np.ndarray, tuple[str, ...]]:
+        row, shard = divmod(index, len(self._source))
+        return self._read(shard, lambda data: data.item(row % len(data)))
+
+    def captions(self, index: int) -> tuple[str, ...]:
+        row, shard = divmod(index, len(self._source))
+        return self._read(shard, lambda data: data.captions(row % len(data)))
+
+    def index_at(self, seed: int, place: int, attempt: int = 0) -> int:
+        """Which item stands at a place of the endless sequence, or for it at a later attempt.
+
+        Raises:
+            DataError: a shard of the buffer cannot be had or used.
+        """
+        window, at = divmod(place, self._width * self._each)
+        self._enter(seed, window)
+        shards = self._shards_of(seed, window)
+        sizes = [self._read(shard, len) for shard in shards]
+        if attempt:
+            rng = generator(seed, "replacement", place, attempt)
+            number = int(torch.randint(sum(sizes), (), generator=rng))
+        else:
+            number = sample_index(_derived(seed, f"buffer {window}"), at, sum(sizes))
+        for shard, size in zip(shards, sizes, strict=True):
+            if number < size:
+                return number * len(self._source) + shard
+            number -= size
+        raise AssertionError("a number below the sum of the sizes is in one of them")
+
+    def notes(self) -> tuple[str, ...]:
+        """What was dropped of the shards that were opened since the last call."""
+        said, self._notes = tuple(self._notes), []
+        return said
+
+    @property
+    def _width(self) -> int:
+        """Shards of a buffer."""
+        return min(WINDOW, len(self._source))
+
+    def _shards_of(self, seed: int, window: int) -> list[int]:
+        first = window * self._width
+        order = _derived(seed, "shards")
+        return [sample_index(order, place, len(self._source)) for place in range(first, first + self._width)]
+
+    def _enter(self, seed: int, window: int) -> None:
+        """Fetch what comes next, in the background, and let go of what is over."""
+        if self._window == (seed, window):
+            return
+        self._window = (seed, window)
+        following = self._shards_of(seed, window + 1)
+        kept = {*self._shards_of(seed, window), *following}
+        self._opened = {shard: data for shard, data in self._opened.items() if shard in kept}
+        kept |= set(self._shards_of(seed, window - 1)) if window else set()
+        for place in self._home.glob("[0-9]*"):
+            if place.is_dir() and int(place.name) not in kept:
+                _remove(place)
+
+        def ahead() -> None:
+            with suppress(DataError):  # whoever needs it meets the error, or has better luck
+                for shard in following:
+                    self._here(shard)
+
+        _in_background(ahead)
+
+    def _read(self, shard: int, work: Callable[[PictureData], ResultT]) -> ResultT:
+        """`work` on the pictures of a shard, fetched if need be."""
+        for _ in range(_REPEATS):
+            if shard not in self._opened:
+                self._opened[shard] = self._look(shard).data
+            try:
+                return work(self._opened[shard])
+            except PictureError:
+                raise
+            except DataError as error:
+                del self._opened[shard]
+                failed = error
+        raise failed
+
+    def _look(self, shard: int) -> OpenedShard:
+        place = self._here(shard)
+        try:
+            opened = self._source.open(shard, place)
+        except DataError:
+            _remove(place)  # the next attempt fetches it again
+            raise
+        if opened.report.dropped:
+            self._notes += [f"{self._source.name(shard)}: {line}" for line in list(opened.report.lines())[1:]]
+        return opened
+
+    def _here(self, shard: int) -> Path:
+        """The folder of a shard, which is fetched if it is not there; once, whoever asks."""
+        place = self._home / f"{shard:06d}"
+        if place.is_dir():
+            return place
+        with _writing(self._home):
+            self._home.mkdir(parents=True, exist_ok=True)
+            with FileLock(self._home / f"{shard:06d}.lock"):
+                if not place.is_dir():
+                    part = self._home / f".{shard:06d}"
+                    shutil.rmtree(part, ignore_errors=True)
+                    part.mkdir()
+                    self._source.fetch(shard, part)
+                    part.rename(place)
+        return place
+
+
+def cache_folder() -> Path:
+    """Where shards are kept while they are needed: `$XDG_CACHE_HOME/fewstep/shards`, by default in ~/.cache."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fewstep" / "shards"
+
+
+@contextmanager
+def _writing(folder: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise DataError(
+            f"{str(folder)!r} cannot be written to: {error.strerror or error}; shards of the data are kept there while "
+            "they are needed, twelve at most; make room, or set XDG_CACHE_HOME to another folder"
+        ) from error
+
+
+def _in_background(work: Callable[[], None]) -> None:
+    threading.Thread(target=work, daemon=True).start()
+
+
+def _remove(place: Path) -> None:
+    """Remove a folder at once, as far as others see; whoever was faster has done it."""
+    going = place.with_name(f".{place.name}.{os.getpid()}.old")
+    with suppress(OSError):
+        place.rename(going)
+    shutil.rmtree(going, ignore_errors=True)
+
+
+def _derived(seed: int, what: str) -> int:
+    return int.from_bytes(hashlib.blake2b(f"{what} {seed}".encode(), digest_size=8).digest(), "little")

@@ -1,0 +1,364 @@
+"""Shards that are fetched as they are needed: the order is the seed's, and a server may fail in any way it likes."""
+
+from __future__ import annotations
+
+import errno
+import pickle
+import threading
+from collections import Counter
+from collections.abc import Iterator
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import datasets
+import pytest
+
+from fewstep.benchmark.real import pictures_of_data
+from fewstep.config import BenchSettings, TrainSettings
+from fewstep.data import Batches, OpenedData, Slices, StreamedPictures, open_data, remote, stream
+from fewstep.data.remote import expand
+from fewstep.errors import DataError, InputError
+from fewstep.reporting import SILENT
+
+from .makers import Base, Settings, number_of, numbered
+from .test_hub import parquet
+from .test_shards import pairs, shard
+
+SHARDS, EACH = 6, 5
+
+
+class Server:
+    """Serves a folder, and fails as it is told to."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.asked: list[tuple[str, str, str]] = []
+        """Method, path and Range of all that was asked for."""
+        self.refusals: list[int] = []
+        """Status codes of the next answers to GET."""
+        self.cuts: list[int] = []
+        """After how many bytes the next answers to GET break off."""
+        self.heads, self.ranges = True, True
+        """Whether HEAD and Range are known."""
+        ours = self
+
+        class Handler(SimpleHTTPRequestHandler):
+            def log_message(self, *_: object) -> None:
+                pass
+
+            def do_HEAD(self) -> None:
+                ours.asked.append(("HEAD", self.path, ""))
+                if ours.heads:
+                    super().do_HEAD()
+                else:
+                    self.send_error(405)
+
+            def do_GET(self) -> None:
+                wanted = self.headers.get("Range") or ""
+                ours.asked.append(("GET", self.path, wanted))
+                if ours.refusals:
+                    self.send_error(ours.refusals.pop(0))
+                    return
+                path = ours.folder / self.path.lstrip("/").partition("?")[0]
+                if not path.is_file():
+                    self.send_error(404)
+                    return
+                content = path.read_bytes()
+                first = int(wanted.removeprefix("bytes=").split("-")[0]) if wanted and ours.ranges else 0
+                self.send_response(206 if wanted and ours.ranges else 200)
+                self.send_header("Last-Modified", self.date_time_string(int(path.stat().st_mtime)))
+                last = 0 if wanted.endswith("-0") and ours.ranges else len(content) - 1
+                if wanted and ours.ranges:
+                    self.send_header("Content-Range", f"bytes {first}-{last}/{len(content)}")
+                body = content[first : last + 1]
+                self.send_header("Content-Length", str(len(body)))
+                self.end_headers()
+                self.wfile.write(body[: ours.cuts.pop(0)] if ours.cuts else body)
+
+        self._server = ThreadingHTTPServer(("127.0.0.1", 0), partial(Handler, directory=str(folder)))
+        self.address = f"http://127.0.0.1:{self._server.server_port}"
+        threading.Thread(target=self._server.serve_forever, daemon=True).start()
+
+    def fetched(self) -> list[str]:
+        return [path for method, path, wanted in self.asked if method == "GET" and not wanted.endswith("-0")]
+
+    def stop(self) -> None:
+        self._server.shutdown()
+        self._server.server_close()
+
+
+@pytest.fixture(autouse=True)
+def _here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(remote, "PAUSE", 0.01)
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "hub")
+    datasets.disable_progress_bars()
+
+
+@pytest.fixture
+def server(tmp_path: Path) -> Iterator[Server]:
+    """Six shards of five pictures: shard 2 has 20 to 24."""
+    for number in range(SHARDS):
+        members = [member for i in range(EACH) for member in pairs(10 * number + i)]
+        shard(tmp_path / "www" / f"set-{number:02d}.tar", members)
+    found = Server(tmp_path / "www")
+    yield found
+    found.stop()
+
+
+def opened(server: Server, **changes: Any) -> OpenedData:
+    asked = {"dataset_name": f"{server.address}/set-{{00..{SHARDS - 1:02d}}}.tar?key=secret", **changes}
+    return open_data(Settings(**asked), Base())
+
+
+def batches(found: OpenedData, slices: Slices | None = None, start: int = 0, end: int = 15, **options: Any) -> Batches:
+    return Batches(found.data, slices or Slices(batch_size=4), seed=5, start=start, end=end, **options)
+
+
+def samples(loaded: Batches) -> list[tuple[tuple[int, int], str]]:
+    """((update, position), caption), checked against the pixels."""
+    found = []
+    for batch in loaded:
+        for position, pixels, caption in zip(batch.positions, batch.pictures, batch.captions, strict=True):
+            assert caption == f"number {number_of(pixels.numpy())}"
+            found.append(((batch.update, position), caption))
+    return found
+
+
+# ------------------------------------------------------------------------------------------------------------ the order
+
+
+def test_an_epoch_has_every_picture_once_and_the_next_another_order(server: Server) -> None:
+    found = opened(server)
+    assert isinstance(found.data, StreamedPictures) and len(found.data) == SHARDS * EACH
+    seen = [caption for _, caption in samples(batches(found, end=15))]
+    everything = {f"number {10 * s + i}" for s in range(SHARDS) for i in range(EACH)}
+    assert set(seen[:20]) <= everything and len(set(seen[:20])) == 20, "four shards at a time, mixed"
+    assert len({caption[:-1] for caption in seen[:5]}) > 1
+    assert Counter(seen) == dict.fromkeys(everything, 2), "two epochs"
+    assert seen[:30] != seen[30:]
+
+
+def test_order_follows_from_the_seed_alone_however_it_is_loaded(server: Server) -> None:
+    whole = samples(batches(opened(server)))
+    assert samples(batches(opened(server), workers=2)) == whole
+    assert samples(batches(opened(server), start=7)) == whole[28:], "a resumed run"
+    halves = [
+        sample
+        for rank in range(2)
+        for sample in samples(batches(opened(server), Slices(batch_size=2, processes=2, rank=rank)))
+    ]
+    assert sorted(halves) == sorted(whole)
+    other = Batches(opened(server).data, Slices(batch_size=4), seed=6, start=0, end=15)
+    assert samples(other) != whole
+
+
+def test_a_resumed_run_fetches_the_shards_of_its_buffer_and_no_others(
+    server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(stream, "WINDOW", 2)
+    monkeypatch.setattr(stream, "_in_background", lambda work: None)
+    found = opened(server)
+    before = set(server.fetched())
+    assert len(before) == 1, "one shard says what the data is like"
+    next(iter(batches(found, start=10)))  # place 40: in the fifth buffer of ten places
+    data = found.data
+    assert isinstance(data, StreamedPictures)
+    wanted = {f"/set-{number:02d}.tar?key=secret" for number in data._shards_of(5, 4)}
+    assert set(server.fetched()) - before == wanted - before
+
+
+def test_no_more_is_kept_than_is_needed(server: Server, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(stream, "WINDOW", 1)
+    monkeypatch.setattr(stream, "_in_background", lambda work: work())
+    most = 0
+    for _ in batches(opened(server), end=30):
+        most = max(most, len(list((tmp_path / "cache").rglob("*.tar"))))
+    assert most == 3, "the last, this one, and the next"
+
+
+def test_another_process_may_take_a_shard_away(server: Server, tmp_path: Path) -> None:
+    whole = samples(batches(opened(server)))
+    found = opened(server)
+    seen = []
+    for update in range(15):
+        for place in (tmp_path / "cache" / "fewstep" / "shards").glob("*/[0-9]*"):
+            if place.is_dir():
+                stream._remove(place)
+        seen += samples(batches(found, start=update, end=update + 1))
+    assert seen == whole
+
+
+def test_a_shard_with_more_and_one_with_fewer_pictures(server: Server, tmp_path: Path) -> None:
+    for number, count in ((1, 2), (2, 9)):
+        members = [member for i in range(count) for member in pairs(10 * number + i)]
+        shard(tmp_path / "www" / f"set-{number:02d}.tar", members)
+    loaded = samples(batches(opened(server), end=60))
+    counted = Counter(caption for _, caption in loaded)
+    assert len(loaded) == 240 and set(counted) == {
+        f"number {10 * s + i}" for s, count in enumerate((5, 2, 9, 5, 5, 5)) for i in range(count)
+    }
+    found = opened(server)
+    assert {found.data.item(index)[1] for index in (1, 13)} == {("number 10",)}, "the third of two is the first"
+
+
+def test_workers_that_are_not_forked_get_it_whole(server: Server) -> None:
+    found = opened(server)
+    again = pickle.loads(pickle.dumps(found.data))  # noqa: S301
+    index = again.index_at(5, 3)
+    assert index == found.data.index_at(5, 3) and again.captions(index) == found.data.captions(index)  # type: ignore[attr-defined]
+
+
+# ----------------------------------------------------------------------------------------------------------- the server
+
+
+def test_what_passes_is_waited_for_and_what_came_is_not_fetched_again(server: Server) -> None:
+    server.refusals = [503, 429]
+    server.cuts = [1500]
+    found = opened(server)
+    assert server.asked[-4:] == [
+        ("GET", "/set-00.tar?key=secret", ""),
+        ("GET", "/set-00.tar?key=secret", ""),
+        ("GET", "/set-00.tar?key=secret", ""),
+        ("GET", "/set-00.tar?key=secret", "bytes=1500-"),
+    ]
+    assert found.data.captions(0) == ("number 0",)
+
+
+def test_servers_without_head_or_without_ranges(server: Server) -> None:
+    server.heads = False
+    with_ranges = opened(server).fingerprint
+    server.ranges, server.cuts = False, [10] * SHARDS + [1500]
+    found = opened(server, dataset_name=f"{server.address}/set-{{00..05}}.tar?key=other")
+    assert samples(batches(found)) and found.fingerprint == with_ranges
+
+
+def test_a_server_that_goes_away_is_one_line_without_secrets(server: Server) -> None:
+    found = opened(server)
+    server.stop()
+    with pytest.raises(
+        DataError, match=r"/set-0\d\.tar cannot be had: .*refused, 5 times in a row; .*latest"
+    ) as caught:
+        samples(batches(found))
+    assert "secret" not in str(caught.value) and "\n" not in str(caught.value)
+    with pytest.raises(DataError, match=r"cannot be had: .*refused, 5 times in a row"):
+        samples(batches(found, workers=2))
+
+
+def test_a_shard_that_is_not_there_is_said_before_the_run(server: Server) -> None:
+    with pytest.raises(DataError, match=r"/set-06\.tar cannot be had: the server says 404 .*; check the URL"):
+        opened(server, dataset_name=f"{server.address}/set-{{00..06}}.tar")
+    assert not server.fetched()
+
+
+def test_a_shard_that_changes_during_the_run(server: Server, tmp_path: Path) -> None:
+    found = opened(server)
+    for number in range(1, SHARDS):
+        shard(tmp_path / "www" / f"set-{number:02d}.tar", pairs(1))
+    with pytest.raises(DataError, match=r"\.tar was changed after the data was scanned"):
+        samples(batches(found))
+    assert opened(server).fingerprint != found.fingerprint
+
+
+def test_a_broken_shard_and_a_bad_one_are_named(server: Server, tmp_path: Path) -> None:
+    whole = (tmp_path / "www" / "set-03.tar").read_bytes()
+    (tmp_path / "www" / "set-03.tar").write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(DataError, match=r"set-03\.tar is cut short or damaged"):
+        samples(batches(opened(server)))
+    (tmp_path / "www" / "set-03.tar").write_bytes(whole)
+    (tmp_path / "www" / "set-04.tar").write_bytes(b"")
+    shard(tmp_path / "www" / "set-04.tar", [*pairs(40), ("x.png", b"junk"), ("x.txt", "junk")])
+    with pytest.raises(DataError, match=r"set-04\.tar: 50\.00% of the data cannot be used \(1 picture: not a picture"):
+        samples(batches(opened(server)))
+    said = [str(one) for batch in batches(opened(server, max_dropped=0.5), workers=2, end=15) for one in batch.replaced]
+    assert len(said) == 1 and "set-04.tar: dropped 1 picture: not a picture" in said[0], "by whichever worker, once"
+
+
+def test_a_full_disk_is_one_line(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(self: object, chunk: bytes) -> None:
+        raise remote._Unwritable(OSError(errno.ENOSPC, "No space left on device"))
+
+    monkeypatch.setattr(remote._Kept, "write", full)
+    with pytest.raises(DataError, match=r"cannot be written to: No space left on device; .*XDG_CACHE_HOME"):
+        opened(server)
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("https://host/set-{0003..0001}.tar", r"the range \{0003\.\.0001\}; allowed is"),
+        ("https://host/{0..9999}-{0..9999}.tar", "at most 1,000,000 shards"),
+        ("https://host/set.zip", r"is no shard; allowed by URL are \.tar files"),
+        ("https:///set.tar", "is no shard"),
+    ],
+)
+def test_patterns_that_name_no_shards(name: str, message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        open_data(Settings(dataset_name=name), Base())
+
+
+def test_patterns() -> None:
+    assert expand("http://h/a{08..11}.tar") == [f"http://h/a{n}.tar" for n in ("08", "09", "10", "11")]
+    assert expand("http://h/{0..1}/{5..6}.tar?x={}") == [
+        f"http://h/{a}/{b}.tar?x={{}}" for a in (0, 1) for b in (5, 6)
+    ]  # fmt: skip
+    assert expand("http://h/one.tar") == ["http://h/one.tar"]
+
+
+def test_where_urls_and_streams_do_not_belong(server: Server, tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"does not exist; .*; pass shards by URL as --dataset_name"):
+        open_data(Settings(data_dir=Path("https://host/set-00.tar")), Base())
+    with pytest.raises(InputError, match="streaming came without dataset_name"):
+        TrainSettings(data_dir=tmp_path, streaming=True)
+    asked = BenchSettings(dataset_name=f"{server.address}/set-00.tar", resolution=16)
+    with pytest.raises(InputError, match="came by URL, of which a part at a time is here; allowed for a benchmark"):
+        pictures_of_data(asked, Base(), SILENT)  # type: ignore[arg-type]
+
+
+# -------------------------------------------------------------------------------------------------- datasets of the Hub
+
+
+def dataset(folder: Path) -> str:
+    """A split of six files, as the Hub has large ones."""
+    for number in range(SHARDS):
+        images = [numbered(10 * number + i) for i in range(EACH)]
+        parquet(folder, list(images), f"train-{number:05d}-of-{SHARDS:05d}", text=[
+            f"number {10 * number + i}" for i in range(EACH)])  # fmt: skip
+    return str(folder)
+
+
+def test_a_dataset_is_streamed_file_by_file_in_the_order_of_the_seed(tmp_path: Path) -> None:
+    name = dataset(tmp_path / "set")
+    found = open_data(Settings(dataset_name=name), Base(), streaming=True)
+    assert isinstance(found.data, StreamedPictures) and len(found.data) == SHARDS * EACH
+    assert len(list((tmp_path / "cache").rglob("rows.arrow"))) == 1
+    whole = samples(batches(found))
+    assert Counter(caption for _, caption in whole) == {
+        f"number {10 * s + i}": 2 for s in range(SHARDS) for i in range(EACH)
+    }
+    again = open_data(Settings(dataset_name=name), Base(), streaming=True)
+    assert again.fingerprint == found.fingerprint
+    assert samples(batches(again, start=7, workers=2)) == whole[28:]
+    assert not list((tmp_path / "hub").rglob("*.arrow")), "nothing was downloaded as a whole"
+
+
+def test_a_dataset_that_vanishes_while_it_is_streamed(tmp_path: Path) -> None:
+    name = dataset(tmp_path / "set")
+    found = open_data(Settings(dataset_name=name), Base(), streaming=True)
+    for file in (tmp_path / "set").glob("*.parquet"):
+        file.unlink()
+    with pytest.raises(
+        DataError, match=r"split train, file \d of 6 cannot be read \(.*--resume_from_checkpoint"
+    ) as said:
+        samples(batches(found))
+    assert "\n" not in str(said.value)
+
+
+def test_columns_of_a_streamed_dataset_are_found_or_asked_for(tmp_path: Path) -> None:
+    name = parquet(tmp_path / "set", [numbered(1)], text=["wrong"], prompt=["number 1"])
+    with pytest.raises(InputError, match=r"several columns .*--caption_column"):
+        open_data(Settings(dataset_name=name), Base(), streaming=True)
+    asked = Settings(dataset_name=name, caption_column="prompt")
+    assert samples(batches(open_data(asked, Base(), streaming=True), end=1))
