@@ -91,6 +91,7 @@ def _training(settings: DemoSettings) -> TrainSettings:
         run_name=TRAINING,
         sampler="ddim",
         loss_weighting="mid",
+        teacher_rollouts=settings.teacher_rollouts,
         max_steps=settings.max_steps,
         batch_size=settings.batch_size,
         learning_rate=settings.learning_rate,

@@ -183,13 +183,10 @@ class Shards:
     def _take(self, path: Path) -> None:
         file = opened(path)
         try:
-            keys = json.loads(file.metadata()["keys"])
             sums = json.loads(file.metadata()["sums"])
             values = file.get_slice("values")
-            entries = {
-                key: _Entry(values, row, sum_, path) for row, (key, sum_) in enumerate(zip(keys, sums, strict=True))
-            }
-        except (TypeError, KeyError, ValueError) as error:
+            entries = {key: _Entry(values, row, sum_, path) for row, (key, sum_) in enumerate(sums.items())}
+        except (TypeError, KeyError, ValueError, AttributeError) as error:
             raise CheckpointError(f"{str(path)!r} is no file of a cache ({error!r}); remove it") from None
         self._where |= entries
 
@@ -245,9 +242,9 @@ class Shards:
         """
         if not self._new:
             return
-        sums = [checksum(key, [value]) for key, value in self._new.items()]
-        about = {"keys": json.dumps(list(self._new)), "sums": json.dumps(sums)}
-        content = save({"values": torch.stack(list(self._new.values()))}, about)
+        sums = {key: checksum(key, [value]) for key, value in self._new.items()}
+        # In one entry: the order of several differs from run to run, and the same content is to be the same file.
+        content = save({"values": torch.stack(list(self._new.values()))}, {"sums": json.dumps(sums)})
         path = self._folder / f"{self._kind}-{hashlib.blake2b(content, digest_size=8).hexdigest()}.safetensors"
         try:
             write_bytes_atomic(path, content)
