@@ -179,7 +179,7 @@ class ArmSummary:
     pictures, like their ``frechet``, are real against other real ones: what the figures are when nothing is wrong.
     ``diversity``: mean feature distance among the pictures of a prompt, over the teacher's. ``faithfulness``: mean
     feature distance to the teacher's picture from the same noise.
-    ``saturation``: per-channel latent std over the baseline's.
+    ``saturation``: per-channel latent std over the baseline's; ``mean_saturation``: its mean over channels.
     """
 
     arm: Arm
@@ -207,6 +207,7 @@ class ArmSummary:
     diversity: Interval | None = None
     faithfulness: Interval | None = None
     saturation: tuple[float, ...] | None = None
+    mean_saturation: Interval | None = None
     control: str | None = None
     over_solvers: dict[str, Interval] = field(default_factory=dict)
     plain: str | None = None

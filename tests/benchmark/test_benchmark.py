@@ -165,6 +165,8 @@ def test_the_record_is_the_json_and_agrees_with_the_table(run: tuple[BenchmarkRe
     assert all(figure.standard_error is not None for figure in student.distances.values())
     assert student.diversity is not None and student.faithfulness is not None and student.faithfulness.value > 0
     assert student.saturation is not None and len(student.saturation) == 4
+    assert student.mean_saturation is not None and student.mean_saturation.low is not None
+    assert student.mean_saturation.value == pytest.approx(sum(student.saturation) / 4)
     teacher = result.record.summary["teacher-5"]
     assert set(teacher.distances) == {"kid", "cmmd", "precision", "recall"} and teacher.diversity is None
     assert teacher.saturation == pytest.approx((1.0,) * 4)

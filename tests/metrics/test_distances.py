@@ -12,7 +12,7 @@ from torchmetrics.image.fid import FrechetInceptionDistance
 from fewstep.metrics.frechet import frechet_distance
 from fewstep.metrics.halves import half_sample_distances, half_samples, with_spread
 from fewstep.metrics.retention import corrected_retention, retention
-from fewstep.metrics.saturation import channel_std, latent_moments, saturation
+from fewstep.metrics.saturation import channel_std, latent_moments, mean_saturation, saturation
 
 
 def normal(count: int, dimensions: int, seed: int = 0) -> torch.Tensor:
@@ -100,7 +100,21 @@ def test_channel_std_is_that_of_all_pictures_together() -> None:
 
 def test_constant_latents_have_no_saturation() -> None:
     constant = latent_moments(torch.zeros(2, 4, 2, 2))
-    assert saturation(constant, constant) is None
+    assert saturation(constant, constant) is None and mean_saturation(constant, constant, [0, 1]) is None
+
+
+def test_the_interval_of_saturation_holds_what_is_true_and_shrinks_with_prompts() -> None:
+    """Of 8 pictures a prompt, each prompt with a contrast of its own: what halves differ by is prompts."""
+    widths = []
+    for prompts in (12, 192):
+        latents = normal(8 * prompts, 2 * 4 * 4).reshape(8 * prompts, 2, 4, 4)
+        contrast = 0.9 * (1 + 0.2 * normal(prompts, 1)).repeat_interleave(8)[:, None, None, None]
+        numbers = [prompt for prompt in range(prompts) for _ in range(8)]
+        found = mean_saturation(latent_moments(latents * contrast), latent_moments(latents), numbers)
+        assert found is not None and found.low is not None and found.high is not None
+        assert found.low < 0.9 * (1 + 0.2**2) ** 0.5 < found.high
+        widths.append(found.high - found.low)
+    assert 2 < widths[0] / widths[1] < 8  # 16 times the prompts: a quarter of the width
 
 
 def test_raw_retention_flatters_and_corrected_retention_does_not() -> None:

@@ -79,6 +79,7 @@ def summary(arm: Arm, seconds: float, right: float, alignment: float, **changes:
         diversity=interval(0.9, 0.05),
         faithfulness=interval(1.4, 0.1),
         saturation=(1.0, 0.99, 1.02, 1.01),
+        mean_saturation=Interval(value=1.005, low=0.98, high=1.03),
     )
     return replace(plain, **changes)  # type: ignore[arg-type]
 

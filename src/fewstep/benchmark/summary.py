@@ -15,7 +15,7 @@ from fewstep.benchmark.distribution import Distributions
 from fewstep.benchmark.plan import Plan
 from fewstep.metrics.intervals import bootstrap, paired_difference, share
 from fewstep.metrics.retention import corrected_retention, retention
-from fewstep.metrics.saturation import saturation
+from fewstep.metrics.saturation import mean_saturation, saturation
 from fewstep.opening import versions
 from fewstep.pictures import Evaluation
 from fewstep.records import (
@@ -74,9 +74,7 @@ def sum_up(
             distances=distributions.distances.get(arm.id, {}),
             diversity=distributions.variety.get(arm.id, {}).get("diversity"),
             faithfulness=distributions.variety.get(arm.id, {}).get("faithfulness"),
-            saturation=(
-                saturation(found.found["latents"], others.baseline.found["latents"]) if others.baseline else None
-            ),
+            **_saturation_figures(found, others.baseline),
             control=control.id if control else None,
             over_solvers=_over_solvers(found, evaluations.values()),
             plain=plain.id if plain else None,
@@ -135,6 +133,16 @@ def _alignment_figures(found: Evaluation, others: _Others) -> dict[str, Any]:
         if other is not None:
             figures[figure] = paired_difference(score, other.found["alignment"]["score"], prompts)
     return figures
+
+
+def _saturation_figures(found: Evaluation, baseline: Evaluation | None) -> dict[str, Any]:
+    if baseline is None:
+        return {}
+    mine, theirs = found.found["latents"], baseline.found["latents"]
+    return {
+        "saturation": saturation(mine, theirs),
+        "mean_saturation": mean_saturation(mine, theirs, found.prompt_numbers),
+    }
 
 
 def _preference_figures(found: Evaluation, others: _Others) -> dict[str, Any]:

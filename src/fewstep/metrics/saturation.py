@@ -6,9 +6,13 @@ before they show in an alignment score. 1 is the teacher's, and a good student s
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
+import torch
 from torch import Tensor
+
+from fewstep.metrics.halves import half_samples, with_spread
+from fewstep.records import Interval
 
 
 def latent_moments(latents: Tensor) -> dict[str, Tensor]:
@@ -29,3 +33,24 @@ def saturation(moments: Mapping[str, Tensor], baseline: Mapping[str, Tensor]) ->
     if not bool((spread > 0).all()):
         return None
     return tuple((channel_std(moments) / spread).tolist())
+
+
+def mean_saturation(
+    moments: Mapping[str, Tensor], baseline: Mapping[str, Tensor], prompts: Sequence[int]
+) -> Interval | None:
+    """`saturation`, mean over channels, with its interval by half-sampling prompts; None where there is none.
+
+    Args:
+        prompts: of the N pictures of both, the same in both.
+    """
+    whole = saturation(moments, baseline)
+    if whole is None:
+        return None
+    drawn, means = torch.tensor(list(prompts)), list[float]()
+    for half in half_samples(prompts):
+        rows = torch.isin(drawn, torch.tensor(sorted(half)))
+        found = saturation(*({name: one[rows] for name, one in side.items()} for side in (moments, baseline)))
+        if found is None:
+            return Interval(value=sum(whole) / len(whole))
+        means.append(sum(found) / len(found))
+    return with_spread(sum(whole) / len(whole), means)

@@ -114,10 +114,6 @@ def _time(arm: ArmSummary) -> str:
     return "" if arm.time_per_image_s is None else seconds(arm.time_per_image_s)
 
 
-def _saturation(arm: ArmSummary) -> str:
-    return "" if arm.saturation is None else f"{sum(arm.saturation) / len(arm.saturation):.3f}"
-
-
 _Table = list[tuple[str, str, Callable[[ArmSummary], str]]]
 """Title, meaning, and how an arm's cell is spelled."""
 
@@ -208,7 +204,11 @@ _DISTANCES: _Table = [
         "feature distance to the teacher's picture from the same noise; 0 is the same picture",
         lambda a: _spread(a.faithfulness),
     ),
-    ("Saturation", "spread of the latents over the teacher's, mean over channels", _saturation),
+    (
+        "Saturation",
+        "spread of the latents over the teacher's, mean over channels",
+        lambda arm: _spread(arm.mean_saturation),
+    ),
 ]
 
 _COST: _Table = [
