@@ -24,6 +24,9 @@ SOLVER_STEPS = (8,)
 AT_ONCE = 40
 """Pictures drawn at once for the benchmark: faster than the training's batch, and the pictures are the same."""
 
+ORACLE = 8
+"""Pictures of the perfect student."""
+
 LOOKS = 2
 """How often training saves a checkpoint and draws previews."""
 
@@ -104,6 +107,7 @@ def _training(settings: DemoSettings) -> TrainSettings:
         checkpoint_every=every,
         validate_every=every,
         validate_images=0,  # the benchmark measures more of them
+        oracle_images=ORACLE,
         resume_from_checkpoint="auto",
     )
 
