@@ -678,8 +678,8 @@ class DemoSettings(BaseModelSettings):
     """Distil the base into a LoRA, measure it against its teacher, and show both."""
 
     outdir: Folder = Field(Path("./demo_outputs"), description="Folder for the adapter, pictures and tables.")
-    teacher_rollouts: Count = Field(352, description="Paths of the teacher, gone through again and again.")
-    max_steps: Count = Field(220, description="Optimizer updates.")
+    teacher_rollouts: Count = Field(240, description="Paths of the teacher, gone through again and again.")
+    max_steps: Count = Field(160, description="Optimizer updates.")
     batch_size: Count = Field(4, description="Paths a micro-batch, each learnt from at every timestep.")
     learning_rate: Annotated[float, Field(gt=0, le=1)] = Field(
         1e-3, description="AdamW's learning rate, falling to 0 by half a cosine."
