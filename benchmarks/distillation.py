@@ -29,7 +29,7 @@ from fewstep.lora import load_adapter, locate
 from fewstep.metrics.frechet import frechet_distance
 from fewstep.metrics.halves import half_sample_distances, half_samples
 from fewstep.metrics.intervals import gap_closed, paired_difference, share
-from fewstep.opening import recorded_sampler
+from fewstep.opening import recorded_sampling
 from fewstep.proving import Drawn, draw_arm, reference_features, untrained_arms
 from fewstep.reporting import SILENT
 
@@ -70,9 +70,11 @@ def main() -> None:
         key = hashlib.sha256(weights).hexdigest()[:12]
         base = load_backbone(args.base_model, device="auto", dtype="no")
         load_adapter(base, folder)
-        sampler = recorded_sampler(locate(folder), SILENT)
+        wanted = recorded_sampling(locate(folder), SILENT)
         for steps in args.steps:
-            draw = partial(draw_arm, base, student_arm(steps, sampler=sampler), prompts, args.seed)
+            draw = partial(
+                draw_arm, base, student_arm(steps, sampler=wanted.sampler, span=wanted.span), prompts, args.seed
+            )
             drawn = cache.drawn(f"{key}-{steps}", draw)
             students[steps].append(drawn)
             judge.print_arm(f"student-{steps} {folder}", drawn)

@@ -34,6 +34,7 @@ class Arm:
         source: which of several adapters it draws with; None is the run's own.
         scale: strength of the adapter.
         eta: of ``tcd``, 0 to 1.
+        span: of ``ddim``, the share of the schedule in which its timesteps after the first lie; see `teacher_grid`.
         option: what is meant to make it faster than the same arm without, several joined by +; None for most.
     """
 
@@ -48,6 +49,7 @@ class Arm:
     source: str | None = None
     scale: float = 1.0
     eta: float = 0.0
+    span: float = 1.0
     option: str | None = None
 
     def __post_init__(self) -> None:
@@ -91,10 +93,11 @@ class Arm:
         return f"{name}, {self.steps} step{'s' if self.steps != 1 else ''}"
 
 
-def sampler_timesteps(sampler: Sampler, steps: int, num_train_timesteps: int) -> tuple[int, ...]:
-    """The timesteps that ``sampler`` visits: LCMScheduler's and TCDScheduler's own grid, or "trailing"."""
-    few = sampler in ("lcm", "tcd")
-    return tuple(student_grid(steps, num_train_timesteps) if few else teacher_grid(steps, num_train_timesteps))
+def sampler_timesteps(sampler: Sampler, steps: int, num_train_timesteps: int, span: float = 1.0) -> tuple[int, ...]:
+    """The timesteps that ``sampler`` visits: LCMScheduler's and TCDScheduler's own grid, else `teacher_grid`."""
+    if sampler in ("lcm", "tcd"):
+        return tuple(student_grid(steps, num_train_timesteps))
+    return tuple(teacher_grid(steps, num_train_timesteps, span))
 
 
 def teacher_arm(steps: int, guidance: float, num_train_timesteps: int = 1000) -> Arm:
@@ -140,6 +143,7 @@ def student_arm(
     source: str | None = None,
     sampler: Sampler = "lcm",
     eta: float = 0.0,
+    span: float = 1.0,
     scale: float = 1.0,
 ) -> Arm:
     """An adapter at a few steps, by default the run's own with the LCM sampler."""
@@ -149,10 +153,11 @@ def student_arm(
         adapter=True,
         sampler=sampler,
         steps=steps,
-        timesteps=sampler_timesteps(sampler, steps, num_train_timesteps),
+        timesteps=sampler_timesteps(sampler, steps, num_train_timesteps, span),
         guidance=guidance,
         source=source,
         eta=eta,
+        span=span,
         scale=scale,
     )
 
@@ -164,11 +169,13 @@ def base_arm(
     *,
     sampler: Sampler = "lcm",
     eta: float = 0.0,
+    span: float = 1.0,
 ) -> Arm:
     """The negative control: what a student's sampler and steps give without the adapter."""
     parts = ["base"]
     parts += [sampler] if sampler != "lcm" else []
     parts += [f"eta{round(100 * eta)}"] if eta else []
+    parts += [f"span{round(100 * span)}"] if span < 1 else []
     parts += [f"w{guidance:g}".replace(".", "")] if guidance > 1 else []
     return Arm(
         id="-".join([*parts, str(steps)]),
@@ -176,9 +183,10 @@ def base_arm(
         adapter=False,
         sampler=sampler,
         steps=steps,
-        timesteps=sampler_timesteps(sampler, steps, num_train_timesteps),
+        timesteps=sampler_timesteps(sampler, steps, num_train_timesteps, span),
         guidance=guidance,
         eta=eta,
+        span=span,
     )
 
 

@@ -146,6 +146,7 @@ TeacherSteps = Annotated[int, Field(ge=1, le=1000)]
 StepCounts = Annotated[
     tuple[StudentSteps, ...], BeforeValidator(_as_list), Field(min_length=1), AfterValidator(_distinct)
 ]
+Span = Annotated[float, Field(gt=0, le=1)]
 Timestep = Annotated[int, Field(ge=0, le=999)]
 Interval = Annotated[tuple[Timestep, Timestep], BeforeValidator(_as_list), AfterValidator(_rising)]
 Counts = Annotated[tuple[Count, ...], BeforeValidator(_as_list), Field(min_length=1), AfterValidator(_distinct)]
@@ -325,13 +326,20 @@ class TrainSettings(BaseModelSettings):
         description="How the student will be sampled, which decides what it learns: lcm, jumps to x0 with fresh noise "
         "between them; ddim, jumps from each of its timesteps to the next along the teacher's path.",
     )
+    timestep_span: Span = Field(
+        1.0,
+        description="With ddim: all of the student's timesteps but the first lie evenly in this share of the schedule, "
+        "counted from its clean end; 1 spaces them evenly as stock schedulers do.",
+    )
     num_ddim_steps: StudentSteps | None = Field(
         None,
         description="DDIM steps K of the teacher: with lcm from any t to x0, with ddim of its whole path. Unset: 8, "
         "with ddim 16.",
     )
     num_inference_steps: StepCounts = Field(
-        (1, 2, 4, 8), description="Step counts promised: the student is trained on exactly their timesteps."
+        (1, 2, 4, 8),
+        description="Step counts promised: the student is trained on exactly their timesteps. With ddim, where two "
+        "would jump from the same timestep to different ones, the one named first has its way.",
     )
     pure_noise_share: Share = Field(
         1.0, description="Share of the draws at the highest timestep that start from pure noise, as sampling does."
@@ -448,6 +456,11 @@ class TrainSettings(BaseModelSettings):
                 f"pure_noise_share {self.pure_noise_share:g} came with start {self.starts_from}; allowed is 1, for it "
                 "starts from pure noise; leave --pure_noise_share out"
             )
+        if self.timestep_span < 1 and self.sampler != "ddim":
+            raise ValueError(
+                f"timestep_span {self.timestep_span:g} came with sampler {self.sampler}, whose timesteps are its "
+                "scheduler's; allowed there is 1; add --sampler ddim, or leave --timestep_span out"
+            )
         if self.lr_warmup_steps >= self.max_steps:
             raise ValueError(
                 f"lr_warmup_steps {self.lr_warmup_steps} came with max_steps {self.max_steps}; allowed is a warm-up "
@@ -539,7 +552,7 @@ class BenchSettings(SamplingSettings):
     adapters_file: Folder | None = Field(
         None,
         description="TOML file with an [[adapter]] table for each further adapter to compare with: id, lora_path or "
-        "lora_id, and sampler, eta, guidance, scale, steps.",
+        "lora_id, and sampler, timestep_span, eta, guidance, scale, steps.",
     )
     adapters: Names | None = Field(
         None,
@@ -617,6 +630,11 @@ class AdapterEntry(Checked):
     sampler: Literal["lcm", "tcd", "ddim"] | None = Field(
         None, description="Its sampler. Unset: of the scheduler saved beside it, else lcm."
     )
+    timestep_span: Span | None = Field(
+        None,
+        description="Of ddim: the share of the schedule in which its timesteps after the first lie. Unset: as the "
+        "adapter was trained, else 1.",
+    )
     eta: Share = Field(0.0, description="Of tcd: how much of the noise between two steps is drawn anew.")
     guidance: Guidance = Field(1.0, description="Guidance it is sampled with.")
     scale: Annotated[float, Field(gt=0, le=10)] = Field(1.0, description="Strength of the adapter.")
@@ -627,6 +645,11 @@ class AdapterEntry(Checked):
         _forbid_both(self, "lora_path", "lora_id", "lora_path is an adapter on disk, lora_id one on the Hub")
         if self.lora_path is None and self.lora_id is None:
             raise ValueError(f"adapter {self.id} has neither lora_path nor lora_id; allowed is one of the two; add it")
+        if self.timestep_span is not None and self.sampler not in (None, "ddim"):
+            raise ValueError(
+                f"adapter {self.id} has timestep_span {self.timestep_span:g} for {self.sampler}, which has none; leave "
+                "it out"
+            )
         if self.eta and self.sampler not in (None, "tcd"):
             raise ValueError(f"adapter {self.id} has eta {self.eta:g} for {self.sampler}, which has none; leave it out")
         return self

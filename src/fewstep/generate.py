@@ -12,7 +12,7 @@ from fewstep.backbone import Backbone
 from fewstep.config import GenerateSettings, settings_toml
 from fewstep.errors import InputError
 from fewstep.files import write_text_atomic
-from fewstep.opening import open_base, read_prompts, recorded_sampler, warn_of_prompts
+from fewstep.opening import open_base, read_prompts, recorded_sampling, warn_of_prompts
 from fewstep.pictures import draw_pictures, encode_prompts, picture_ids
 from fewstep.report import arm_folder, picture_path, save_picture
 from fewstep.reporting import SILENT, Reporter
@@ -50,8 +50,10 @@ def generate(
     opened = open_base(settings, backbone=backbone, with_adapter=True, step_counts=settings.steps, reporter=reporter)
     backbone = opened.backbone
     settings = settings.replace(base_model=backbone.name, resolution=settings.resolution or backbone.resolution)
-    count, sampler = backbone.schedule.num_train_timesteps, recorded_sampler(opened.source, reporter)
-    arms = [student_arm(n, settings.flash_guidance, count, sampler=sampler) for n in settings.steps]
+    count, wanted = backbone.schedule.num_train_timesteps, recorded_sampling(opened.source, reporter)
+    arms = [
+        student_arm(n, settings.flash_guidance, count, sampler=wanted.sampler, span=wanted.span) for n in settings.steps
+    ]
     check_arms(arms, settings.negative_prompt)
     warn_of_prompts(prompts, backbone, reporter)
     checker = None

@@ -21,6 +21,9 @@ from fewstep.reporting import Reporter
 SCHEDULERS: dict[str, Sampler] = {"LCMScheduler": "lcm", "TCDScheduler": "tcd", "DDIMScheduler": "ddim"}
 """Which sampler stands for the scheduler that an adapter was saved with."""
 
+FIRST_ORDER = "DPMSolverMultistepScheduler"
+"""Of order 1 it is DDIM that takes any timesteps: what adapters with a span below 1 are saved with."""
+
 LIBRARIES = ("fewstep", "torch", "diffusers", "transformers", "peft", "torchmetrics", "numpy", "pillow")
 
 
@@ -166,21 +169,36 @@ def _warn_of_step_counts(source: lora.AdapterSource, step_counts: Sequence[int],
         )
 
 
-def recorded_sampler(source: lora.AdapterSource | None, reporter: Reporter) -> Sampler:
-    """The sampler of the scheduler that was saved beside an adapter; LCM's where there is none, or one unknown here."""
+@dataclass(frozen=True)
+class Sampling:
+    """How an adapter wants to be sampled: see `arms.Arm`."""
+
+    sampler: Sampler = "lcm"
+    span: float = 1.0
+
+
+def recorded_sampling(source: lora.AdapterSource | None, reporter: Reporter) -> Sampling:
+    """That of the scheduler that was saved beside an adapter; LCM's where there is none, or one unknown here.
+
+    Raises:
+        CheckpointError: settings beside the adapter that cannot be read.
+    """
     config = source.folder / "scheduler" / "scheduler_config.json" if source else None
     if source is None or config is None or not config.is_file():
-        return "lcm"
+        return Sampling()
     try:
-        name = json.loads(config.read_text(encoding="utf-8"))["_class_name"]
-    except (OSError, ValueError, KeyError, TypeError):
-        name = "a scheduler that cannot be read"
+        saved = json.loads(config.read_text(encoding="utf-8"))
+        name, order = saved["_class_name"], saved.get("solver_order")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        name, order = "a scheduler that cannot be read", None
+    if name == "DDIMScheduler" or (name == FIRST_ORDER and order == 1):
+        return Sampling("ddim", checkpoint.recorded_span(source.folder))
     if name not in SCHEDULERS:
         reporter.warn(
             f"adapter {source.name} was saved with {name}; known are {', '.join(SCHEDULERS)}: it is sampled as with "
             "the first; name its sampler with --adapters, or in --adapters_file"
         )
-    return SCHEDULERS.get(name, "lcm")
+    return Sampling(SCHEDULERS.get(name, "lcm"))
 
 
 def versions() -> dict[str, str]:

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 
 import torch
 
-from fewstep.arms import Arm, student_arm, teacher_arm
+from fewstep.arms import Arm, teacher_arm
 from fewstep.backbone import Backbone
 from fewstep.methods.kstep import KStep
 from fewstep.metrics.saturation import latent_moments, saturation
@@ -56,10 +56,7 @@ def measure_oracle(
     arms: dict[str, tuple[Arm, Denoiser | None]] = {
         "teacher": (teacher_arm(backbone.teacher_steps, method.guidance, timesteps), None)
     }
-    arms |= {
-        str(steps): (student_arm(steps, 1.0, timesteps, sampler=method.sampler), perfect_student)
-        for steps in method.step_counts
-    }
+    arms |= {str(steps): (method.arm(steps), perfect_student) for steps in method.step_counts}
     found = {
         name: evaluate(
             backbone,

@@ -10,7 +10,7 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-from fewstep.arms import Arm, student_arm, teacher_arm
+from fewstep.arms import Arm, teacher_arm
 from fewstep.backbone import Backbone
 from fewstep.files import write_bytes_atomic
 from fewstep.methods.kstep import KStep
@@ -35,7 +35,7 @@ class Previews:
         timesteps = method.schedule.num_train_timesteps
         self._backbone, self._resolution, self._seed = backbone, resolution, seed
         self._conditioning = encode_prompts(backbone, prompts)
-        self._students = [student_arm(steps, 1.0, timesteps, sampler=method.sampler) for steps in method.step_counts]
+        self._students = [method.arm(steps) for steps in method.step_counts]
         self._teacher = teacher_arm(backbone.teacher_steps, method.guidance, timesteps)
         self._teachers_pictures: Tensor | None = None  # they never change: drawn once
 

@@ -39,20 +39,28 @@ def student_grid(steps: int, num_train_timesteps: int = 1000, original_steps: in
     return [(original_steps - index) * stride - 1 for index in chosen]
 
 
-def teacher_grid(steps: int, num_train_timesteps: int = 1000) -> list[int]:
+def teacher_grid(steps: int, num_train_timesteps: int = 1000, span: float = 1.0) -> list[int]:
     """The `steps` timesteps of DDIM with "trailing" spacing (Lin et al. 2024, table 2): from T−1, evenly down to x0.
 
     The end, −1, is left to the solver. For T = 1000: 4 steps [999, 749, 499, 249]. Equal to `DDIMScheduler`'s, except
     that for some numbers (61 of 1000) rounding makes the scheduler append a step at t = −1.
 
+    Args:
+        span: below 1 all timesteps but the first are those of "trailing" spacing over the lower `span` · T alone: with
+            0.6 and 4 steps [999, 449, 299, 149]. The more steps lie there, the smaller those where details are decided.
+
     Raises:
-        InputError: `steps` is not in 1 … T.
+        InputError: `steps` is not in 1 … `span` · T, or `span` not above 0 and at most 1.
     """
-    if not 1 <= steps <= num_train_timesteps:
-        raise InputError(f"DDIM cannot run {steps} steps; it runs 1 to {num_train_timesteps}; choose one of these")
+    if not 0 < span <= 1:
+        raise InputError(f"timestep_span {span} came; it is the share of the schedule to step through; choose one to 1")
+    reach = num_train_timesteps * span
+    if not 1 <= steps <= reach:
+        within = f" within the lower {span:g} of the schedule" if span < 1 else ""
+        raise InputError(f"DDIM cannot run {steps} steps{within}; it runs 1 to {int(reach)}; choose one of these")
     # In floating point as numpy's arange computes it for diffusers, whose halves then round the same way.
-    stride = num_train_timesteps - (num_train_timesteps - num_train_timesteps / steps)
-    return [round(num_train_timesteps - i * stride) - 1 for i in range(steps)]
+    stride = reach - (reach - reach / steps)
+    return [num_train_timesteps - 1, *(round(reach - i * stride) - 1 for i in range(1, steps))]
 
 
 def karras_grid(steps: int, alphas_cumprod: Sequence[float], rho: float = KARRAS_RHO) -> tuple[list[int], list[float]]:

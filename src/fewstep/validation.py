@@ -12,7 +12,6 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from fewstep.arms import student_arm
 from fewstep.backbone import Backbone
 from fewstep.checkpoint import Record
 from fewstep.config import TrainSettings, spell
@@ -50,8 +49,7 @@ class Validation:
         seed: int,
         batch_size: int,
     ) -> None:
-        timesteps = method.schedule.num_train_timesteps
-        self._arms = [student_arm(steps, 1.0, timesteps, sampler=method.sampler) for steps in method.step_counts]
+        self._arms = [method.arm(steps) for steps in method.step_counts]
         self.measure = f"{measure}, {len(prompts)} pictures each at {spell(method.step_counts)} steps"
         self._evaluate = partial(
             evaluate,

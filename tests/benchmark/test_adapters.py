@@ -151,10 +151,10 @@ def test_the_runs_own_adapter_is_sampled_as_its_saved_scheduler_says(
 def test_a_scheduler_that_is_not_known_is_named(other: Path, content: str) -> None:
     (other / "scheduler" / "scheduler_config.json").write_text(content)
     notes = Notes()
-    assert opening.recorded_sampler(lora.locate(other), notes) == "lcm"
+    assert opening.recorded_sampling(lora.locate(other), notes) == opening.Sampling("lcm")
     (warned,) = notes.warned
     assert ("EulerDiscreteScheduler" if "Euler" in content else "cannot be read") in warned
-    assert opening.recorded_sampler(None, notes) == "lcm" and len(notes.warned) == 1
+    assert opening.recorded_sampling(None, notes) == opening.Sampling("lcm") and len(notes.warned) == 1
 
 
 def test_a_further_adapter_that_was_trained_on_another_base_is_named(

@@ -32,6 +32,22 @@ def test_student_grid_of_other_schedules(count: int) -> None:
         assert student_grid(steps, count) == sampler.timesteps.tolist(), steps
 
 
+def test_a_span_leaves_the_first_timestep_and_spaces_the_rest_evenly_below() -> None:
+    assert teacher_grid(4, span=0.6) == [999, 449, 299, 149]
+    assert teacher_grid(2, span=0.6) == [999, 299]
+    assert teacher_grid(1, span=0.6) == [999]
+    for steps in range(1, 51):
+        assert teacher_grid(steps, span=1.0) == teacher_grid(steps)
+        grid = teacher_grid(steps, span=0.6)
+        assert grid[1:] == teacher_grid(steps, 600)[1:] and grid[0] == 999
+    assert set(teacher_grid(4, span=0.3)) < set(teacher_grid(8, span=0.3))  # so one path passes them all
+    for span in (0.0, 1.1, float("nan")):
+        with pytest.raises(InputError, match="timestep_span"):
+            teacher_grid(4, span=span)
+    with pytest.raises(InputError, match="1 to 100; choose"):
+        teacher_grid(101, span=0.1)
+
+
 def test_student_grids_as_published() -> None:
     assert student_grid(1) == [999]
     assert student_grid(2) == [999, 499]

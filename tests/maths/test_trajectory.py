@@ -58,10 +58,12 @@ def test_timesteps_are_those_of_trailing_ddim(schedule: NoiseSchedule) -> None:
         assert set(stock.timesteps.tolist()) <= set(method.points)
 
 
-def test_a_jump_ends_where_the_fewest_steps_that_pass_there_go_next(schedule: NoiseSchedule) -> None:
+def test_a_jump_ends_where_the_count_promised_first_goes_next(schedule: NoiseSchedule) -> None:
     everything = {999: -1, 874: 749, 749: 499, 624: 499, 499: -1, 374: 249, 249: -1, 124: -1}
     assert trajectory(schedule).landings == everything
-    assert trajectory(schedule, step_counts=(8, 4, 2, 1)).landings == everything
+    for_eight = trajectory(schedule, step_counts=(8, 4, 2, 1)).landings  # the first one named has its way
+    assert for_eight == dict(pairwise([*teacher_grid(8), -1]))
+    assert trajectory(schedule, step_counts=(1, 4, 2, 8)).landings == everything | {499: 249}
     assert trajectory(schedule, step_counts=(4,)).landings == {999: 749, 749: 499, 499: 249, 249: -1}
     assert trajectory(schedule, step_counts=(2, 4)).landings == {999: 499, 749: 499, 499: -1, 249: -1}
 
@@ -192,6 +194,28 @@ def test_a_perfect_student_of_one_count_follows_the_teachers_path_to_its_end(
     with torch.no_grad():
         path = ddim_rollout(toy, schedule, noise, torch.tensor(method.fine_grid).expand(5, -1), cond, uncond, 3.0)
     assert_close(drawn, path, rtol=1e-2, atol=1e-2)
+
+
+def test_a_span_moves_the_students_timesteps_and_the_path_passes_them(
+    schedule: NoiseSchedule, toy: Any, cond: Tensor, uncond: Tensor
+) -> None:
+    method = trajectory(schedule, step_counts=(1, 4, 2, 8), span=0.6)
+    assert method.points == [999, 524, 449, 374, 299, 224, 149, 74]
+    assert method.landings == {999: -1, 524: 449, 449: 299, 374: 299, 299: 149, 224: 149, 149: -1, 74: -1}
+    assert set(method.points) < set(method.fine_grid)
+    assert method.arm(4).timesteps == (999, 449, 299, 149)
+    draws = method.draw(0, 0, range(5), SHAPE)
+    pairs = method.pairs(toy, method.start(torch.zeros(5, *SHAPE), draws), draws, cond, uncond)
+    assert sorted(pairs.t.tolist()) == sorted(5 * method.points)
+    with torch.no_grad():
+        path = ddim_rollout(toy, schedule, draws.noise, torch.tensor([[999, *_down(method, 449)]] * 5), cond, uncond, 3)
+    at = pairs.t == 449
+    assert_close(pairs.x_t[at], path, rtol=1e-4, atol=1e-4)
+
+
+def _down(method: Trajectory, t: int) -> list[int]:
+    """The path's timesteps below the noisiest, as far as t."""
+    return [one for one in method.fine_grid[1:] if one >= t]
 
 
 def test_the_fine_grid_passes_every_timestep(schedule: NoiseSchedule) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -102,6 +103,39 @@ def test_a_stock_pipeline_with_the_saved_scheduler_draws_the_students_picture(
     with Image.open(generate(settings).images[0]) as picture:  # with the sampler that was saved beside the adapter
         assert np.abs(stock - np.asarray(picture).astype(int)).max() <= 1
     assert steps == 1 or np.abs(stock - own("lcm")).mean() > 1
+
+
+def test_a_stock_pipeline_draws_with_the_timesteps_of_a_span(short: TrainSettings, base: Path, tmp_path: Path) -> None:
+    from diffusers import DPMSolverMultistepScheduler, StableDiffusionPipeline
+
+    heard = Heard()
+    adapter = distill(short.replace(run_name="span", timestep_span=0.6), reporter=heard).adapter
+    assert any("timesteps=[999, 449, 299, 149]" in line for line in heard.said)
+    pipeline = StableDiffusionPipeline.from_pretrained(base)
+    pipeline.set_progress_bar_config(disable=True)
+    pipeline.load_lora_weights(adapter)
+    pipeline.scheduler = DPMSolverMultistepScheduler.from_pretrained(adapter / "scheduler")
+    drawn = pipeline(
+        PROMPT,
+        timesteps=[999, 449, 299, 149],
+        guidance_scale=1.0,
+        generator=[generator(5, "picture", 0, 0)],
+        height=64,
+        width=64,
+        output_type="np",
+    )
+    stock = np.round(drawn.images[0] * 255).astype(int)
+
+    def own(**changes: Any) -> np.ndarray:
+        settings = GenerateSettings(
+            base_model=str(base), lora_path=adapter, prompt=PROMPT, steps=(4,), seed=5, outdir=tmp_path, device="cpu"
+        )
+        with Image.open(generate(settings.replace(**changes)).images[0]) as picture:
+            return np.asarray(picture).astype(int)
+
+    assert np.abs(stock - own()).max() <= 1
+    (adapter / "settings.toml").write_text("")  # nothing says any more which timesteps were meant
+    assert np.abs(stock - own(outdir=tmp_path / "without")).mean() > 1
 
 
 def test_it_resumes_bit_for_bit(short: TrainSettings, student: tuple[DistillResult, Heard]) -> None:

@@ -8,12 +8,12 @@ from dataclasses import dataclass
 from functools import partial
 
 from fewstep import lora
-from fewstep.arms import Arm, Sampler, base_arm, sampler_timesteps, student_arm
+from fewstep.arms import Arm, base_arm, sampler_timesteps, student_arm
 from fewstep.backbone import Backbone, adapters_off
 from fewstep.checkpoint import recorded_steps
 from fewstep.config import AdapterEntry, BenchSettings, adapter_entries
 from fewstep.errors import InputError
-from fewstep.opening import describe_adapter, recorded_sampler, warn_of_another_base
+from fewstep.opening import Sampling, describe_adapter, recorded_sampling, warn_of_another_base
 from fewstep.reporting import SILENT, Reporter
 from fewstep.timesteps import promised_points
 
@@ -24,7 +24,7 @@ class Further:
 
     entry: AdapterEntry
     source: lora.AdapterSource
-    sampler: Sampler
+    sampling: Sampling
     steps: tuple[int, ...]
     facts: Mapping[str, str]
 
@@ -72,7 +72,7 @@ class Adapters:
                 f"adapter {entry.id} promises other step counts than {' '.join(map(str, self._settings.steps))}; "
                 "allowed is at least one that is drawn; give it steps of its own"
             )
-        return Further(entry, source, entry.sampler or recorded_sampler(source, reporter), steps, facts)
+        return Further(entry, source, _sampling(entry, source, reporter), steps, facts)
 
     def _attach(self, name: str | None, source: lora.AdapterSource, scale: float, reporter: Reporter) -> dict[str, str]:
         info = lora.load_adapter(self._backbone, source, allow_pickle=self._settings.allow_pickle, warn=reporter.warn)
@@ -114,15 +114,15 @@ class Adapters:
             # The run's own adapter is compared with its record elsewhere; an option samples where the plain arm does.
             if promised is None or arm.source is None or arm.option is not None:
                 continue
-            sampler = recorded_sampler(self._sources[arm.source][0], SILENT)
-            grid = partial(sampler_timesteps, sampler)
+            trained_for = recorded_sampling(self._sources[arm.source][0], SILENT)
+            grid = partial(sampler_timesteps, trained_for.sampler, span=trained_for.span)
             trained = promised_points(promised, self._backbone.schedule.num_train_timesteps, grid)
             strange = [t for t in arm.timesteps if t not in trained]
             if strange:
                 reporter.warn(
                     f"arm {arm.id} samples at timesteps {' '.join(map(str, strange))}, where its adapter was not "
-                    f"trained ({' '.join(map(str, trained))}): expect worse pictures; sample with {sampler} at "
-                    f"{' '.join(map(str, promised))} steps"
+                    f"trained ({' '.join(map(str, trained))}): expect worse pictures; sample with "
+                    f"{trained_for.sampler} at {' '.join(map(str, promised))} steps"
                 )
 
     def arms(self) -> list[Arm]:
@@ -135,7 +135,8 @@ class Adapters:
                 count,
                 name=one.entry.id,
                 source=one.entry.id,
-                sampler=one.sampler,
+                sampler=one.sampling.sampler,
+                span=one.sampling.span,
                 eta=one.entry.eta,
                 scale=one.entry.scale,
             )
@@ -144,12 +145,25 @@ class Adapters:
         ]
 
 
+def _sampling(entry: AdapterEntry, source: lora.AdapterSource, reporter: Reporter) -> Sampling:
+    """What the entry says, else what was saved beside the adapter."""
+    recorded = recorded_sampling(source, SILENT if entry.sampler else reporter)
+    sampler = entry.sampler or recorded.sampler
+    span = entry.timestep_span or (recorded.span if sampler == "ddim" else 1.0)
+    return Sampling(sampler, span)
+
+
 def controls(students: Sequence[Arm], num_train_timesteps: int) -> list[Arm]:
     """The base without adapter for every way in which a student samples, each once."""
     found: dict[str, Arm] = {}
     for student in students:
         control = base_arm(
-            student.steps, student.guidance, num_train_timesteps, sampler=student.sampler, eta=student.eta
+            student.steps,
+            student.guidance,
+            num_train_timesteps,
+            sampler=student.sampler,
+            eta=student.eta,
+            span=student.span,
         )
         found.setdefault(control.id, control)
     return list(found.values())

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from fewstep import lora
-from fewstep.arms import Arm, Sampler, check_arms, real_arm, solver_arm, student_arm, teacher_arm
+from fewstep.arms import Arm, check_arms, real_arm, solver_arm, student_arm, teacher_arm
 from fewstep.backbone import Backbone
 from fewstep.benchmark.adapters import Adapters, controls
 from fewstep.benchmark.cells import CELLS
@@ -20,7 +20,7 @@ from fewstep.errors import CheckpointError, InputError
 from fewstep.metrics.alignment import CLIPAlignment
 from fewstep.metrics.features import INCEPTION, DINOFeatures, Features, InceptionFeatures, OwnFeatures
 from fewstep.metrics.pretrained import ModelNotAtHand
-from fewstep.opening import open_base, read_prompts, recorded_sampler, warn_of_prompts
+from fewstep.opening import Sampling, open_base, read_prompts, recorded_sampling, warn_of_prompts
 from fewstep.report import RECORD_FILE, arm_folder
 from fewstep.reporting import Reporter
 
@@ -145,8 +145,8 @@ def make_plan(
     settings = _resolved(settings, backbone, data)
     adapters = Adapters(settings, backbone, opened.source, reporter)
     options = Options(settings, backbone)
-    sampler = recorded_sampler(opened.source, reporter) if wants_adapter else None
-    arms = options.beside(arms or _arms(settings, backbone, adapters, sampler))
+    sampling = recorded_sampling(opened.source, reporter) if wants_adapter else None
+    arms = options.beside(arms or _arms(settings, backbone, adapters, sampling))
     real: RealPictures | None = data
     if data is None and backbone.abilities is not None:
         real = OwnPictures(backbone.abilities, prompts, settings)
@@ -211,12 +211,15 @@ def _resolved(settings: BenchSettings, backbone: Backbone, data: DataPictures | 
     )
 
 
-def _arms(settings: BenchSettings, backbone: Backbone, adapters: Adapters, sampler: Sampler | None) -> list[Arm]:
-    """The arms that the settings describe; ``sampler`` is the run's own adapter's, None where there is none."""
+def _arms(settings: BenchSettings, backbone: Backbone, adapters: Adapters, sampling: Sampling | None) -> list[Arm]:
+    """The arms that the settings describe; ``sampling`` is the run's own adapter's, None where there is none."""
     count = backbone.schedule.num_train_timesteps
     students = []
-    if sampler is not None:
-        students += [student_arm(n, settings.flash_guidance, count, sampler=sampler) for n in settings.steps]
+    if sampling is not None:
+        students += [
+            student_arm(n, settings.flash_guidance, count, sampler=sampling.sampler, span=sampling.span)
+            for n in settings.steps
+        ]
     students += adapters.arms()
     if not settings.compare_baseline:
         return students

@@ -76,11 +76,12 @@ def save_adapter(
     folder: Path,
     scheduler_config: Mapping[str, Any],
     sampler: Literal["lcm", "ddim"] = "lcm",
+    span: float = 1.0,
 ) -> Path:
     """Write the adapter as it is now, and the scheduler to sample it with, into `folder`.
 
     `pytorch_lora_weights.safetensors` is in diffusers' layout with alpha in its header, fp32: stock pipelines load it
-    exactly. `scheduler/` is that of `sampler`, with the base's betas and prediction type.
+    exactly. `scheduler/` is that of `sampler` and `span`, with the base's betas and prediction type.
 
     Returns:
         The file with the weights.
@@ -103,7 +104,7 @@ def save_adapter(
     folder.mkdir(parents=True, exist_ok=True)
     StableDiffusionPipeline.save_lora_weights(str(folder), unet_lora_layers=weights, unet_lora_adapter_metadata=stated)
     _sort_metadata(folder / WEIGHTS_NAME)
-    save_scheduler(folder, scheduler_config, sampler)
+    save_scheduler(folder, scheduler_config, sampler, span)
     return folder / WEIGHTS_NAME
 
 

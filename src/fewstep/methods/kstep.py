@@ -30,7 +30,7 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from fewstep.arms import sampler_timesteps
+from fewstep.arms import Arm, sampler_timesteps, student_arm
 from fewstep.errors import InputError
 from fewstep.losses import LOSSES, WEIGHTINGS, LossName, Weighting
 from fewstep.randomness import generator
@@ -101,6 +101,7 @@ class KStep:
         pairs_per_rollout: at most how many pairs are learnt from a rollout, its start included.
         guidance_interval: (low, high), the timesteps at which the teacher is guided; None for all.
         from_noise: every rollout starts from pure noise at the noisiest timestep; the others are met on its way.
+        span: the share of the schedule in which the timesteps after the first lie, of a student that DDIM samples.
     """
 
     schedule: NoiseSchedule
@@ -113,6 +114,7 @@ class KStep:
     pairs_per_rollout: int = 1
     guidance_interval: tuple[int, int] | None = None
     from_noise: bool = False
+    span: float = 1.0
 
     sampler: ClassVar[StudentSampler] = "lcm"
     """How the student is going to be sampled; it decides at which timesteps."""
@@ -140,12 +142,18 @@ class KStep:
     def points(self) -> list[int]:
         """Every timestep that training visits, noisiest first."""
         return promised_points(
-            self.step_counts, self.schedule.num_train_timesteps, partial(sampler_timesteps, self.sampler)
+            self.step_counts,
+            self.schedule.num_train_timesteps,
+            partial(sampler_timesteps, self.sampler, span=self.span),
         )
+
+    def arm(self, steps: int) -> Arm:
+        """How the student is sampled in `steps` steps."""
+        return student_arm(steps, 1.0, self.schedule.num_train_timesteps, sampler=self.sampler, span=self.span)
 
     def _visited_in(self, steps: int) -> tuple[int, ...]:
         """The timesteps of the student when it is sampled in `steps` steps."""
-        return sampler_timesteps(self.sampler, steps, self.schedule.num_train_timesteps)
+        return self.arm(steps).timesteps
 
     def draw(self, seed: int, update: int, positions: Sequence[int], shape: Sequence[int]) -> Draws:
         """The chance of each sample: a function of (seed, update, its position in the global batch), nothing else.

@@ -11,8 +11,8 @@ timesteps that it promises, nothing is drawn anew, and a jump need not be longer
 The target is the x0 with which one DDIM step from x_t lands where the teacher's path is at s: that of progressive
 distillation (Salimans & Ho 2022, appendix G), which halves the steps again and again, here in one go on a fixed grid.
 It is also one phase of a phased consistency model (Wang et al. 2024), learnt at the phase's edge. s is the timestep
-after t in the student's grid; where several step counts pass t, in that of the fewest, whose jump is the longest: a
-network has one answer at a timestep.
+after t in the student's grid; where several step counts pass t, in that of the one promised first: a network has one
+answer at a timestep, and another's jump from there then ends a little off.
 
 The fine grid has K steps from the noisiest timestep down to x0 and passes all of the student's timesteps. So one path
 from pure noise is a lesson at each of them (`from_noise`), for captions without pictures; a rollout from a lower t is
@@ -68,7 +68,7 @@ class Trajectory(KStep):
     def landings(self) -> dict[int, int]:
         """Where the jump from each of the student's timesteps ends; −1 is x0."""
         ends = dict[int, int]()
-        for steps in sorted(self.step_counts, reverse=True):  # of the fewest last: that one stays
+        for steps in reversed(self.step_counts):  # the first one last: it stays
             ends |= dict(pairwise((*self._visited_in(steps), -1)))
         return ends
 

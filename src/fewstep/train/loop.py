@@ -194,7 +194,7 @@ def distill(
         def publish(folder: Path) -> None:
             """Write the adapter as it is to be sampled with, and prove that a stock pipeline gets the same one."""
             with ema.applied():
-                lora.save_adapter(backbone.unet, folder, backbone.scheduler_config, method.sampler)
+                lora.save_adapter(backbone.unet, folder, backbone.scheduler_config, method.sampler, method.span)
                 lora.prove_round_trip(backbone, folder)
 
         encoder = start.encoder_of(settings, backbone, opened, main=main)
@@ -369,6 +369,7 @@ def distill(
         adapter = save(checkpoint.FINAL)
         processes.wait_for_everyone()
         reporter.say(f"adapter: {adapter}")
+        reporter.say(start.stock_call(method))
         best = checkpoint.recorded(best_folder)
         if validation is not None and best is not None and best.step < step:
             reporter.say(

@@ -166,6 +166,7 @@ def method_of(settings: TrainSettings, backbone: Backbone) -> KStep:
         pairs_per_rollout=_most_pairs(settings, backbone),
         guidance_interval=settings.guidance_interval,
         from_noise=settings.starts_from == "noise",
+        span=settings.timestep_span,
         criterion=settings.loss,
         weighting=settings.loss_weighting,
     )
@@ -175,7 +176,7 @@ def _most_pairs(settings: TrainSettings, backbone: Backbone) -> int:
     """`pairs_per_rollout`, resolved: of a path that passes all of a student's timesteps, a pair at each."""
     if settings.pairs_per_rollout is not None or settings.sampler == "lcm":
         return settings.pairs_per_rollout or 1
-    grid = partial(sampler_timesteps, settings.sampler)
+    grid = partial(sampler_timesteps, settings.sampler, span=settings.timestep_span)
     return len(promised_points(settings.num_inference_steps, backbone.schedule.num_train_timesteps, grid))
 
 
@@ -316,6 +317,14 @@ def plan(settings: TrainSettings, method: KStep, slices: Slices, trainable: int,
     yield from (f"  {line}" for line in settings_toml(settings).splitlines())
 
 
+def stock_call(method: KStep) -> str:
+    """How diffusers alone draws with the adapter, in four steps or in the most that it promises."""
+    steps = 4 if 4 in method.step_counts else max(method.step_counts)
+    by_itself, timesteps = f"num_inference_steps={steps}", f"timesteps={list(method.arm(steps).timesteps)}"
+    asked = by_itself if method.span == 1 else timesteps
+    return f"with diffusers alone: its scheduler/, and pipeline(prompt, {asked}, guidance_scale=1.0)"
+
+
 def rollouts_to_keep(settings: TrainSettings, slices: Slices) -> int:
     """How many rollouts the teacher makes for a run that keeps them: whole updates, rounded up."""
     if settings.teacher_rollouts is None:
@@ -327,7 +336,7 @@ def rollout_key(settings: TrainSettings, backbone: Backbone) -> dict[str, Any]:
     """All that the teacher's rollouts depend on besides the data and the global batch."""
     names = (
         *("seed", "guidance_scale", "num_ddim_steps", "num_inference_steps", "pure_noise_share", "pairs_per_rollout"),
-        *("guidance_interval", "start", "sampler", "resolution", "mixed_precision", "prediction_type"),
+        *("guidance_interval", "start", "sampler", "timestep_span", "resolution", "mixed_precision", "prediction_type"),
     )
     return {"base_fingerprint": backbone.fingerprint} | {name: getattr(settings, name) for name in names}
 
