@@ -357,6 +357,12 @@ class TrainSettings(BaseModelSettings):
         description="At most how many pairs are learnt from a rollout of the teacher: its start, and states on its way "
         "at other timesteps of the student, which cost the teacher nothing. Unset: 1, with ddim all there are.",
     )
+    pairs_per_visit: Count | None = Field(
+        None,
+        description="With kept rollouts: at most how many pairs of each rollout in its batch an update learns from; "
+        "the others have their turn when it comes up again. Few pairs of many rollouts teach more than many pairs of "
+        "few. Unset: all.",
+    )
     teacher_rollouts: Count | None = Field(
         None,
         description="How many rollouts the teacher makes before training, kept on disk and gone through again and "
@@ -450,6 +456,11 @@ class TrainSettings(BaseModelSettings):
             raise ValueError(
                 f"start student came with {kept}; the student's guesses change as it learns, and rollouts from them "
                 "cannot be kept; allowed there are data, teacher and noise; leave one of the two out"
+            )
+        if self.pairs_per_visit is not None and not self.keeps_rollouts:
+            raise ValueError(
+                f"pairs_per_visit {self.pairs_per_visit} came without kept rollouts, and others are visited once; "
+                "allowed is with teacher_rollouts or teacher_cache; add one of them, or leave --pairs_per_visit out"
             )
         if self.starts_from in ("student", "noise") and self.pure_noise_share < 1:
             raise ValueError(

@@ -11,9 +11,10 @@ from safetensors.torch import load_file, save_file
 
 from fewstep.config import TrainSettings
 from fewstep.data import Slices
-from fewstep.errors import CheckpointError, Interrupted
+from fewstep.errors import CheckpointError, InputError, Interrupted
+from fewstep.methods.kstep import Pairs
 from fewstep.train import DistillResult, distill
-from fewstep.train.rollouts import RolloutStore, numbers_of
+from fewstep.train.rollouts import RolloutStore, numbers_of, turns_of
 from tests.train.conftest import Heard
 
 
@@ -76,6 +77,65 @@ def test_a_run_on_kept_rollouts_resumes_bit_for_bit(settings: TrainSettings, tmp
     with pytest.raises(Interrupted, match="stopped at step 6"):
         distill(few.replace(run_name="cut"), should_stop=in_the_middle)
     assert same(distill(few.replace(run_name="cut", resume_from_checkpoint="latest")), whole)
+
+
+def pairs_of(counts: list[int]) -> Pairs:
+    """So many pairs of each rollout, told apart by their numbers."""
+    rows = torch.cat([torch.full((count,), row) for row, count in enumerate(counts)])
+    number = torch.arange(len(rows))
+    x_t = number.float()[:, None, None, None].expand(-1, 1, 2, 2)
+    return Pairs(x_t=x_t, t=number, rows=rows, weight=1 + number.float(), target=-x_t)
+
+
+def test_in_its_turns_every_pair_is_learnt_from_and_weighs_what_it_weighed() -> None:
+    pairs, numbers = pairs_of([8, 3, 1]), [20, 4, 7]
+    for round_ in (0, 12, 24):  # 12 visits are whole rounds of 4, 2 and 1 turns
+        weight = torch.zeros(12)
+        for visit in range(round_, round_ + 12):
+            some = turns_of(pairs, numbers, [visit] * 3, 2, seed=7)
+            assert [int((some.rows == row).sum()) for row in (0, 2)] == [2, 1]
+            assert 1 <= int((some.rows == 1).sum()) <= 2
+            assert torch.equal(some.x_t[:, 0, 0, 0], some.t.float()) and torch.equal(some.target, -some.x_t)
+            assert torch.equal(pairs.rows[some.t], some.rows)
+            weight.index_add_(0, some.t, some.weight)
+        torch.testing.assert_close(weight, 12 * pairs.weight)
+
+
+def test_turns_depend_on_the_rollout_its_visit_and_the_seed_alone() -> None:
+    pairs = pairs_of([8, 8])
+    order = [turns_of(pairs, [5, 5], [visit, visit], 1, seed=7).t.tolist() for visit in range(16)]
+    assert all(second == first + 8 for first, second in order)  # in another place of the batch: the same
+    first, second = ([t for t, _ in order[start : start + 8]] for start in (0, 8))
+    assert sorted(first) == sorted(second) == list(range(8)) and first != second
+    assert [turns_of(pairs, [6, 6], [visit, visit], 1, seed=7).t.tolist() for visit in range(16)] != order
+    assert [turns_of(pairs, [5, 5], [visit, visit], 1, seed=8).t.tolist() for visit in range(16)] != order
+    assert turns_of(pairs, [5, 6], [0, 3], 8, seed=7).t.sort().values.tolist() == list(range(16))  # all, where all may
+
+
+def test_a_run_that_takes_turns_resumes_bit_for_bit(settings: TrainSettings, tmp_path: Path) -> None:
+    few = settings.replace(
+        output_dir=tmp_path,
+        teacher_cache=tmp_path / "cache",
+        teacher_rollouts=8,
+        pairs_per_rollout=3,
+        num_ddim_steps=4,
+        oracle_images=0,
+    )
+    heard = Heard()
+    whole = distill(few.replace(run_name="whole", pairs_per_visit=1), reporter=heard)
+    assert any("gone through 5 times, 1 pairs each time" in line for line in heard.said)
+    asked = iter([False] * 5 + [True])
+    with pytest.raises(Interrupted, match="stopped at step 6"):
+        distill(few.replace(run_name="cut", pairs_per_visit=1), should_stop=lambda: next(asked))
+    again = few.replace(run_name="cut", pairs_per_visit=1, resume_from_checkpoint="latest")
+    assert same(distill(again), whole)
+    assert not same(distill(few.replace(run_name="all")), whole)
+    assert same(distill(few.replace(run_name="three", pairs_per_visit=3)), distill(few.replace(run_name="all2")))
+
+
+def test_turns_are_taken_among_kept_rollouts_alone(settings: TrainSettings) -> None:
+    with pytest.raises(InputError, match="pairs_per_visit 1 came without kept rollouts"):
+        settings.replace(pairs_per_visit=1)
 
 
 def test_a_teacher_that_was_stopped_goes_on(settings: TrainSettings, tmp_path: Path) -> None:

@@ -266,8 +266,16 @@ def distill(
                 processes.wait_for_everyone()
             store.refresh()  # the other processes have put theirs
             backbone.rest(backbone.vae)
-            ahead = {"start": step, "end": settings.max_steps}
-            kept = kept_lessons(store, encoder, slices, count=count, seed=settings.seed, **ahead)
+            kept = kept_lessons(
+                store,
+                encoder,
+                slices,
+                count=count,
+                seed=settings.seed,
+                start=step,
+                end=settings.max_steps,
+                pairs_per_visit=settings.pairs_per_visit,
+            )
             lessons = speed.waiting(kept)
         else:
             lessons = map(teacher, speed.waiting(batches(start=step, end=settings.max_steps)))

@@ -6,12 +6,13 @@ the very same (another rank, another loss): that is `teacher_rollouts` and `teac
 
 The rollouts kept are those that the first updates of a run without a cache would make, in that order; as long as none
 is used twice the two runs are the same. Afterwards each epoch goes through them in another order, by the seed alone.
+With `pairs_per_visit` an update learns from few pairs of many rollouts instead of all pairs of few.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -29,6 +30,7 @@ from fewstep.data.order import sample_index
 from fewstep.errors import CheckpointError
 from fewstep.files import write_bytes_atomic
 from fewstep.methods.kstep import Draws, KStep, Pairs
+from fewstep.randomness import generator
 from fewstep.solver import Denoiser
 from fewstep.train.encoding import Encoder
 from fewstep.train.keyed import checksum, claim, damaged, opened
@@ -257,12 +259,53 @@ def numbers_of(slices: Slices, update: int, micro: int, count: int, seed: int) -
     return [place if place < count else sample_index(seed, place, count) for place in places]
 
 
+def turns_of(pairs: Pairs, numbers: Sequence[int], visits: Sequence[int], most: int, seed: int) -> Pairs:
+    """At most `most` pairs of each rollout: at every visit others, until all have had their turn, then in a new order.
+
+    Pairs of one path are alike; an update learns more from as many pairs of different ones. Weights make up for the
+    turns in which a pair is left out: over all of them it weighs what it would without.
+
+    Args:
+        numbers: of the rollouts that `pairs.rows` counts.
+        visits: how often each of them has been visited before.
+        seed: of the orders.
+    """
+    chosen, weights = [], []
+    for row, (number, visit) in enumerate(zip(numbers, visits, strict=True)):
+        mine = (pairs.rows == row).nonzero().squeeze(1)
+        turns = -(-len(mine) // most)
+        order = torch.randperm(len(mine), generator=generator(seed, "turns", number, visit // turns))
+        turn = visit % turns
+        chosen.append(mine[order[turn * most : (turn + 1) * most].sort().values])
+        weights.append(torch.full((len(chosen[-1]),), float(turns)))
+    index = torch.cat(chosen)
+    there = index.to(pairs.x_t.device)
+    return Pairs(
+        x_t=pairs.x_t[there],
+        t=pairs.t[index],
+        rows=pairs.rows[index],
+        weight=pairs.weight[there] * torch.cat(weights).to(there.device),
+        target=pairs.target[there],
+    )
+
+
 def kept_lessons(
-    store: RolloutStore, encoder: Encoder, slices: Slices, *, count: int, seed: int, start: int, end: int
+    store: RolloutStore,
+    encoder: Encoder,
+    slices: Slices,
+    *,
+    count: int,
+    seed: int,
+    start: int,
+    end: int,
+    pairs_per_visit: int | None = None,
 ) -> Iterator[Lesson]:
     """The lessons of updates `start` to `end` from the first `count` rollouts of the store."""
     for update in range(start, end):
         for micro in range(slices.accumulation):
             numbers = numbers_of(slices, update, micro, count, seed)
             pairs, captions = store.get(numbers, encoder.device)
+            if pairs_per_visit is not None:
+                visits = [(update * slices.global_batch + place) // count for place in slices.positions(micro)]
+                pairs = turns_of(pairs, numbers, visits, pairs_per_visit, seed)
             yield Lesson(pairs=pairs, cond=encoder.embed(captions), captions=captions, items=tuple(numbers))
