@@ -70,6 +70,14 @@ def test_times_are_those_of_the_settings_batch(found: DryRun, asked: TrainSettin
     assert dry_run._durations(one, faster, fresh, Slices(batch_size=4)) == (3.0, 30.0), "noise is no gain"
 
 
+def test_a_visits_share_of_the_pairs_is_what_is_tried(asked: TrainSettings, tmp_path: Path) -> None:
+    path = asked.replace(
+        sampler="ddim", start="noise", num_ddim_steps=None, oracle_images=0, teacher_cache=tmp_path / "cache"
+    )
+    whole, turns = rehearse(path), rehearse(path.replace(pairs_per_visit=1))
+    assert turns.one.activations < 0.6 * whole.one.activations
+
+
 def test_the_largest_batch_is_where_the_line_meets_the_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     def trial(activations: int) -> Trial:
         return Trial(teacher_seconds=1.0, student_seconds=1.0, activations=activations, peak=None)

@@ -123,7 +123,7 @@ def test_a_run_that_takes_turns_resumes_bit_for_bit(settings: TrainSettings, tmp
     )
     heard = Heard()
     whole = distill(few.replace(run_name="whole", pairs_per_visit=1), reporter=heard)
-    assert any("gone through 5 times, 1 pairs each time" in line for line in heard.said)
+    assert any("gone through 5 times, 1 of their pairs each time" in line for line in heard.said)
     asked = iter([False] * 5 + [True])
     with pytest.raises(Interrupted, match="stopped at step 6"):
         distill(few.replace(run_name="cut", pairs_per_visit=1), should_stop=lambda: next(asked))

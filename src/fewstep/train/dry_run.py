@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import floor
 from typing import TypeVar
 
@@ -25,7 +25,7 @@ from fewstep.timing import synchronise
 from fewstep.train import engine, start
 from fewstep.train.encoding import Fresh
 from fewstep.train.needs import disk_of_run, free_disk
-from fewstep.train.rollouts import Lesson, Teacher
+from fewstep.train.rollouts import Lesson, Teacher, turns_of
 from fewstep.ui import duration
 
 SEARCHED = 200
@@ -160,6 +160,13 @@ def _tried(
     teacher = Teacher(backbone, Fresh(backbone), method, settings.seed, shape, settings.starts_from)
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
 
+    def visited(lesson: Lesson) -> Lesson:
+        """What an update learns from it at one visit."""
+        if settings.pairs_per_visit is None:
+            return lesson
+        rows = len(lesson.cond)
+        return replace(lesson, pairs=turns_of(lesson.pairs, range(rows), [0] * rows, settings.pairs_per_visit, seed=0))
+
     def learn(lesson: Lesson) -> None:
         mean, _ = lesson.loss(method, student)
         mean.backward()
@@ -167,14 +174,14 @@ def _tried(
         optimizer.step()
         optimizer.zero_grad()
 
-    lesson = teacher(batch)
+    lesson = visited(teacher(batch))
     known = [*backbone.unet.parameters(), *backbone.unet.buffers()]
     activations = kept_for_backward(lambda: lesson.loss(method, student), known)
     learn(lesson)
     seconds: list[float] = []
 
     def step() -> None:
-        learn(_timed(lambda: teacher(batch), seconds, backbone.device))
+        learn(visited(_timed(lambda: teacher(batch), seconds, backbone.device)))
 
     peak = peak_memory(lambda: _timed(step, seconds, backbone.device), backbone.device)
     teaching, whole = seconds

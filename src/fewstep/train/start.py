@@ -299,7 +299,7 @@ def plan(settings: TrainSettings, method: KStep, slices: Slices, trainable: int,
     if settings.keeps_rollouts:
         count = rollouts_to_keep(settings, slices)
         epochs = settings.max_steps * slices.global_batch / count
-        each = f", {settings.pairs_per_visit} pairs each time" if settings.pairs_per_visit else ""
+        each = f", {settings.pairs_per_visit} of their pairs each time" if settings.pairs_per_visit else ""
         yield f"rollouts: {count:,}, kept in {settings.rollout_dir}, gone through {epochs:.3g} times{each}"
     aim = "the teacher's x0" if method.sampler == "lcm" else "the x0 whose jump meets the teacher's path again"
     yield f"loss: {settings.loss} to {aim}, loss_weighting {settings.loss_weighting}"
