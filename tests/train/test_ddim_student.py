@@ -160,7 +160,9 @@ def test_kept_paths_are_the_fresh_ones(short: TrainSettings, student: tuple[Dist
 
 def test_a_students_own_way_is_learnt_from_too(short: TrainSettings) -> None:
     own = short.replace(run_name="own", start="student", pairs_per_rollout=1)
-    whole = distill(own)
+    heard = Heard()
+    whole = distill(own, reporter=heard)
+    assert "starts: pure noise at t = 999, else where the student stands on its own way to t" in heard.said
     asked = iter([False, True])
     with pytest.raises(Interrupted):
         distill(own.replace(run_name="own-cut"), should_stop=lambda: next(asked))

@@ -291,6 +291,8 @@ def plan(settings: TrainSettings, method: KStep, slices: Slices, trainable: int,
     }
     if settings.starts_from == "noise":
         yield f"starts: pure noise at t = {method.points[0]}, from where the teacher passes the rest"
+    elif settings.starts_from == "student" and method.sampler == "ddim":
+        yield f"starts: pure noise at t = {method.points[0]}, else where the student stands on its own way to t"
     else:
         yield (
             f"starts: pure noise for {settings.pure_noise_share:.0%} at t = {method.points[0]}, else, noised to t, "
