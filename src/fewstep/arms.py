@@ -175,7 +175,7 @@ def base_arm(
     parts = ["base"]
     parts += [sampler] if sampler != "lcm" else []
     parts += [f"eta{round(100 * eta)}"] if eta else []
-    parts += [f"span{round(100 * span)}"] if span < 1 else []
+    parts += [f"span{span:g}".replace(".", "")] if span < 1 else []
     parts += [f"w{guidance:g}".replace(".", "")] if guidance > 1 else []
     return Arm(
         id="-".join([*parts, str(steps)]),

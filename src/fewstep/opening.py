@@ -191,14 +191,15 @@ def recorded_sampling(source: lora.AdapterSource | None, reporter: Reporter) -> 
         name, order = saved["_class_name"], saved.get("solver_order")
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         name, order = "a scheduler that cannot be read", None
-    if name == "DDIMScheduler" or (name == FIRST_ORDER and order == 1):
-        return Sampling("ddim", checkpoint.recorded_span(source.folder))
+    if name == FIRST_ORDER and order == 1:
+        name = "DDIMScheduler"
     if name not in SCHEDULERS:
         reporter.warn(
             f"adapter {source.name} was saved with {name}; known are {', '.join(SCHEDULERS)}: it is sampled as with "
             "the first; name its sampler with --adapters, or in --adapters_file"
         )
-    return Sampling(SCHEDULERS.get(name, "lcm"))
+    sampler = SCHEDULERS.get(name, "lcm")
+    return Sampling(sampler, checkpoint.recorded_span(source.folder) if sampler == "ddim" else 1.0)
 
 
 def versions() -> dict[str, str]:

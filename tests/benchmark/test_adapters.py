@@ -147,6 +147,42 @@ def test_the_runs_own_adapter_is_sampled_as_its_saved_scheduler_says(
     assert found.record.summary["student-2"].control == "base-tcd-2"
 
 
+def test_the_timesteps_of_a_span_are_recorded_or_said_and_have_their_own_control(
+    base: Backbone, other: Path, tmp_path: Path
+) -> None:
+    config = other / "scheduler" / "scheduler_config.json"
+    first_order = {"_class_name": "DPMSolverMultistepScheduler", "solver_order": 1}
+    config.write_text(json.dumps(json.loads(config.read_text()) | first_order))
+    (other / "settings.toml").write_text("timestep_span = 0.6\n")
+    assert opening.recorded_sampling(lora.locate(other), Notes()) == opening.Sampling("ddim", 0.6)
+    text = f"""
+        [[adapter]]
+        id = "recorded"
+        lora_path = "{other}"
+        steps = 2
+        [[adapter]]
+        id = "said"
+        lora_path = "{other}"
+        timestep_span = 0.605
+        steps = 2
+        [[adapter]]
+        id = "lcm"
+        lora_path = "{other}"
+        sampler = "lcm"
+        steps = 2
+    """
+    found = run(tmp_path, base, text, lora_path=base.abilities.adapter(), steps=(1,))  # type: ignore[union-attr]
+    timesteps = {arm.arm.id: arm.arm.timesteps for arm in found.arms}
+    assert (timesteps["recorded-2"], timesteps["said-2"], timesteps["lcm-2"]) == ((999, 299), (999, 301), (999, 499))
+    controls = {name: found.record.summary[f"{name}-2"].control for name in ("recorded", "said", "lcm")}
+    assert controls == {"recorded": "base-ddim-span06-2", "said": "base-ddim-span0605-2", "lcm": "base-2"}
+    assert timesteps["base-ddim-span0605-2"] == (999, 301)
+
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"solver_order": 2}))
+    notes = Notes()
+    assert opening.recorded_sampling(lora.locate(other), notes) == opening.Sampling("lcm") and len(notes.warned) == 1
+
+
 @pytest.mark.parametrize("content", ['{"_class_name": "EulerDiscreteScheduler"}', "[]", "{"])
 def test_a_scheduler_that_is_not_known_is_named(other: Path, content: str) -> None:
     (other / "scheduler" / "scheduler_config.json").write_text(content)

@@ -133,6 +133,13 @@ def test_every_field_is_documented(settings: type[Settings]) -> None:
         (TrainSettings, {"data_dir": ""}, "an empty text came"),
         (TrainSettings, {"data_dir": "a", "dataset_name": "b"}, "dataset_name and data_dir came together"),
         (TrainSettings, {"max_steps": 10, "lr_warmup_steps": 10}, "lr_warmup_steps 10 came with max_steps 10"),
+        (TrainSettings, {"timestep_span": 0.6}, "timestep_span 0.6 came with sampler lcm"),
+        (TrainSettings, {"timestep_span": 0, "sampler": "ddim"}, "timestep_span: 0 came"),
+        (
+            AdapterEntry,
+            {"id": "a", "lora_path": "x", "sampler": "tcd", "timestep_span": 0.6},
+            "adapter a has timestep_span 0.6 for tcd, which has none",
+        ),
         (TrainSettings, {"max_dropped": 1.1}, "max_dropped: 1.1 came"),
         (TrainSettings, {"seed": -1}, "seed: -1 came"),
         (BenchSettings, {"lora_path": "a", "lora_id": "b"}, "lora_path and lora_id came together"),

@@ -64,30 +64,29 @@ def test_what_was_left_open_is_what_a_path_needs(student: tuple[DistillResult, H
     assert {key for key in last if key.startswith("loss/")} == {f"loss/t{t}" for t in (999, 749, 499, 249)}
 
 
+def stock_picture(base: Path, adapter: Path, scheduler: Any, **steps: Any) -> np.ndarray:
+    """What diffusers alone draws with the scheduler that was saved beside the adapter, 0 to 255."""
+    from diffusers import StableDiffusionPipeline
+
+    pipeline = StableDiffusionPipeline.from_pretrained(base)
+    pipeline.set_progress_bar_config(disable=True)
+    pipeline.load_lora_weights(adapter)
+    pipeline.scheduler = scheduler.from_pretrained(adapter / "scheduler")
+    noise = [generator(5, "picture", 0, 0)]
+    drawn = pipeline(PROMPT, guidance_scale=1.0, generator=noise, height=64, width=64, output_type="np", **steps)
+    return np.round(drawn.images[0] * 255).astype(int)
+
+
 @pytest.mark.parametrize("steps", [1, 4])
 def test_a_stock_pipeline_with_the_saved_scheduler_draws_the_students_picture(
     student: tuple[DistillResult, Heard], base: Path, tmp_path: Path, steps: int
 ) -> None:
-    from diffusers import DDIMScheduler, StableDiffusionPipeline
+    from diffusers import DDIMScheduler
 
     adapter = student[0].adapter
     config = json.loads((adapter / "scheduler" / "scheduler_config.json").read_text())
     assert config["_class_name"] == "DDIMScheduler"
-    pipeline = StableDiffusionPipeline.from_pretrained(base)
-    pipeline.set_progress_bar_config(disable=True)
-    pipeline.load_lora_weights(adapter)
-    pipeline.scheduler = DDIMScheduler.from_pretrained(adapter / "scheduler")
-    drawn = pipeline(
-        PROMPT,
-        num_inference_steps=steps,
-        guidance_scale=1.0,
-        generator=[generator(5, "picture", 0, 0)],
-        height=64,
-        width=64,
-        output_type="np",
-    )
-    stock = np.round(drawn.images[0] * 255).astype(int)
-
+    stock = stock_picture(base, adapter, DDIMScheduler, num_inference_steps=steps)
     backbone = load_backbone(base, device="cpu")
     lora.load_adapter(backbone, adapter)
     prompt = encode_prompts(backbone, [PROMPT])
@@ -106,25 +105,12 @@ def test_a_stock_pipeline_with_the_saved_scheduler_draws_the_students_picture(
 
 
 def test_a_stock_pipeline_draws_with_the_timesteps_of_a_span(short: TrainSettings, base: Path, tmp_path: Path) -> None:
-    from diffusers import DPMSolverMultistepScheduler, StableDiffusionPipeline
+    from diffusers import DPMSolverMultistepScheduler
 
     heard = Heard()
     adapter = distill(short.replace(run_name="span", timestep_span=0.6), reporter=heard).adapter
     assert any("timesteps=[999, 449, 299, 149]" in line for line in heard.said)
-    pipeline = StableDiffusionPipeline.from_pretrained(base)
-    pipeline.set_progress_bar_config(disable=True)
-    pipeline.load_lora_weights(adapter)
-    pipeline.scheduler = DPMSolverMultistepScheduler.from_pretrained(adapter / "scheduler")
-    drawn = pipeline(
-        PROMPT,
-        timesteps=[999, 449, 299, 149],
-        guidance_scale=1.0,
-        generator=[generator(5, "picture", 0, 0)],
-        height=64,
-        width=64,
-        output_type="np",
-    )
-    stock = np.round(drawn.images[0] * 255).astype(int)
+    stock = stock_picture(base, adapter, DPMSolverMultistepScheduler, timesteps=[999, 449, 299, 149])
 
     def own(**changes: Any) -> np.ndarray:
         settings = GenerateSettings(
