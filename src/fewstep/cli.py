@@ -75,9 +75,9 @@ SECTIONS = {
     "Data": "dataset_name streaming data_dir image_column caption_column max_dropped",
     "Training": "size stage max_steps learning_rate lr_schedule lr_warmup_steps gradient_accumulation_steps "
     "gradient_checkpointing compile channels_last max_grad_norm ema_decay resume_from_checkpoint",
-    "Method": "sampler timestep_span guidance_scale guidance_interval num_ddim_steps num_inference_steps "
-    "pure_noise_share start pairs_per_rollout pairs_per_visit teacher_rollouts teacher_cache cache_dir "
-    "loss loss_weighting",
+    "Method": "sampler timestep_span guidance_scale guidance_interval teacher_solver num_ddim_steps "
+    "num_inference_steps pure_noise_share start pairs_per_rollout pairs_per_visit teacher_rollouts teacher_cache "
+    "cache_dir loss loss_weighting",
     "Base model": "base_model default_base revision prediction_type resolution allow_pickle",
     "Results": "runs output_dir run_name outdir resume dry_run log_file checkpoint_every keep_last keep_every "
     "validate_every validate_images log_every oracle_images",

@@ -331,9 +331,14 @@ class TrainSettings(BaseModelSettings):
         description="With ddim: all of the student's timesteps but the first lie evenly in this share of the schedule, "
         "counted from its clean end; 1 spaces them evenly as stock schedulers do.",
     )
+    teacher_solver: Literal["ddim", "dpmpp"] = Field(
+        "ddim",
+        description="How the teacher takes its K steps: ddim, or dpmpp (DPM-Solver++ 2M), which in half as many steps "
+        "is as near to where very many would take it.",
+    )
     num_ddim_steps: StudentSteps | None = Field(
         None,
-        description="DDIM steps K of the teacher: with lcm from any t to x0, with ddim of its whole path. Unset: 8, "
+        description="Steps K of the teacher: with lcm from any t to x0, with ddim of its whole path. Unset: 8, "
         "with ddim 16.",
     )
     num_inference_steps: StepCounts = Field(

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fewstep.randomness import generator
 from fewstep.schedule import NoiseSchedule
-from fewstep.solver import Denoiser, OnStep, ddim_rollout, ddim_step, guided_output
+from fewstep.solver import Denoiser, OnStep, ddim_step, guided_output, rollout
 from fewstep.timesteps import karras_grid
 
 
@@ -90,7 +90,7 @@ def ddim_sample(
     """
     x_t = noise.draw(shape).to(cond.device)
     grids = torch.tensor([*timesteps, -1], device=cond.device).expand(len(x_t), -1)
-    return ddim_rollout(denoiser, schedule, x_t, grids, cond, uncond, guidance, on_step)
+    return rollout(denoiser, schedule, x_t, grids, cond, uncond, guidance, on_step)
 
 
 @torch.no_grad()

@@ -1,16 +1,20 @@
-"""The teacher: classifier-free guidance and DDIM, for a batch whose samples stand at different timesteps."""
+"""The teacher: classifier-free guidance and its ODE solvers, for a batch whose samples stand at different timesteps."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from itertools import pairwise
-from typing import Protocol
+from typing import Literal, Protocol
 
 import torch
 from torch import Tensor
 
 from fewstep.errors import InputError
 from fewstep.schedule import NoiseSchedule
+
+TeacherSolver = Literal["ddim", "dpmpp"]
+"""How the teacher gets from one timestep to the next: by DDIM, or by DPM-Solver++(2M), which from the second step on
+is closer to where very many steps would arrive, at the same cost."""
 
 OnStep = Callable[[], object]
 """Called without arguments after every solver step: a progress bar's `advance` will do."""
@@ -78,7 +82,43 @@ def ddim_step(schedule: NoiseSchedule, output: Tensor, x_t: Tensor, t: Tensor, t
     return schedule.add_noise(x0, eps, t_next)
 
 
-def ddim_rollout(
+def dpmpp_step(
+    schedule: NoiseSchedule,
+    output: Tensor,
+    x_t: Tensor,
+    t: Tensor,
+    t_next: Tensor,
+    x0_before: Tensor,
+    t_before: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """One step of DPM-Solver++(2M) (Lu et al. 2022, algorithm 2), and the x̂0 that the next one wants to be told.
+
+    It is a DDIM step with x̂0 led on along the line through the one before, halfway into the step: with
+    λ = log(√ᾱ / √(1−ᾱ)), D = x̂0 + (λ_next − λ) / 2 (λ − λ_before) · (x̂0 − x̂0_before). A step to x0 itself is DDIM's.
+
+    Args:
+        output, x_t, t, t_next: as in `ddim_step`.
+        x0_before: x̂0 [B, C, H, W] of each sample's step before.
+        t_before: int64 [B], where it was then; t itself where this is its first step, which is DDIM's.
+
+    Returns:
+        x_{t_next} and x̂0, [B, C, H, W] each.
+    """
+    x0 = schedule.to_x0(output, x_t, t)
+    before, here, there = (_log_ratio(schedule, at) for at in (t_before, t, t_next))
+    straight = (t_before == t) | (t_next < 0)
+    share = torch.where(straight, 0.0, 0.5 * (there - here) / torch.where(straight, 1.0, here - before)).float()
+    led_on = x0 + share.reshape(-1, 1, 1, 1) * (x0 - x0_before)
+    return ddim_step(schedule, schedule.from_x0(led_on, x_t, t), x_t, t, t_next), x0
+
+
+def _log_ratio(schedule: NoiseSchedule, t: Tensor) -> Tensor:
+    """λ = log(√ᾱ / √(1−ᾱ)), fp64 in the shape of `t`; of x0, where it is infinite, that of t = 0."""
+    alpha_bar = schedule.alpha_bar(t.clamp(min=0)).double()
+    return 0.5 * (alpha_bar.log() - (1 - alpha_bar).log())
+
+
+def rollout(
     denoiser: Denoiser,
     schedule: NoiseSchedule,
     x_t: Tensor,
@@ -89,8 +129,9 @@ def ddim_rollout(
     on_step: OnStep | None = None,
     visited: list[Tensor] | None = None,
     interval: tuple[int, int] | None = None,
+    solver: TeacherSolver = "ddim",
 ) -> Tensor:
-    """Follow each sample's own grid with deterministic DDIM; one (guided) forward a step for the whole batch.
+    """Follow each sample's own grid without chance; one (guided) forward a step for the whole batch.
 
     Args:
         x_t: [B, C, H, W], sample b noised to `grids[b, 0]`.
@@ -104,6 +145,7 @@ def ddim_rollout(
         The latents [B, C, H, W] at `grids[:, -1]`; gradients flow through all steps unless the caller forbids it.
     """
     columns = grids.to(x_t.device).T
+    x0, t_before = x_t, columns[0]
     for place, (t, t_next) in enumerate(pairwise(columns)):
         guided = None
         if interval is not None:
@@ -111,7 +153,12 @@ def ddim_rollout(
             guided = inside.nonzero().squeeze(1).to(x_t.device)
         if visited is not None:
             visited.append(x_t)
-        x_t = ddim_step(schedule, guided_output(denoiser, x_t, t, cond, uncond, guidance, guided), x_t, t, t_next)
+        output = guided_output(denoiser, x_t, t, cond, uncond, guidance, guided)
+        if solver == "dpmpp":
+            x_t, x0 = dpmpp_step(schedule, output, x_t, t, t_next, x0, t_before)
+            t_before = t
+        else:
+            x_t = ddim_step(schedule, output, x_t, t, t_next)
         if on_step is not None:
             on_step()
     return x_t

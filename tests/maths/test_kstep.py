@@ -17,7 +17,7 @@ from fewstep.methods.kstep import KStep
 from fewstep.randomness import generator
 from fewstep.sampling import PictureNoise, lcm_sample
 from fewstep.schedule import NoiseSchedule
-from fewstep.solver import ddim_rollout
+from fewstep.solver import rollout
 from fewstep.timesteps import promised_points, rollout_grid, student_grid
 
 SHAPE = (4, 6, 6)
@@ -117,7 +117,7 @@ def test_the_interval_is_the_teachers_and_the_oracles(
     grids = torch.tensor([rollout_grid(int(t), 8, narrow.points) for t in batch["t"]])
     x_t, cond, uncond = batch["x_t"], batch["cond"], batch["uncond"]
     with torch.no_grad():
-        expected = ddim_rollout(toy, schedule, x_t, grids, cond, uncond, 7.5, interval=(300, 700))
+        expected = rollout(toy, schedule, x_t, grids, cond, uncond, 7.5, interval=(300, 700))
     target = narrow.target(toy, x_t, batch["t"], cond, uncond)
     assert torch.equal(target, expected)
     assert not torch.allclose(target, kstep(schedule).target(toy, x_t, batch["t"], cond, uncond))
@@ -175,7 +175,7 @@ def test_target_is_each_samples_own_guided_rollout(schedule: NoiseSchedule, toy:
     points = promised_points([1, 2, 4, 8])
     for row, t in enumerate(batch["t"].tolist()):
         one = slice(row, row + 1)
-        alone = ddim_rollout(
+        alone = rollout(
             toy,
             schedule,
             batch["x_t"][one],
@@ -299,7 +299,7 @@ def test_more_pairs_are_states_on_the_teachers_way(
     for state, at, row, target in zip(pairs.x_t, pairs.t.tolist(), pairs.rows.tolist(), pairs.target, strict=True):
         grid = rollout_grid(int(t[row]), 8, method.points)
         rest = torch.tensor([grid[grid.index(at) :]])
-        alone = ddim_rollout(toy, schedule, state[None], rest, cond[row : row + 1], uncond, guidance=7.5)
+        alone = rollout(toy, schedule, state[None], rest, cond[row : row + 1], uncond, guidance=7.5)
         assert_close(alone[0], target, rtol=1e-3, atol=1e-3)
     assert not pairs.target.requires_grad and not pairs.x_t.requires_grad
     assert toy.batches[:8] == [8] * 8  # the teacher does no more for more pairs

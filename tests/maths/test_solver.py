@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 from itertools import pairwise
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
-from diffusers import DDIMScheduler
+from diffusers import DDIMScheduler, DPMSolverMultistepScheduler
 from torch import Tensor
 from torch.testing import assert_close
 
 from fewstep.errors import InputError
 from fewstep.schedule import NoiseSchedule
-from fewstep.solver import ddim_rollout, ddim_step, guided_output
+from fewstep.solver import ddim_step, guided_output, rollout
 from fewstep.timesteps import promised_points, rollout_grid, teacher_grid
 
 GUIDANCE = 7.5
@@ -54,7 +54,7 @@ def test_rollout_is_ddim_scheduler_on_uniform_strides(
     scheduler.set_timesteps(steps)
     grids = torch.tensor([*teacher_grid(steps), -1]).expand(4, -1)
     with torch.no_grad():
-        ours = ddim_rollout(toy, schedule, grids=grids, guidance=GUIDANCE, **batch)
+        ours = rollout(toy, schedule, grids=grids, guidance=GUIDANCE, **batch)
         theirs = by_scheduler(scheduler, toy, batch)
     assert_close(ours, theirs, rtol=1e-5, atol=1e-4)
 
@@ -67,15 +67,79 @@ def test_rollout_is_ddim_scheduler_at_zero_terminal_snr(
     scheduler.set_timesteps(10)
     grids = torch.tensor([*teacher_grid(10), -1]).expand(4, -1)
     with torch.no_grad():
-        ours = ddim_rollout(toy, NoiseSchedule.from_config(config), grids=grids, guidance=GUIDANCE, **batch)
+        ours = rollout(toy, NoiseSchedule.from_config(config), grids=grids, guidance=GUIDANCE, **batch)
         assert_close(ours, by_scheduler(scheduler, toy, batch), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("steps", [1, 2, 4, 8, 20])
+def test_rollout_by_dpmpp_is_the_scheduler(
+    schedule: NoiseSchedule, toy: Any, batch: dict[str, Tensor], sd15: dict[str, Any], steps: int
+) -> None:
+    scheduler = DPMSolverMultistepScheduler(
+        **sd15,
+        timestep_spacing="trailing",
+        final_sigmas_type="zero",
+        lower_order_final=False,
+        euler_at_final=True,  # a last step to x0 has no second order
+        prediction_type=schedule.prediction_type,
+    )
+    scheduler.set_timesteps(steps)
+    grids = torch.tensor([*teacher_grid(steps), -1]).expand(4, -1)
+    with torch.no_grad():
+        ours = rollout(toy, schedule, grids=grids, guidance=GUIDANCE, solver="dpmpp", **batch)
+        x_t, cond = batch["x_t"], batch["cond"]
+        for t in scheduler.timesteps:
+            at = t.expand(len(x_t))
+            u, c = toy(x_t, at, batch["uncond"].expand_as(cond)), toy(x_t, at, cond)
+            x_t = scheduler.step(u + GUIDANCE * (c - u), t, x_t, return_dict=False)[0]
+    assert_close(ours, x_t, rtol=1e-4, atol=3e-4)
+    assert steps < 3 or not torch.allclose(ours, rollout(toy, schedule, grids=grids, guidance=GUIDANCE, **batch))
+
+
+def test_dpmpp_with_different_t_in_one_batch_is_sample_by_sample(
+    schedule: NoiseSchedule, toy: Any, batch: dict[str, Tensor], mixed_grids: Tensor
+) -> None:
+    together = rollout(toy, schedule, grids=mixed_grids, guidance=2.0, solver="dpmpp", **batch)
+    for row in range(4):
+        one = slice(row, row + 1)
+        args = (batch["x_t"][one], mixed_grids[one], batch["cond"][one], batch["uncond"])
+        alone = rollout(toy, schedule, *args, guidance=2.0, solver="dpmpp")
+        assert_close(alone, together[one], rtol=1e-4, atol=1e-5)
+
+
+def test_dpmpp_at_zero_terminal_snr_begins_with_two_steps_of_ddim(
+    toy: Any, batch: dict[str, Tensor], sd15: dict[str, Any]
+) -> None:
+    schedule = NoiseSchedule.from_config(sd15 | {"rescale_betas_zero_snr": True, "prediction_type": "v_prediction"})
+    grids = torch.tensor([[999, 666, 333]]).expand(4, -1)
+    with torch.no_grad():  # from no signal at all there is no line through two x̂0 in log(signal / noise)
+        assert_close(*(rollout(toy, schedule, grids=grids, solver=name, **batch) for name in ("dpmpp", "ddim")))
+
+
+def test_dpmpp_follows_the_path_more_closely(sd15: dict[str, Any], batch: dict[str, Tensor]) -> None:
+    schedule = NoiseSchedule.from_config(sd15)
+
+    def normal(x: Tensor, t: Tensor, cond: Tensor) -> Tensor:
+        """The best denoiser of data that is normal with spread 0.5: its path is known, x keeps its quantile."""
+        alpha_bar = schedule.alpha_bar(t).reshape(-1, 1, 1, 1)
+        x0 = 0.25 * alpha_bar.sqrt() / (0.25 * alpha_bar + 1 - alpha_bar) * x
+        return schedule.from_x0(x0, x, t)
+
+    def error(steps: int, solver: Literal["ddim", "dpmpp"]) -> float:
+        grid = [t for t in teacher_grid(steps) if t > 49] + [49]  # short of x0: the last step is DDIM's in both
+        start, cond = batch["x_t"], batch["cond"]
+        spread = [(0.25 * schedule.alpha_bar(t) + 1 - schedule.alpha_bar(t)).sqrt() for t in (999, 49)]
+        arrived = rollout(normal, schedule, start, torch.tensor(grid).expand(4, -1), cond, solver=solver)
+        return float((arrived - start * spread[1] / spread[0]).square().mean().sqrt())
+
+    assert error(10, "dpmpp") < error(50, "ddim") < error(10, "ddim")
 
 
 def test_rollout_is_the_formula_on_any_grid_with_different_t_in_one_batch(
     schedule: NoiseSchedule, toy: Any, batch: dict[str, Tensor], mixed_grids: Tensor
 ) -> None:
     with torch.no_grad():
-        ours = ddim_rollout(toy, schedule, grids=mixed_grids, guidance=GUIDANCE, **batch)
+        ours = rollout(toy, schedule, grids=mixed_grids, guidance=GUIDANCE, **batch)
 
     # DDIM, eq. 12, sample by sample in float64, from betas on.
     wide = toy.double()
@@ -99,13 +163,13 @@ def test_rollout_is_the_formula_on_any_grid_with_different_t_in_one_batch(
 def test_batched_is_sample_by_sample_gradients_too(
     schedule: NoiseSchedule, toy: Any, batch: dict[str, Tensor], mixed_grids: Tensor
 ) -> None:
-    together = ddim_rollout(toy, schedule, grids=mixed_grids, guidance=2.0, **batch)
+    together = rollout(toy, schedule, grids=mixed_grids, guidance=2.0, **batch)
     together.square().mean().backward()
     gradients = [p.grad.clone() for p in toy.parameters()]
     toy.zero_grad()
     for row in range(4):
         one = slice(row, row + 1)
-        alone = ddim_rollout(
+        alone = rollout(
             toy, schedule, batch["x_t"][one], mixed_grids[one], batch["cond"][one], batch["uncond"], guidance=2.0
         )
         assert_close(alone, together[one], rtol=1e-4, atol=1e-5)
@@ -118,7 +182,7 @@ def test_who_knows_x0_gets_there_on_any_grid(schedule: NoiseSchedule, mixed_grid
     x0, eps = torch.randn(2, 4, 4, 6, 6)
     x_t = schedule.add_noise(x0, eps, mixed_grids[:, 0])
     cond = torch.zeros(4, 1, 6)
-    arrived = ddim_rollout(lambda x, t, cond: schedule.from_x0(x0, x, t), schedule, x_t, mixed_grids, cond)
+    arrived = rollout(lambda x, t, cond: schedule.from_x0(x0, x, t), schedule, x_t, mixed_grids, cond)
     assert_close(arrived, x0, rtol=1e-4, atol=1e-4)
 
 
@@ -165,7 +229,7 @@ def test_guidance_in_an_interval_is_each_samples_own(
 ) -> None:
     def rolled(interval: tuple[int, int] | None, guidance: float = GUIDANCE) -> Tensor:
         toy.batches.clear()
-        return ddim_rollout(toy, schedule, grids=mixed_grids, guidance=guidance, interval=interval, **batch)
+        return rollout(toy, schedule, grids=mixed_grids, guidance=guidance, interval=interval, **batch)
 
     low, high = 130, 500
     with torch.no_grad():
@@ -187,6 +251,6 @@ def test_one_forward_and_one_report_a_step(schedule: NoiseSchedule, toy: Any, ba
     reports: list[int] = []
     grids = torch.tensor([[999, 400, -1]]).expand(4, -1)
     with torch.no_grad():
-        ddim_rollout(toy, schedule, grids=grids, guidance=2.0, on_step=lambda: reports.append(1), **batch)
+        rollout(toy, schedule, grids=grids, guidance=2.0, on_step=lambda: reports.append(1), **batch)
     assert toy.batches == [8, 8]
     assert len(reports) == 2

@@ -18,7 +18,7 @@ from fewstep.methods.trajectory import Trajectory
 from fewstep.randomness import generator
 from fewstep.sampling import ddim_sample
 from fewstep.schedule import NoiseSchedule
-from fewstep.solver import ddim_rollout
+from fewstep.solver import rollout
 from fewstep.timesteps import teacher_grid
 
 SHAPE = (4, 6, 6)
@@ -80,7 +80,7 @@ def test_one_step_to_the_target_lands_on_the_teachers_path(
         fine = [one for one in method.fine_grid if landing <= one <= here]
         assert fine[0] == here and fine[-1] == landing
         with torch.no_grad():
-            there = ddim_rollout(
+            there = rollout(
                 toy, schedule, x_t[[row]], torch.tensor([fine]), cond[[row]], uncond, 3.0, interval=interval
             )
         eps = schedule.to_eps(schedule.from_x0(target[[row]], x_t[[row]], here), x_t[[row]], here)
@@ -103,14 +103,15 @@ def test_a_path_teaches_at_every_timestep_what_a_rollout_from_there_would(
     # At 999 a single step is aimed at, so the end of the path is: the picture of K steps of plain DDIM.
     grids = torch.tensor(method.fine_grid).expand(5, -1)
     with torch.no_grad():
-        assert_close(pairs.target[:5], ddim_rollout(toy, schedule, draws.noise, grids, cond, uncond, 3.0))
+        assert_close(pairs.target[:5], rollout(toy, schedule, draws.noise, grids, cond, uncond, 3.0))
     assert_close(method.own_pictures(toy, draws.noise, cond, uncond), pairs.target[:5])
 
 
+@pytest.mark.parametrize("solver", ["ddim", "dpmpp"])
 def test_paths_from_different_timesteps_do_not_touch_each_other(
-    schedule: NoiseSchedule, toy: Any, cond: Tensor, uncond: Tensor
+    schedule: NoiseSchedule, toy: Any, cond: Tensor, uncond: Tensor, solver: str
 ) -> None:
-    method = trajectory(schedule, from_noise=False, pairs_per_rollout=3)
+    method = trajectory(schedule, from_noise=False, pairs_per_rollout=3, solver=solver)
     draws = method.draw(1, 2, range(24), SHAPE)
     assert len(set(draws.t.tolist())) > 3
     many, x_t = torch.randn(24, 2, 6), torch.randn(24, *SHAPE)
@@ -163,7 +164,7 @@ def test_the_students_own_state_is_where_ddim_takes_it(schedule: NoiseSchedule, 
         way = [one for one in teacher_grid(steps) if one >= t]
         jumps += len(way) - 1
         with torch.no_grad():
-            arrived = ddim_rollout(toy, schedule, noise, torch.tensor([way]), cond[[row]])
+            arrived = rollout(toy, schedule, noise, torch.tensor([way]), cond[[row]])
         assert_close(states[[row]], arrived, rtol=1e-4, atol=1e-4)
     assert jumps >= 12
 
@@ -192,8 +193,26 @@ def test_a_perfect_student_of_one_count_follows_the_teachers_path_to_its_end(
     perfect = method.oracle(toy, uncond)
     drawn = ddim_sample(perfect, schedule, Same(), SHAPE, teacher_grid(4), cond)  # type: ignore[arg-type]
     with torch.no_grad():
-        path = ddim_rollout(toy, schedule, noise, torch.tensor(method.fine_grid).expand(5, -1), cond, uncond, 3.0)
+        path = rollout(toy, schedule, noise, torch.tensor(method.fine_grid).expand(5, -1), cond, uncond, 3.0)
     assert_close(drawn, path, rtol=1e-2, atol=1e-2)
+
+
+def test_a_path_by_dpmpp_is_the_solvers_and_its_pairs_lie_on_it(
+    schedule: NoiseSchedule, toy: Any, cond: Tensor, uncond: Tensor
+) -> None:
+    method = trajectory(schedule, step_counts=(4,), num_ddim_steps=8, pairs_per_rollout=4, solver="dpmpp")
+    draws, visited = method.draw(0, 0, range(5), SHAPE), list[Tensor]()
+    pairs = method.pairs(toy, draws.noise, draws, cond, uncond)
+    grids = torch.tensor(method.fine_grid).expand(5, -1)
+    with torch.no_grad():
+        end = rollout(toy, schedule, draws.noise, grids, cond, uncond, 3.0, visited=visited, solver="dpmpp")
+    path = dict(zip(method.fine_grid, [*visited, end], strict=True))
+    for t, landing in method.landings.items():
+        mine = pairs.t == t
+        assert_close(pairs.x_t[mine], path[t], rtol=1e-4, atol=1e-4)
+        aim = schedule.jump_x0(path[t], path[landing], t, landing)
+        assert_close(pairs.target[mine], aim, rtol=1e-3, atol=1e-3)
+    assert_close(method.own_pictures(toy, draws.noise, cond, uncond), end, rtol=1e-4, atol=1e-4)
 
 
 def test_a_span_moves_the_students_timesteps_and_the_path_passes_them(
@@ -208,7 +227,7 @@ def test_a_span_moves_the_students_timesteps_and_the_path_passes_them(
     pairs = method.pairs(toy, method.start(torch.zeros(5, *SHAPE), draws), draws, cond, uncond)
     assert sorted(pairs.t.tolist()) == sorted(5 * method.points)
     with torch.no_grad():
-        path = ddim_rollout(toy, schedule, draws.noise, torch.tensor([[999, *_down(method, 449)]] * 5), cond, uncond, 3)
+        path = rollout(toy, schedule, draws.noise, torch.tensor([[999, *_down(method, 449)]] * 5), cond, uncond, 3)
     at = pairs.t == 449
     assert_close(pairs.x_t[at], path, rtol=1e-4, atol=1e-4)
 

@@ -1,7 +1,7 @@
 """K-step distillation: one unguided jump of the student learns where K guided DDIM steps of the teacher arrive.
 
     x_t = √ᾱ_t x0 + √(1−ᾱ_t) ε                          a noised clean latent, or ε itself at the noisiest t
-    target(x_t) = DDIM_K(teacher, guidance; t → … → x0)   no gradient
+    target(x_t) = DDIM_K(teacher, guidance; t → … → x0)   no gradient; or DPM-Solver++ in K steps
     loss = w(t) ‖ f_student(x_t, t) − target(x_t) ‖²       f as the few-step sampler maps the network to x0
 
 t is drawn as sampling will ask for it: a promised number of steps, then one of its timesteps, both evenly.
@@ -35,7 +35,7 @@ from fewstep.errors import InputError
 from fewstep.losses import LOSSES, WEIGHTINGS, LossName, Weighting
 from fewstep.randomness import generator
 from fewstep.schedule import NoiseSchedule
-from fewstep.solver import Denoiser, ddim_rollout
+from fewstep.solver import Denoiser, TeacherSolver, rollout
 from fewstep.timesteps import promised_points, rollout_grid, rollout_grids
 
 StudentSampler = Literal["lcm", "ddim"]
@@ -93,6 +93,7 @@ class KStep:
         schedule: of the base model, on the device that trains.
         step_counts: the numbers of steps promised to whoever samples, 1 to 50 each.
         num_ddim_steps: K.
+        solver: how the teacher takes its K steps.
         guidance: the teacher's w in u + w (c − u); at 1 or less it is not guided.
         pure_noise_share: which share of the draws at the noisiest t starts from pure noise, as sampling always does.
             The rest are noised pictures, which at that t still show through (SD1.5: ᾱ = 0.0047).
@@ -108,6 +109,7 @@ class KStep:
     step_counts: Sequence[int]
     num_ddim_steps: int
     guidance: float
+    solver: TeacherSolver = "ddim"
     pure_noise_share: float = 1.0
     criterion: LossName = "mse"
     weighting: Weighting = "x0"
@@ -271,7 +273,7 @@ class KStep:
         uncond: Tensor | None,
         visited: list[Tensor] | None = None,
     ) -> Tensor:
-        return ddim_rollout(
+        return rollout(
             teacher,
             self.schedule,
             x_t,
@@ -281,6 +283,7 @@ class KStep:
             self.guidance,
             visited=visited,
             interval=self.guidance_interval,
+            solver=self.solver,
         )
 
     def _grids(self, t: Tensor) -> Tensor:

@@ -4,7 +4,7 @@ A student of `kstep` jumps to x0 from everywhere, gets fresh noise, and jumps ag
 be learnt well by a small adapter, and what its guess has lost the noise cannot bring back. Sampled by DDIM on the few
 timesteps that it promises, nothing is drawn anew, and a jump need not be longer than to the next of them:
 
-    path(t → s) = DDIM(teacher, guidance; on a fine grid from t down to s)                        no gradient
+    path(t → s) = DDIM or DPM-Solver++(teacher, guidance; on a fine grid from t down to s)        no gradient
     target(x_t) = (path(t → s) − r x_t) / (√ᾱ_s − r √ᾱ_t),  r = √((1−ᾱ_s) / (1−ᾱ_t))
     loss = w(t) ‖ f_student(x_t, t) − target(x_t) ‖²
 
@@ -31,7 +31,7 @@ from torch import Tensor
 
 from fewstep.errors import InputError
 from fewstep.methods.kstep import Draws, KStep, Pairs, StudentSampler
-from fewstep.solver import Denoiser, ddim_step, guided_output
+from fewstep.solver import Denoiser, ddim_step, dpmpp_step, guided_output
 from fewstep.timesteps import rollout_grid
 
 
@@ -113,23 +113,30 @@ class Trajectory(KStep):
             starts, ends: int64 [B], timesteps of the fine grid; best on the CPU: no device need be waited for then.
         """
         starts, ends, x = starts.cpu(), ends.cpu(), x_t
-        path = [x]
+        path, x0, t_before = [x], x, starts.to(x.device)
         for here, below in pairwise(self.fine_grid):
             rows = ((starts >= here) & (here > ends)).nonzero().squeeze(1).to(x.device)
             if len(rows):
                 on_way = rows if len(rows) < len(x) else slice(None)
-                x = x.index_copy(0, rows, self._teacher_step(teacher, x[on_way], here, below, cond[on_way], uncond))
+                t = torch.full((len(rows),), here, device=x.device)
+                t_next = torch.full_like(t, below)
+                output = self._guided(teacher, x[on_way], t, here, cond[on_way], uncond)
+                if self.solver == "dpmpp":
+                    there, x0_here = dpmpp_step(
+                        self.schedule, output, x[on_way], t, t_next, x0[on_way], t_before[on_way]
+                    )
+                    x0, t_before = x0.index_copy(0, rows, x0_here), t_before.index_copy(0, rows, t)
+                else:
+                    there = ddim_step(self.schedule, output, x[on_way], t, t_next)
+                x = x.index_copy(0, rows, there)
             path.append(x)
         return torch.stack(path)
 
-    def _teacher_step(
-        self, teacher: Denoiser, x_t: Tensor, t: int, t_next: int, cond: Tensor, uncond: Tensor | None
+    def _guided(
+        self, teacher: Denoiser, x_t: Tensor, t: Tensor, here: int, cond: Tensor, uncond: Tensor | None
     ) -> Tensor:
-        at = torch.full((len(x_t),), t, device=x_t.device)
-        low, high = self.guidance_interval or (0, t)
-        guidance = self.guidance if low <= t <= high else 1.0
-        output = guided_output(teacher, x_t, at, cond, uncond, guidance)
-        return ddim_step(self.schedule, output, x_t, at, torch.full_like(at, t_next))
+        low, high = self.guidance_interval or (0, here)
+        return guided_output(teacher, x_t, t, cond, uncond, self.guidance if low <= here <= high else 1.0)
 
     def _landings_of(self, t: Tensor) -> Tensor:
         return torch.tensor([self.landings[one] for one in t.tolist()])

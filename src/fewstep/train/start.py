@@ -37,6 +37,8 @@ from fewstep.validation import FIGURE
 ORACLE_PICTURES = 16
 """Pictures an arm of the oracle where none are asked for and the base has an answer key."""
 
+SOLVER_NAMES = {"ddim": "DDIM", "dpmpp": "DPM-Solver++"}
+
 MAY_CHANGE = {
     *("output_dir", "run_name", "log_file", "checkpoint_every", "validate_every", "log_every", "oracle_images"),
     *("validate_images", "clip_model_id"),
@@ -161,6 +163,7 @@ def method_of(settings: TrainSettings, backbone: Backbone) -> KStep:
         schedule=backbone.schedule,
         step_counts=settings.num_inference_steps,
         num_ddim_steps=settings.teacher_steps,
+        solver=settings.teacher_solver,
         guidance=settings.guidance_scale,
         pure_noise_share=settings.pure_noise_share,
         pairs_per_rollout=_most_pairs(settings, backbone),
@@ -280,8 +283,9 @@ def plan(settings: TrainSettings, method: KStep, slices: Slices, trainable: int,
         f"student: LoRA of rank {rank}, alpha {alpha} (alpha / rank = {alpha / rank:g}) on "
         f"{spell(settings.lora_targets)}: {trainable:,} trainable parameters"
     )
+    top = "noise" if method.sampler == "ddim" else "t"
     yield (
-        f"teacher: {method.num_ddim_steps} DDIM steps from {'noise' if method.sampler == 'ddim' else 't'} to x0 with "
+        f"teacher: {method.num_ddim_steps} {SOLVER_NAMES[method.solver]} steps from {top} to x0 with "
         f"guidance {method.guidance:g}{where}; t is one of {spell(method.points)}"
     )
     noised = {
@@ -339,7 +343,16 @@ def rollout_key(settings: TrainSettings, backbone: Backbone) -> dict[str, Any]:
     """All that the teacher's rollouts depend on besides the data and the global batch."""
     names = (
         *("seed", "guidance_scale", "num_ddim_steps", "num_inference_steps", "pure_noise_share", "pairs_per_rollout"),
-        *("guidance_interval", "start", "sampler", "timestep_span", "resolution", "mixed_precision", "prediction_type"),
+        *(
+            "teacher_solver",
+            "guidance_interval",
+            "start",
+            "sampler",
+            "timestep_span",
+            "resolution",
+            "mixed_precision",
+            "prediction_type",
+        ),
     )
     return {"base_fingerprint": backbone.fingerprint} | {name: getattr(settings, name) for name in names}
 
