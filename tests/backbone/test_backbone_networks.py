@@ -7,7 +7,7 @@ import torch
 
 from fewstep import sd15
 from fewstep.backbone import Backbone, adapters_off, random_backbone
-from fewstep.backbone.threads import in_parts
+from fewstep.backbone.threads import in_parts, whole_batches
 from fewstep.lora import attach, trainable_parameters
 
 TARGETS = ("to_q", "to_k", "to_v", "to_out.0")
@@ -75,8 +75,46 @@ def test_a_part_a_thread_gives_what_the_whole_batch_gives(
     tolerance = {"rtol": 1e-4, "atol": 1e-5} if dtype == "no" else {"rtol": 0.05, "atol": 0.05}
     for mine, theirs in zip(several, one_thread, strict=True):
         torch.testing.assert_close(mine, theirs, **tolerance)
-    output = base.denoiser()(x_t, t, cond)  # gradients need the batch whole
-    assert output.requires_grad and seen[-1] == 13
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_the_student_learns_in_parts_what_it_learns_from_the_whole(
+    checkpointing: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base = random_backbone("tiny", seed=5)
+    parameters = attach(base.unet, 2, 4, TARGETS, seed=0)
+    for parameter in parameters:
+        torch.nn.init.normal_(parameter.data, std=0.1)
+    unused = torch.nn.Parameter(torch.zeros(1))
+    base.unet.register_parameter("unused", unused)
+    if checkpointing:
+        base.unet.enable_gradient_checkpointing()
+    x_t, cond, t = torch.randn(13, 4, 8, 8), torch.randn(13, 77, 32), torch.arange(0, 650, 50)
+    seen: list[int] = []
+    base.unet.register_forward_pre_hook(lambda _unet, inputs: seen.append(len(inputs[0])))
+
+    def learnt() -> list[torch.Tensor]:
+        output = base.denoiser()(x_t, t, cond)
+        (output * torch.linspace(-1, 1, output.numel()).view_as(output)).square().mean().backward()
+        found = [parameter.grad.clone() for parameter in parameters if parameter.grad is not None]
+        base.unet.zero_grad()
+        return [output.detach(), *found]
+
+    together = learnt()
+    assert seen == [13] and len(together) == 1 + len(parameters)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
+    in_three = learnt()
+    assert seen[1:] in ([5, 4, 4], [4, 5, 4], [4, 4, 5]) and unused.grad is None
+    for mine, theirs in zip(in_three, together, strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-3, atol=1e-6)
+    again = learnt()  # threads end in any order: it must not show
+    assert all(torch.equal(*pair) for pair in zip(in_three, again, strict=True))
+    with whole_batches():
+        learnt()
+    assert seen[-1] == 13
+    inputs = x_t.requires_grad_()
+    base.denoiser()(inputs, t, cond).sum().backward()  # who asks for the input's gradient gets it
+    assert seen[-1] == 13 and inputs.grad is not None
 
 
 def test_a_thread_that_fails_is_heard(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -166,7 +166,7 @@ class Backbone:
 
         def denoise(x_t: Tensor, t: Tensor, cond: Tensor, /) -> Tensor:
             with nullcontext() if adapter else adapters_off(self.unet):
-                return run(forward, (x_t, t, cond)).float()
+                return run(forward, (x_t, t, cond), self.unet.parameters()).float()
 
         return denoise
 

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from fewstep import checkpoint
 from fewstep.arithmetic import kept_for_backward, peak_memory, room
 from fewstep.backbone import Backbone
+from fewstep.backbone.threads import whole_batches
 from fewstep.config import TrainSettings
 from fewstep.data import Batch, Batches, OpenedData, Slices, open_data
 from fewstep.ema import EMA
@@ -176,7 +177,8 @@ def _tried(
 
     lesson = visited(teacher(batch))
     known = [*backbone.unet.parameters(), *backbone.unet.buffers()]
-    activations = kept_for_backward(lambda: lesson.loss(method, student), known)
+    with whole_batches():
+        activations = kept_for_backward(lambda: lesson.loss(method, student), known)
     learn(lesson)
     seconds: list[float] = []
 
