@@ -133,9 +133,10 @@ def test_the_disk_it_takes_is_what_a_run_leaves(whole: DistillResult, base: Path
     pages = sum(file.stat().st_size for file in (whole.folder / "previews").iterdir())
     assert pages < needed()["previews"] == 4 * 3 * 3 * 64**2
     assert "rollouts" not in needed()
-    each = 2 * 4 * 4 * 8 * 8
-    assert needed(teacher_rollouts=5)["rollouts"] == 8 * each
-    assert needed(teacher_rollouts=8, pairs_per_rollout=9)["rollouts"] == 8 * settings.num_ddim_steps * each
+    pair, caption = 2 * 4 * 4 * 8 * 8, 4 * 77 * 32
+    assert needed(teacher_rollouts=5)["rollouts"] == 8 * (pair + caption)
+    most = settings.num_ddim_steps * pair + caption
+    assert needed(teacher_rollouts=8, pairs_per_rollout=9)["rollouts"] == 8 * most
     latent, embedding = 2 * 4 * 8 * 8, 2 * 77 * 32
     assert needed(cache_dir="c")["cache"] == 12 * latent + 40 * embedding, "40 samples, 12 pictures, 60 captions"
     final = 4 * trainable_parameters(backbone.unet)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -156,10 +157,15 @@ def test_a_teacher_that_was_stopped_goes_on(settings: TrainSettings, tmp_path: P
 
 @pytest.mark.parametrize(
     ("change", "named"),
-    [({"num_ddim_steps": 3}, "num_ddim_steps 2"), ({"seed": 5}, "seed 42"), ({"batch_size": 4}, "global_batch 4")],
+    [
+        ({"num_ddim_steps": 3}, "num_ddim_steps 2"),
+        ({"teacher_solver": "dpmpp"}, "teacher_solver ddim"),
+        ({"seed": 5}, "seed 42"),
+        ({"batch_size": 4}, "global_batch 4"),
+    ],
 )
 def test_rollouts_of_another_teacher_are_refused(
-    settings: TrainSettings, tmp_path: Path, change: dict[str, int], named: str
+    settings: TrainSettings, tmp_path: Path, change: dict[str, Any], named: str
 ) -> None:
     few = settings.replace(output_dir=tmp_path, teacher_cache=tmp_path / "cache", teacher_rollouts=4, max_steps=3)
     distill(few.replace(run_name="first"))

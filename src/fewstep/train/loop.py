@@ -266,9 +266,10 @@ def distill(
                 processes.wait_for_everyone()
             store.refresh()  # the other processes have put theirs
             backbone.rest(backbone.vae)
+            backbone.rest(backbone.text_encoder)  # what it said of the captions is kept beside them
             kept = kept_lessons(
                 store,
-                encoder,
+                device,
                 slices,
                 count=count,
                 seed=settings.seed,

@@ -35,10 +35,11 @@ def disk_of_run(
         "previews": looks * page,
     }
     latent, samples = prod(backbone.latent_shape(settings.resolution)), rollouts_to_keep(settings, slices)
+    embedding = backbone.max_tokens * backbone.text_encoder.config.hidden_size
     if settings.keeps_rollouts:
-        needed["rollouts"] = samples * min(settings.pairs_per_rollout or 1, settings.teacher_steps) * 2 * FP32 * latent
+        pairs = min(settings.pairs_per_rollout or 1, settings.teacher_steps)
+        needed["rollouts"] = samples * FP32 * (pairs * 2 * latent + embedding)
     if settings.cache_dir is not None:
-        embedding = backbone.max_tokens * backbone.text_encoder.config.hidden_size
         needed["cache"] = FP16 * (min(samples, data.pictures) * latent + min(samples, data.captions) * embedding)
     return needed
 

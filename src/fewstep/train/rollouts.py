@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -37,6 +37,9 @@ from fewstep.train.keyed import checksum, claim, damaged, opened
 
 KEY = "rollouts.json"
 """The file that says what the rollouts of a folder are of."""
+
+KEPT = ("x_t", "target", "t", "rows", "weight", "cond")
+"""The tensors of a file: the lesson's pairs, and its captions as the text encoder has them."""
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -188,7 +191,7 @@ class RolloutStore:
                 first = int(path.stem)
                 with opened(path) as file:
                     count = len(json.loads(file.metadata()["captions"]))
-                    whole = {"x_t", "target", "t", "rows", "weight"} <= set(file.keys())
+                    whole = set(KEPT) <= set(file.keys())
             except (TypeError, KeyError, ValueError, RecursionError):
                 whole = False
             if not whole:
@@ -212,20 +215,21 @@ class RolloutStore:
             "t": pairs.t,
             "rows": pairs.rows,
             "weight": pairs.weight.cpu(),
+            "cond": lesson.cond.cpu().contiguous(),
         }
         captions = json.dumps(lesson.captions)
         path = self.folder / f"{first:08d}.safetensors"
         known = str(checksum(f"{path.stem} {captions}", list(tensors.values())))
         write_bytes_atomic(path, save(tensors, {"captions": captions, "sum": known}))
 
-    def get(self, numbers: list[int], device: torch.device) -> tuple[Pairs, tuple[str, ...]]:
-        """The pairs of the rollouts `numbers`, in that order, and their captions.
+    def get(self, numbers: list[int], device: torch.device) -> Lesson:
+        """What the rollouts `numbers` teach, in that order.
 
         Raises:
             CheckpointError: one is not there, or not as it was written.
         """
         parts: list[dict[str, Tensor]] = []
-        captions = []
+        captions, embeddings = list[str](), list[Tensor]()
         for place, number in enumerate(numbers):
             if number not in self._where:
                 raise CheckpointError(
@@ -234,13 +238,14 @@ class RolloutStore:
                 )
             path, row = self._where[number]
             with opened(path) as file:
-                whole = {name: file.get_tensor(name) for name in ("x_t", "target", "t", "rows", "weight")}
+                whole = {name: file.get_tensor(name) for name in KEPT}
                 about = file.metadata()
             if about.get("sum") != str(checksum(f"{path.stem} {about['captions']}", list(whole.values()))):
                 raise damaged(path, f"rollout {number}")
+            captions.append(json.loads(about["captions"])[row])
+            embeddings.append(whole.pop("cond")[row])
             mine = (whole.pop("rows") == row).nonzero().squeeze(1)
             part = {name: value[mine] for name, value in whole.items()}
-            captions.append(json.loads(about["captions"])[row])
             parts.append(part | {"rows": torch.full_like(part["t"], place)})
         joined = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
         pairs = Pairs(
@@ -250,7 +255,8 @@ class RolloutStore:
             weight=joined["weight"].to(device),
             target=joined["target"].to(device),
         )
-        return pairs, tuple(captions)
+        cond = torch.stack(embeddings).to(device)
+        return Lesson(pairs=pairs, cond=cond, captions=tuple(captions), items=tuple(numbers))
 
 
 def numbers_of(slices: Slices, update: int, micro: int, count: int, seed: int) -> list[int]:
@@ -291,7 +297,7 @@ def turns_of(pairs: Pairs, numbers: Sequence[int], visits: Sequence[int], most: 
 
 def kept_lessons(
     store: RolloutStore,
-    encoder: Encoder,
+    device: torch.device,
     slices: Slices,
     *,
     count: int,
@@ -304,8 +310,8 @@ def kept_lessons(
     for update in range(start, end):
         for micro in range(slices.accumulation):
             numbers = numbers_of(slices, update, micro, count, seed)
-            pairs, captions = store.get(numbers, encoder.device)
+            lesson = store.get(numbers, device)
             if pairs_per_visit is not None:
                 visits = [(update * slices.global_batch + place) // count for place in slices.positions(micro)]
-                pairs = turns_of(pairs, numbers, visits, pairs_per_visit, seed)
-            yield Lesson(pairs=pairs, cond=encoder.embed(captions), captions=captions, items=tuple(numbers))
+                lesson = replace(lesson, pairs=turns_of(lesson.pairs, numbers, visits, pairs_per_visit, seed))
+            yield lesson
