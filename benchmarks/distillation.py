@@ -1,11 +1,13 @@
-"""What distillation achieves on a base with an answer key, beside everything that needs no training.
+"""What distillation achieves on a base with an answer key, beside what needs no training.
 
     python benchmarks/distillation.py --adapters run1/lora/final run2/lora/final run3/lora/final --count 2000
 
-Draws `--count` unseen captions, one picture each, from the same noise: the teacher, the untrained few-step samplers,
-and every adapter at 1, 2, 4 and 8 steps. Prints all-right shares, Fréchet distances to drawings of the same captions,
-the paired difference to the teacher, and the share of the gap closed between the best untrained arm and the teacher,
-each with intervals over captions. Arms already drawn are read back from `--cache`.
+Draws `--count` unseen captions, one picture each, from the same noise: the teacher, the untrained arms with as many
+network evaluations as a 4-step student, every adapter at 1, 2, 4 and 8 steps, and the base in its place. Prints
+all-right shares, Fréchet distances to drawings of the same captions, and what distillation has to show: the paired
+difference to the teacher, the share of the gap closed between the best untrained arm and the teacher, students against
+the base in their place and 8 steps against 4, each with intervals over captions. Arms already drawn are read back from
+`--cache`.
 """
 
 from __future__ import annotations
@@ -23,19 +25,18 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from fewstep.arms import student_arm
+from fewstep.arms import Arm, base_arm, student_arm
 from fewstep.backbone import load_backbone
 from fewstep.lora import load_adapter, locate
 from fewstep.metrics.frechet import frechet_distance
 from fewstep.metrics.halves import half_sample_distances, half_samples
 from fewstep.metrics.intervals import gap_closed, paired_difference, share
 from fewstep.opening import recorded_sampling
-from fewstep.proving import Drawn, draw_arm, reference_features, untrained_arms
+from fewstep.proving import Drawn, draw_arm, reference_features, untrained_arm
 from fewstep.reporting import SILENT
 
 REFERENCES = 5
-RIVALS = ("lcm-4-unguided", "ddim-4-unguided", "ddim-2-guided")
-"""The untrained arms with a 4-step student's number of network evaluations."""
+"""Drawings a caption that pictures are compared with."""
 
 
 def main() -> None:
@@ -56,36 +57,40 @@ def main() -> None:
     reference = cache.tensors("reference", lambda: {"f": reference_features(backbone, prompts, REFERENCES, args.seed)})[
         "f"
     ]
-    untrained = {
-        arm.id: cache.drawn(arm.id, partial(draw_arm, backbone, arm, prompts, args.seed))
-        for arm in untrained_arms(backbone.guidance_scale)
-    }
-    teacher = untrained["ddim-50-guided"]
-    judge = Comparison(teacher, untrained, reference)
-    for name, drawn in untrained.items():
+
+    def untrained(arm: Arm) -> Drawn:
+        return cache.drawn(arm.id, partial(draw_arm, backbone, arm, prompts, args.seed))
+
+    guidance = backbone.guidance_scale
+    teacher = untrained_arm("ddim", 50, guidance)
+    rivals = [untrained_arm("lcm", 4, 1.0), untrained_arm("ddim", 4, 1.0), untrained_arm("ddim", 2, guidance)]
+    judge = Comparison(untrained(teacher), {arm.id: untrained(arm) for arm in rivals}, reference)
+    for name, drawn in {teacher.id: judge.teacher, **judge.rivals}.items():
         judge.print_arm(name, drawn)
-    students: dict[int, list[Drawn]] = {steps: [] for steps in args.steps}
+    runs: dict[Path, dict[int, Drawn]] = {}
     for folder in args.adapters:
         weights = (folder / "pytorch_lora_weights.safetensors").read_bytes()
         key = hashlib.sha256(weights).hexdigest()[:12]
         base = load_backbone(args.base_model, device="auto", dtype="no")
         load_adapter(base, folder)
         wanted = recorded_sampling(locate(folder), SILENT)
+        runs[folder] = {}
         for steps in args.steps:
-            draw = partial(
-                draw_arm, base, student_arm(steps, sampler=wanted.sampler, span=wanted.span), prompts, args.seed
-            )
-            drawn = cache.drawn(f"{key}-{steps}", draw)
-            students[steps].append(drawn)
-            judge.print_arm(f"student-{steps} {folder}", drawn)
-    for steps, runs in students.items():
-        if len(runs) > 1:
-            shares = [100 * run.share for run in runs]
-            mean, spread = statistics.mean(shares), statistics.stdev(shares)
-            print(f"student-{steps} over {len(runs)} runs: all right {mean:.1f} ± {spread:.1f}")
-    if 4 in students:
-        for run in students[4]:
-            judge.print_gap(run)
+            arm = student_arm(steps, sampler=wanted.sampler, span=wanted.span)
+            drawn = cache.drawn(f"{key}-{steps}", partial(draw_arm, base, arm, prompts, args.seed))
+            control = base_arm(steps, sampler=wanted.sampler, span=wanted.span)
+            judge.print_arm(f"{arm.id} {folder}", drawn)
+            judge.print_arm(control.id, untrained(control))
+            judge.print_difference(f"{arm.id} against {control.id}", drawn, untrained(control))
+            runs[folder][steps] = drawn
+        if 4 in runs[folder]:
+            judge.print_gap(runs[folder][4])
+        if {4, 8} <= set(runs[folder]):
+            judge.print_difference("8 steps against 4", runs[folder][8], runs[folder][4])
+    for steps in args.steps if len(runs) > 1 else ():
+        shares = [100 * run[steps].share for run in runs.values()]
+        mean, spread = statistics.mean(shares), statistics.stdev(shares)
+        print(f"student-{steps} over {len(runs)} runs: all right {mean:.1f} ± {spread:.1f}")
 
 
 class Cache:
@@ -116,8 +121,8 @@ class Cache:
 class Comparison:
     """Every arm against the teacher and the best untrained rival, over the same captions."""
 
-    def __init__(self, teacher: Drawn, untrained: dict[str, Drawn], reference: Tensor) -> None:
-        self.teacher, self.untrained, self.reference = teacher, untrained, reference
+    def __init__(self, teacher: Drawn, rivals: dict[str, Drawn], reference: Tensor) -> None:
+        self.teacher, self.rivals, self.reference = teacher, rivals, reference
         self.prompts = list(range(len(teacher.all_right)))
         self.repeated = [prompt for prompt in self.prompts for _ in range(REFERENCES)]
         self.halves = half_samples(self.prompts, halves=40)
@@ -141,15 +146,23 @@ class Comparison:
             flush=True,
         )
 
+    def print_difference(self, name: str, one: Drawn, other: Drawn) -> None:
+        paired = paired_difference(one.all_right.numpy(), other.all_right.numpy(), self.prompts)
+        (nearer, in_halves), (farther, in_those) = self.distances(one), self.distances(other)
+        spread = 1.96 * (in_halves - in_those).std(ddof=1)
+        print(
+            f"{name}: all right {100 * paired.value:+.1f} ({100 * (paired.low or 0):+.1f} to "
+            f"{100 * (paired.high or 0):+.1f}), Fréchet {nearer - farther:+.2f} ± {spread:.2f}",
+            flush=True,
+        )
+
     def print_gap(self, student: Drawn) -> None:
-        best = max(RIVALS, key=lambda name: self.untrained[name].share)
-        errors = [1 - drawn.all_right.double().numpy() for drawn in (self.untrained[best], student, self.teacher)]
+        best = max(self.rivals, key=lambda name: self.rivals[name].share)
+        errors = [1 - drawn.all_right.double().numpy() for drawn in (self.rivals[best], student, self.teacher)]
         closed = gap_closed(*errors, self.prompts, level=0.9)
         print(f"gap closed to {best}, all-right errors: {closed.value:.2f}, lower bound {closed.low}")
-        nearest = min(RIVALS, key=lambda name: self.distances(self.untrained[name])[0])
-        (u, us), (s, ss), (t, ts) = (
-            self.distances(drawn) for drawn in (self.untrained[nearest], student, self.teacher)
-        )
+        nearest = min(self.rivals, key=lambda name: self.distances(self.rivals[name])[0])
+        (u, us), (s, ss), (t, ts) = (self.distances(drawn) for drawn in (self.rivals[nearest], student, self.teacher))
         spread = ((us - ss) / (us - ts)).std(ddof=1)
         value = (u - s) / (u - t)
         print(f"gap closed to {nearest}, Fréchet: {value:.2f}, lower bound {value - 1.645 * spread:.2f}", flush=True)
