@@ -55,6 +55,21 @@ def test_a_loss_that_leaps_is_named_once_and_each_timestep_has_its_own_measure()
     assert warned.startswith("loss/t259 leapt to 0.2 by step 11, its median was 0.01; where it does not come back")
 
 
+def test_a_loss_that_climbs_for_long_is_named_once_though_it_never_leaps() -> None:
+    heard = Heard()
+    watch = Watch({}, heard.warn)
+    scatter = [1.0, 2.0, 0.7, 1.3, 0.6, 1.8, 0.9]
+    falling = [0.02 * scatter[step % 7] * 0.97**step for step in range(40)]
+    climbing = [falling[-1] * scatter[step % 7] * 1.07**step for step in range(60)]
+    for step, loss in enumerate(falling):
+        watch.losses(step, {"loss": loss, "loss/t149": loss})
+    assert heard.warned == []
+    for step, loss in enumerate(climbing, len(falling)):
+        watch.losses(step, {"loss": loss, "loss/t149": loss, "loss/t999": loss})
+    (warned,) = heard.warned
+    assert warned.startswith("loss/t149 has climbed to ") and warned.endswith("again with a lower --learning_rate")
+
+
 def test_what_a_run_has_seen_before_it_was_resumed_is_remembered_and_not_said_again() -> None:
     history = [{"step": step, "loss": 1.0, "loss/t999": 1.0} for step in range(FEWEST_READINGS)]
     heard = Heard()

@@ -18,9 +18,12 @@ READINGS, FEWEST_READINGS = 20, 10
 LEAP = 10.0
 """Times the usual loss that is a leap: readings of few pictures scatter by a factor of three."""
 
+RISE = 3.0
+"""Times the lowest median of so many losses that is no scatter any more: what was learnt is being lost."""
+
 
 class Watch:
-    """Warns, once each, of adapter tensors that no gradient reaches and of a loss that leaps up.
+    """Warns, once each, of adapter tensors that no gradient reaches, of a loss that leaps up and of one that climbs.
 
     Args:
         parameters: name to parameter.
@@ -32,7 +35,8 @@ class Watch:
         self._updates = 0
         self._reached: dict[str, Tensor] = {}
         self._readings: dict[str, deque[float]] = defaultdict(lambda: deque(maxlen=READINGS))
-        self._leapt = False
+        self._lowest: dict[str, float] = {}
+        self._leapt = self._climbed = False
 
     @torch.no_grad()
     def gradients(self) -> None:
@@ -74,3 +78,14 @@ class Watch:
                     "back, lower --learning_rate"
                 )
             readings.append(value)
+            if len(readings) >= FEWEST_READINGS:
+                self._median_of(name, step, median(list(readings)[-FEWEST_READINGS:]))
+
+    def _median_of(self, name: str, step: int, now: float) -> None:
+        lowest = self._lowest[name] = min(now, self._lowest.get(name, now))
+        if now > RISE * lowest and not self._climbed:
+            self._climbed = True
+            self._warn(
+                f"{name} has climbed to {now:.4g} by step {step}, it had been down to {lowest:.4g}: what was learnt is "
+                "being lost; stop, and start again with a lower --learning_rate"
+            )
