@@ -16,6 +16,7 @@ import copy
 import statistics
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import pairwise
@@ -28,8 +29,8 @@ from torch import Tensor, nn
 from fewstep import lora
 from fewstep.arithmetic import flops, peak_memory
 from fewstep.backbone import Backbone, load_backbone, random_backbone
-from fewstep.backbone import threads as cores
 from fewstep.backbone.compiled import Compiled
+from fewstep.backbone.threads import whole_batches
 from fewstep.data import Batch, Slices
 from fewstep.data.loader import to_pixels
 from fewstep.methods.kstep import Draws, KStep
@@ -93,16 +94,10 @@ def learn(job: Job, lesson: Lesson) -> Tensor:
 def ours(job: Job, *, parts: bool = True, pairs: int = 1, encoder: Encoder | None = None) -> Tensor:
     """The whole batch at once, in one UNet; with `parts`, on the CPU, a part of it a thread."""
     method = replace(job.method, pairs_per_rollout=pairs)
-    small = cores.SMALL
-    cores.SMALL = small if parts else 0
-    try:
-        shape = job.backbone.latent_shape(job.batch.pictures.shape[1])
-        return learn(
-            replace(job, method=method),
-            Teacher(job.backbone, encoder or Fresh(job.backbone), method, 0, shape)(job.batch),
-        )
-    finally:
-        cores.SMALL = small
+    shape = job.backbone.latent_shape(job.batch.pictures.shape[1])
+    teacher = Teacher(job.backbone, encoder or Fresh(job.backbone), method, 0, shape)
+    with nullcontext() if parts else whole_batches():
+        return learn(replace(job, method=method), teacher(job.batch))
 
 
 def gradients(job: Job, form: Form) -> tuple[Tensor | None, Tensor]:
@@ -199,7 +194,7 @@ def main() -> None:
             store.refresh()
             slices = Slices(batch_size=count)
             for _ in range(args.epochs):
-                for lesson in kept_lessons(store, Fresh(backbone), slices, count=count, seed=0, start=0, end=1):
+                for lesson in kept_lessons(store, backbone.device, slices, count=count, seed=0, start=0, end=1):
                     learn(job, lesson)
 
         # Form, samples an update, pairs an update.

@@ -69,9 +69,9 @@ SECTIONS = {
     "Prompts": "prompt prompts_file negative_prompt num_prompts",
     "Pictures": "num_images steps flash_guidance safety_checker",
     "Adapter": "lora_path lora_id lora_rank lora_alpha lora_targets",
-    "Comparison": "compare_baseline baseline_steps baseline_guidance baseline_outdir solver_steps adapters_file "
-    "adapters fast_options tiny_vae clip_model_id preference_model feature_model batch_sizes timing_repeats "
-    "frechet_images",
+    "Comparison": "compare_baseline baseline_steps baseline_guidance baseline_outdir solver_steps solver_karras "
+    "adapters_file adapters fast_options tiny_vae clip_model_id preference_model feature_model batch_sizes "
+    "timing_repeats frechet_images",
     "Data": "dataset_name streaming data_dir image_column caption_column max_dropped",
     "Training": "size stage max_steps learning_rate lr_schedule lr_warmup_steps gradient_accumulation_steps "
     "gradient_checkpointing compile channels_last max_grad_norm ema_decay resume_from_checkpoint",

@@ -16,7 +16,7 @@ from fewstep.backbone import Backbone, load_backbone
 from fewstep.config import SamplingSettings
 from fewstep.errors import CheckpointError, InputError
 from fewstep.randomness import generator
-from fewstep.reporting import Reporter
+from fewstep.reporting import SILENT, Reporter
 
 SCHEDULERS: dict[str, Sampler] = {"LCMScheduler": "lcm", "TCDScheduler": "tcd", "DDIMScheduler": "ddim"}
 """Which sampler stands for the scheduler that an adapter was saved with."""
@@ -161,12 +161,21 @@ def warn_of_another_base(source: lora.AdapterSource, backbone: Backbone, reporte
 def _warn_of_step_counts(source: lora.AdapterSource, step_counts: Sequence[int], reporter: Reporter) -> None:
     """Name the step counts that training did not promise."""
     promised = checkpoint.recorded_steps(source.folder)
-    odd = [steps for steps in step_counts if promised and steps not in promised]
+    sampler = recorded_sampling(source, SILENT).sampler
+    odd = [steps for steps in step_counts if promised and not trained_for(steps, promised, sampler)]
     if promised and odd:
         reporter.warn(
             f"the adapter was not trained for {_spelled(odd)} steps; it promises {_spelled(promised)}: expect worse "
             "pictures"
         )
+
+
+def trained_for(steps: int, promised: Sequence[int], sampler: Sampler) -> bool:
+    """Whether an adapter can be expected to draw well in `steps` steps.
+
+    In those that it promises; under DDIM in more of them, too: their jumps are shorter than what it has learnt.
+    """
+    return steps in promised or (sampler == "ddim" and steps > min(promised))
 
 
 @dataclass(frozen=True)

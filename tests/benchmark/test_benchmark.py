@@ -300,6 +300,12 @@ def test_own_arms_can_be_measured_without_an_adapter(base: Backbone, tmp_path: P
     assert result.verdict == ["No student was drawn: there is nothing to compare."]
 
 
+def test_the_solver_can_be_drawn_without_karras_noise_levels(base: Backbone, tmp_path: Path) -> None:
+    asked = settings(tmp_path, steps=(1,), num_images=1, clip_model_id="none", frechet_images=0, solver_karras=False)
+    drawn = [arm.arm.id for arm in benchmark(asked, backbone=base).arms]
+    assert drawn == ["teacher-5", "dpmpp-3", "student-1", "base-1"]
+
+
 def test_an_earlier_run_is_said_and_replaced(base: Backbone, tmp_path: Path) -> None:
     plain = settings(tmp_path, steps=(1,), num_images=1, compare_baseline=False, clip_model_id="none", frechet_images=0)
     benchmark(plain.replace(num_images=2), backbone=base)

@@ -16,6 +16,7 @@ from fewstep.backbone import Backbone
 from fewstep.config import GenerateSettings
 from fewstep.errors import CheckpointError, InputError
 from fewstep.generate import generate
+from fewstep.opening import trained_for
 from fewstep.pictures import encode_prompts, evaluate, make_pictures, picture_ids
 from fewstep.safety import SafetyChecker
 from tests.benchmark.fakes import Notes, make_adapter
@@ -55,6 +56,12 @@ def test_an_adapter_of_another_base_is_named(base: Backbone, tmp_path: Path, not
     generate(settings, reporter=notes, backbone=base)
     assert any("trained on another (ffffffff)" in line for line in notes.warned)
     assert any("not trained for 1 steps; it promises 8" in line for line in notes.warned)
+
+
+def test_more_steps_than_promised_are_shorter_jumps_for_ddim_alone() -> None:
+    assert trained_for(8, (2, 4), "ddim") and trained_for(3, (2, 4), "ddim") and trained_for(4, (2, 4), "lcm")
+    assert not trained_for(1, (2, 4), "ddim")
+    assert not trained_for(8, (2, 4), "lcm") and not trained_for(3, (2, 4), "tcd")
 
 
 def test_latents_that_are_no_numbers_are_an_error(base: Backbone) -> None:

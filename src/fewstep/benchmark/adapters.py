@@ -13,7 +13,7 @@ from fewstep.backbone import Backbone, adapters_off
 from fewstep.checkpoint import recorded_steps
 from fewstep.config import AdapterEntry, BenchSettings, adapter_entries
 from fewstep.errors import InputError
-from fewstep.opening import Sampling, describe_adapter, recorded_sampling, warn_of_another_base
+from fewstep.opening import Sampling, describe_adapter, recorded_sampling, trained_for, warn_of_another_base
 from fewstep.reporting import SILENT, Reporter
 from fewstep.timesteps import promised_points
 
@@ -114,15 +114,21 @@ class Adapters:
             # The run's own adapter is compared with its record elsewhere; an option samples where the plain arm does.
             if promised is None or arm.source is None or arm.option is not None:
                 continue
-            trained_for = recorded_sampling(self._sources[arm.source][0], SILENT)
-            grid = partial(sampler_timesteps, trained_for.sampler, span=trained_for.span)
+            saved = recorded_sampling(self._sources[arm.source][0], SILENT)
+            if (
+                arm.sampler == saved.sampler
+                and arm.span == saved.span
+                and trained_for(arm.steps, promised, saved.sampler)
+            ):
+                continue
+            grid = partial(sampler_timesteps, saved.sampler, span=saved.span)
             trained = promised_points(promised, self._backbone.schedule.num_train_timesteps, grid)
             strange = [t for t in arm.timesteps if t not in trained]
             if strange:
                 reporter.warn(
                     f"arm {arm.id} samples at timesteps {' '.join(map(str, strange))}, where its adapter was not "
                     f"trained ({' '.join(map(str, trained))}): expect worse pictures; sample with "
-                    f"{trained_for.sampler} at {' '.join(map(str, promised))} steps"
+                    f"{saved.sampler} at {' '.join(map(str, promised))} steps"
                 )
 
     def arms(self) -> list[Arm]:

@@ -227,7 +227,7 @@ def _arms(settings: BenchSettings, backbone: Backbone, adapters: Adapters, sampl
     alpha_bar = backbone.schedule.alphas_cumprod.tolist()
     solvers = [
         solver_arm(steps, guidance, alpha_bar, karras=karras)
-        for karras in (False, True)
+        for karras in ((False, True) if settings.solver_karras else (False,))
         for steps in settings.solver_steps
         if steps
     ]
