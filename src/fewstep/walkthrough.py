@@ -93,8 +93,11 @@ def _training(settings: DemoSettings) -> TrainSettings:
         output_dir=settings.outdir,
         run_name=TRAINING,
         sampler="ddim",
+        timestep_span=settings.timestep_span,
+        teacher_solver="dpmpp",
         loss_weighting="mid",
         teacher_rollouts=settings.teacher_rollouts,
+        pairs_per_visit=1,
         max_steps=settings.max_steps,
         batch_size=settings.batch_size,
         learning_rate=settings.learning_rate,
@@ -103,7 +106,7 @@ def _training(settings: DemoSettings) -> TrainSettings:
         lora_alpha=settings.lora_alpha,
         lora_targets=settings.lora_targets,
         num_ddim_steps=settings.num_ddim_steps,
-        num_inference_steps=settings.steps,
+        num_inference_steps=settings.num_inference_steps,
         checkpoint_every=every,
         validate_every=every,
         validate_images=0,  # the benchmark measures more of them
@@ -124,6 +127,7 @@ def _measuring(settings: DemoSettings, adapter: Path) -> BenchSettings:
         compare_baseline=True,
         baseline_steps=settings.baseline_steps,
         solver_steps=SOLVER_STEPS,
+        solver_karras=False,  # on scenes they are the worse ones
         batch_sizes=(1,),
         resume=True,
     )
