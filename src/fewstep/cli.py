@@ -68,7 +68,7 @@ COMMANDS = {
 SECTIONS = {
     "Prompts": "prompt prompts_file negative_prompt num_prompts",
     "Pictures": "num_images steps flash_guidance safety_checker",
-    "Adapter": "lora_path lora_id lora_rank lora_alpha lora_targets",
+    "Adapter": "lora_path lora_id lora_rank lora_alpha lora_targets init_lora",
     "Comparison": "compare_baseline baseline_steps baseline_guidance baseline_outdir solver_steps solver_karras "
     "adapters_file adapters fast_options tiny_vae clip_model_id preference_model feature_model batch_sizes "
     "timing_repeats frechet_images",

@@ -313,6 +313,12 @@ class TrainSettings(BaseModelSettings):
         ("to_q", "to_k", "to_v", "to_out.0"), description="UNet layers that get an adapter, by the end of their names."
     )
 
+    init_lora: Folder | None = Field(
+        None,
+        description="Adapter file or folder that the student begins with, of the same rank and targets; unset: the "
+        "base itself.",
+    )
+
     guidance_scale: Guidance | None = Field(
         None, description="The teacher's guidance w in u + w(c - u). Unset: the base's own, else 7.5."
     )
@@ -719,7 +725,7 @@ class DemoSettings(BaseModelSettings):
 
     outdir: Folder = Field(Path("./demo_outputs"), description="Folder for the adapter, pictures and tables.")
     teacher_rollouts: Count = Field(640, description="Paths of the teacher, learnt from one timestep at a time.")
-    max_steps: Count = Field(240, description="Optimizer updates.")
+    max_steps: Count = Field(200, description="Optimizer updates.")
     batch_size: Count = Field(16, description="Paths a micro-batch.")
     learning_rate: Annotated[float, Field(gt=0, le=1)] = Field(
         1e-3, description="AdamW's learning rate, falling to 0 by half a cosine."
@@ -732,7 +738,7 @@ class DemoSettings(BaseModelSettings):
     )
     num_ddim_steps: StudentSteps = Field(10, description="DPM-Solver++ steps K of the teacher from noise to x0.")
     timestep_span: Span = Field(
-        0.6, description="The share of the schedule, from its clean end, in which all timesteps but the first lie."
+        0.667, description="The share of the schedule, from its clean end, in which all timesteps but the first lie."
     )
     num_inference_steps: StepCounts = Field((4,), description="Step counts whose timesteps are trained.")
     steps: StepCounts = Field((1, 2, 4, 8), description="Step counts to measure.")

@@ -1,7 +1,7 @@
 """The student: a LoRA on the base's UNet. Made, saved and read back through the stock loader; and foreign layouts."""
 
 from .adapter import ADAPTER, AdapterWeights, attach, detach, digest, set_scale, trainable_parameters
-from .loading import AdapterInfo, load_adapter, prove_round_trip, save_adapter
+from .loading import AdapterInfo, attach_trained, load_adapter, prove_round_trip, save_adapter
 from .source import WEIGHTS_NAME, AdapterSource, locate
 
 __all__ = [
@@ -11,6 +11,7 @@ __all__ = [
     "AdapterSource",
     "AdapterWeights",
     "attach",
+    "attach_trained",
     "detach",
     "digest",
     "load_adapter",

@@ -5,19 +5,19 @@ from __future__ import annotations
 import json
 import warnings
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..errors import CheckpointError
 from ..files import write_bytes_atomic
 from ..quiet import quiet_libraries
 from ..randomness import generator
-from .adapter import ADAPTER, AdapterWeights, attach_empty, detach, lora_layers
+from .adapter import ADAPTER, AdapterWeights, attach, attach_empty, detach, lora_layers
 from .layouts import Layout, ParsedAdapter, read
 from .sampler import save_scheduler
 from .source import WEIGHTS_NAME, AdapterSource, locate
@@ -282,6 +282,49 @@ def load_adapter(
 
 def _warn(text: str) -> None:
     warnings.warn(text, stacklevel=3)
+
+
+def attach_trained(
+    unet: UNet2DConditionModel,
+    source: AdapterSource | str | Path,
+    *,
+    rank: int,
+    alpha: float,
+    targets: Sequence[str],
+    seed: int,
+    allow_pickle: bool = False,
+) -> list[nn.Parameter]:
+    """`attach` an adapter that begins with the weights of another one, to be trained further.
+
+    Where that one has another alpha, B makes up for it: the student begins as that one draws.
+
+    Raises:
+        CheckpointError: as `load_adapter`; other layers or another rank than is asked for.
+        InputError: as `attach`.
+    """
+    found = source if isinstance(source, AdapterSource) else locate(source)
+    layers = {name: module for name, module in unet.named_modules() if isinstance(module, nn.Linear | nn.Conv2d)}
+    parsed = read(found, layers, allow_pickle=allow_pickle)
+    _check_shapes(parsed, layers, found)
+    parameters = attach(unet, rank, alpha, targets, seed)
+    asked = {name for name, _ in lora_layers(unet)}
+    ranks = sorted({pair.rank for pair in parsed.pairs.values()})
+    if asked != parsed.pairs.keys() or ranks != [rank]:
+        detach(unet)
+        raise CheckpointError(
+            f"adapter {found.name!r} has rank {' and '.join(map(str, ranks))} on {len(parsed.pairs)} layers, asked for "
+            f"is rank {rank} on {len(asked)} layers; allowed is to go on with the same; set --lora_rank and "
+            "--lora_targets as it was trained"
+        )
+    weights = AdapterWeights(unet)
+    weights.load_state_dict(
+        {f"unet.{name}.lora_A.weight": pair.down for name, pair in parsed.pairs.items()}
+        | {
+            f"unet.{name}.lora_B.weight": pair.up * (pair.alpha / pair.rank) / (alpha / rank)
+            for name, pair in parsed.pairs.items()
+        }
+    )
+    return parameters
 
 
 def _check_shapes(

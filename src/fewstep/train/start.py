@@ -183,10 +183,27 @@ def _most_pairs(settings: TrainSettings, backbone: Backbone) -> int:
     return len(promised_points(settings.num_inference_steps, backbone.schedule.num_train_timesteps, grid))
 
 
-def student_of(settings: TrainSettings, backbone: Backbone) -> list[nn.Parameter]:
-    """Attach the student's adapter to the base; its parameters."""
+def student_of(settings: TrainSettings, backbone: Backbone, *, resumed: bool = False) -> list[nn.Parameter]:
+    """Attach the student's adapter to the base; its parameters.
+
+    Args:
+        resumed: its weights will be a checkpoint's, whatever it began with.
+
+    Raises:
+        CheckpointError: it is to begin with the weights of an adapter that is not there, or not like it.
+    """
     if settings.gradient_checkpointing:  # of forwards with gradient alone: the teacher's are as they were
         backbone.unet.enable_gradient_checkpointing()
+    if settings.init_lora is not None and not resumed:
+        return lora.attach_trained(
+            backbone.unet,
+            settings.init_lora,
+            rank=settings.lora_rank,
+            alpha=settings.alpha,
+            targets=settings.lora_targets,
+            seed=settings.seed,
+            allow_pickle=settings.allow_pickle,
+        )
     return lora.attach(backbone.unet, settings.lora_rank, settings.alpha, settings.lora_targets, settings.seed)
 
 
@@ -283,6 +300,8 @@ def plan(settings: TrainSettings, method: KStep, slices: Slices, trainable: int,
         f"student: LoRA of rank {rank}, alpha {alpha} (alpha / rank = {alpha / rank:g}) on "
         f"{spell(settings.lora_targets)}: {trainable:,} trainable parameters"
     )
+    if settings.init_lora is not None:
+        yield f"student begins as {settings.init_lora}"
     top = "noise" if method.sampler == "ddim" else "t"
     yield (
         f"teacher: {method.num_ddim_steps} {SOLVER_NAMES[method.solver]} steps from {top} to x0 with "
