@@ -83,7 +83,7 @@ def test_a_resumed_run_has_no_need_of_what_it_began_with(
     [
         ({"lora_rank": 3}, r"has rank \d+ on \d+ layers, asked for is rank 3 on \d+"),
         ({"lora_targets": ("to_q",)}, "set --lora_rank and --lora_targets as it was trained"),
-        ({"init_lora": Path("nowhere")}, "no adapter 'nowhere'"),
+        ({"init_lora": Path("nowhere")}, r"no adapter 'nowhere'.*check --init_lora$"),
     ],
 )
 def test_an_adapter_of_another_kind_is_refused_before_anything_is_written(

@@ -78,7 +78,7 @@ class _InParts(torch.autograd.Function):
     def forward(
         ctx: Any, forward: Callable[..., Tensor], inputs: tuple[Tensor, ...], threads: int, *parameters: nn.Parameter
     ) -> Tensor:
-        ctx.parameters, ctx.threads = parameters, threads
+        ctx.parameters = parameters
         ctx.outputs = _each(forward, _split(inputs, threads), gradients=True)
         return torch.cat([output.detach() for output in ctx.outputs])
 

@@ -29,12 +29,13 @@ class AdapterSource:
     folder: Path
 
 
-def locate(path: str | Path | None = None, hub_id: str | None = None) -> AdapterSource:
+def locate(path: str | Path | None = None, hub_id: str | None = None, *, flag: str = "lora_path") -> AdapterSource:
     """Find the file with the weights of an adapter, fetching it if need be; it is not read.
 
     Args:
         path: a file, or a folder with one.
         hub_id: OWNER/NAME, or OWNER/NAME/FILE for a file of another name than the usual ones.
+        flag: where the path came from, for whoever got it wrong.
 
     Raises:
         CheckpointError: there is none, or there are several and none has a usual name.
@@ -47,9 +48,10 @@ def locate(path: str | Path | None = None, hub_id: str | None = None) -> Adapter
         if place.is_file():
             return AdapterSource(name, place, place.parent)
         if not place.is_dir():
+            hint = ", or name one on the Hub with --lora_id" if flag == "lora_path" else ""
             raise CheckpointError(
                 f"no adapter {name!r}: there is no such file or folder; allowed is a folder with {WEIGHTS_NAME} or a "
-                ".safetensors file; check --lora_path, or name one on the Hub with --lora_id"
+                f".safetensors file; check --{flag}{hint}"
             )
     else:
         name = str(hub_id)

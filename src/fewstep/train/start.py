@@ -197,7 +197,7 @@ def student_of(settings: TrainSettings, backbone: Backbone, *, resumed: bool = F
     if settings.init_lora is not None and not resumed:
         return lora.attach_trained(
             backbone.unet,
-            settings.init_lora,
+            lora.locate(settings.init_lora, flag="init_lora"),
             rank=settings.lora_rank,
             alpha=settings.alpha,
             targets=settings.lora_targets,
@@ -362,16 +362,8 @@ def rollout_key(settings: TrainSettings, backbone: Backbone) -> dict[str, Any]:
     """All that the teacher's rollouts depend on besides the data and the global batch."""
     names = (
         *("seed", "guidance_scale", "num_ddim_steps", "num_inference_steps", "pure_noise_share", "pairs_per_rollout"),
-        *(
-            "teacher_solver",
-            "guidance_interval",
-            "start",
-            "sampler",
-            "timestep_span",
-            "resolution",
-            "mixed_precision",
-            "prediction_type",
-        ),
+        *("teacher_solver", "guidance_interval", "start", "sampler", "timestep_span"),
+        *("resolution", "mixed_precision", "prediction_type"),
     )
     return {"base_fingerprint": backbone.fingerprint} | {name: getattr(settings, name) for name in names}
 
