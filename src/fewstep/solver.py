@@ -118,6 +118,22 @@ def _log_ratio(schedule: NoiseSchedule, t: Tensor) -> Tensor:
     return 0.5 * (alpha_bar.log() - (1 - alpha_bar).log())
 
 
+def solver_step(
+    solver: TeacherSolver,
+    schedule: NoiseSchedule,
+    output: Tensor,
+    x_t: Tensor,
+    t: Tensor,
+    t_next: Tensor,
+    x0_before: Tensor,
+    t_before: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """One step of `solver`, arguments and result as `dpmpp_step`; DDIM only passes x0_before on."""
+    if solver == "dpmpp":
+        return dpmpp_step(schedule, output, x_t, t, t_next, x0_before, t_before)
+    return ddim_step(schedule, output, x_t, t, t_next), x0_before
+
+
 def rollout(
     denoiser: Denoiser,
     schedule: NoiseSchedule,
@@ -154,11 +170,8 @@ def rollout(
         if visited is not None:
             visited.append(x_t)
         output = guided_output(denoiser, x_t, t, cond, uncond, guidance, guided)
-        if solver == "dpmpp":
-            x_t, x0 = dpmpp_step(schedule, output, x_t, t, t_next, x0, t_before)
-            t_before = t
-        else:
-            x_t = ddim_step(schedule, output, x_t, t, t_next)
+        x_t, x0 = solver_step(solver, schedule, output, x_t, t, t_next, x0, t_before)
+        t_before = t
         if on_step is not None:
             on_step()
     return x_t

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from fewstep.config import TrainSettings
 from fewstep.errors import CheckpointError, InputError
@@ -63,6 +64,17 @@ def test_another_alpha_begins_with_the_same_pictures(few: TrainSettings, first: 
     assert max(float(value.abs().max()) for value in theirs.values()) > 1e-3
     for name, value in mine.items():
         torch.testing.assert_close(value, theirs[name])
+
+
+def test_an_alpha_that_nothing_states_is_said_to_be_assumed(
+    few: TrainSettings, first: DistillResult, tmp_path: Path
+) -> None:
+    bare = tmp_path / "bare.safetensors"
+    save_file(weights(first), bare)  # without the header that has the alpha
+    heard = Heard()
+    distill(few.replace(run_name="bare", init_lora=bare, max_steps=1), reporter=heard)
+    (warned,) = [line for line in heard.warned if "alpha = rank assumed" in line]
+    assert str(bare) in warned
 
 
 def test_a_resumed_run_has_no_need_of_what_it_began_with(

@@ -234,11 +234,7 @@ def load_adapter(
     found = source if isinstance(source, AdapterSource) else locate(source)
     unet = backbone.unet
     detach(unet)
-    layers = {
-        name: module for name, module in unet.named_modules() if isinstance(module, torch.nn.Linear | torch.nn.Conv2d)
-    }
-    parsed = read(found, layers, allow_pickle=allow_pickle)
-    _check_shapes(parsed, layers, found)
+    parsed = _read_for(unet, found, allow_pickle)
     attach_empty(
         unet,
         {name: pair.rank for name, pair in parsed.pairs.items()},
@@ -262,11 +258,7 @@ def load_adapter(
     except CheckpointError:
         detach(unet)
         raise
-    if parsed.alpha_assumed:
-        (warn or _warn)(
-            f"adapter {found.name!r} does not state its alpha: alpha = rank assumed; if it was trained with another "
-            "one, it is now too weak or too strong"
-        )
+    _tell_assumed(parsed, found, warn)
     rank, alpha = Counter((pair.rank, pair.alpha) for pair in parsed.pairs.values()).most_common(1)[0][0]
     return AdapterInfo(
         source=found,
@@ -280,8 +272,24 @@ def load_adapter(
     )
 
 
+def _read_for(unet: UNet2DConditionModel, source: AdapterSource, allow_pickle: bool) -> ParsedAdapter:
+    """The adapter of `source`, every pair of which fits a layer of the `unet`, to which nothing is attached."""
+    layers = {name: module for name, module in unet.named_modules() if isinstance(module, nn.Linear | nn.Conv2d)}
+    parsed = read(source, layers, allow_pickle=allow_pickle)
+    _check_shapes(parsed, layers, source)
+    return parsed
+
+
+def _tell_assumed(parsed: ParsedAdapter, source: AdapterSource, warn: Callable[[str], None] | None) -> None:
+    if parsed.alpha_assumed:
+        (warn or _warn)(
+            f"adapter {source.name!r} does not state its alpha: alpha = rank assumed; if it was trained with another "
+            "one, it is now too weak or too strong"
+        )
+
+
 def _warn(text: str) -> None:
-    warnings.warn(text, stacklevel=3)
+    warnings.warn(text, stacklevel=4)
 
 
 def attach_trained(
@@ -293,19 +301,22 @@ def attach_trained(
     targets: Sequence[str],
     seed: int,
     allow_pickle: bool = False,
+    warn: Callable[[str], None] | None = None,
 ) -> list[nn.Parameter]:
     """`attach` an adapter that begins with the weights of another one, to be trained further.
 
     Where that one has another alpha, B makes up for it: the student begins as that one draws.
+
+    Args:
+        source, allow_pickle, warn: as `load_adapter`.
+        rank, alpha, targets, seed: as `attach`.
 
     Raises:
         CheckpointError: as `load_adapter`; other layers or another rank than is asked for.
         InputError: as `attach`.
     """
     found = source if isinstance(source, AdapterSource) else locate(source)
-    layers = {name: module for name, module in unet.named_modules() if isinstance(module, nn.Linear | nn.Conv2d)}
-    parsed = read(found, layers, allow_pickle=allow_pickle)
-    _check_shapes(parsed, layers, found)
+    parsed = _read_for(unet, found, allow_pickle)
     parameters = attach(unet, rank, alpha, targets, seed)
     asked = {name for name, _ in lora_layers(unet)}
     ranks = sorted({pair.rank for pair in parsed.pairs.values()})
@@ -324,6 +335,7 @@ def attach_trained(
             for name, pair in parsed.pairs.items()
         }
     )
+    _tell_assumed(parsed, found, warn)
     return parameters
 
 

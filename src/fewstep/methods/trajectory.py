@@ -31,7 +31,7 @@ from torch import Tensor
 
 from fewstep.errors import InputError
 from fewstep.methods.kstep import Draws, KStep, Pairs, StudentSampler
-from fewstep.solver import Denoiser, ddim_step, dpmpp_step, guided_output
+from fewstep.solver import Denoiser, ddim_step, guided_output, solver_step
 from fewstep.timesteps import rollout_grid
 
 
@@ -121,14 +121,11 @@ class Trajectory(KStep):
                 t = torch.full((len(rows),), here, device=x.device)
                 t_next = torch.full_like(t, below)
                 output = self._guided(teacher, x[on_way], t, here, cond[on_way], uncond)
-                if self.solver == "dpmpp":
-                    there, x0_here = dpmpp_step(
-                        self.schedule, output, x[on_way], t, t_next, x0[on_way], t_before[on_way]
-                    )
-                    x0, t_before = x0.index_copy(0, rows, x0_here), t_before.index_copy(0, rows, t)
-                else:
-                    there = ddim_step(self.schedule, output, x[on_way], t, t_next)
-                x = x.index_copy(0, rows, there)
+                there, x0_here = solver_step(
+                    self.solver, self.schedule, output, x[on_way], t, t_next, x0[on_way], t_before[on_way]
+                )
+                x, x0 = x.index_copy(0, rows, there), x0.index_copy(0, rows, x0_here)
+                t_before = t_before.index_copy(0, rows, t)
             path.append(x)
         return torch.stack(path)
 

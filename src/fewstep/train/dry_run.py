@@ -96,7 +96,7 @@ def rehearse(settings: TrainSettings, *, reporter: Reporter = SILENT) -> DryRun:
     opened = open_data(settings, backbone, streaming=settings.streaming, reporter=reporter)
     method = start.method_of(settings, backbone)
     quick = {size: engine.quickened(backbone, settings, size) for size in (1, 2)}
-    parameters = start.student_of(settings, backbone, resumed=resumed is not None)
+    parameters = start.student_of(settings, backbone, resumed=resumed is not None, warn=reporter.warn)
     optimizer = engine.adamw_of(parameters, settings, backbone.device)
     ema = EMA(parameters, settings.ema_decay)
     slices = start.slices_of(settings, processes)

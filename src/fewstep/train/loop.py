@@ -121,7 +121,7 @@ def distill(
         method = start.method_of(settings, backbone)
         quick = engine.quickened(backbone, settings, settings.batch_size)
         cleanup.enter_context(engine.compiling(settings))
-        parameters = start.student_of(settings, backbone, resumed=resumed is not None)
+        parameters = start.student_of(settings, backbone, resumed=resumed is not None, warn=reporter.warn)
         ema = EMA(parameters, settings.ema_decay)
         adamw = engine.adamw_of(parameters, settings, device)
         accelerator = Accelerator(

@@ -183,11 +183,14 @@ def _most_pairs(settings: TrainSettings, backbone: Backbone) -> int:
     return len(promised_points(settings.num_inference_steps, backbone.schedule.num_train_timesteps, grid))
 
 
-def student_of(settings: TrainSettings, backbone: Backbone, *, resumed: bool = False) -> list[nn.Parameter]:
+def student_of(
+    settings: TrainSettings, backbone: Backbone, *, resumed: bool = False, warn: Callable[[str], None] | None = None
+) -> list[nn.Parameter]:
     """Attach the student's adapter to the base; its parameters.
 
     Args:
         resumed: its weights will be a checkpoint's, whatever it began with.
+        warn: told, in one line, what had to be assumed about the adapter that it begins with.
 
     Raises:
         CheckpointError: it is to begin with the weights of an adapter that is not there, or not like it.
@@ -203,6 +206,7 @@ def student_of(settings: TrainSettings, backbone: Backbone, *, resumed: bool = F
             targets=settings.lora_targets,
             seed=settings.seed,
             allow_pickle=settings.allow_pickle,
+            warn=warn,
         )
     return lora.attach(backbone.unet, settings.lora_rank, settings.alpha, settings.lora_targets, settings.seed)
 
