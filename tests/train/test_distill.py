@@ -26,7 +26,8 @@ from fewstep.methods.kstep import KStep
 from fewstep.pictures import encode_prompts, make_pictures
 from fewstep.randomness import generator
 from fewstep.train import DistillResult, distill, learning_rate, start
-from fewstep.train.loop import MOST_OVERFLOWS, MOST_SKIPPED, take_back_overflows
+from fewstep.train.loop import MOST_SKIPPED
+from fewstep.train.update import MOST_OVERFLOWS, take_back_overflows
 from tests.train.conftest import MEASURED, Heard, without_speed
 
 WEIGHTS = "pytorch_lora_weights.safetensors"

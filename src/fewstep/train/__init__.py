@@ -1,7 +1,8 @@
 """Distillation: `distill` takes settings and leaves an adapter that a stock pipeline draws with in a few steps.
 
-`loop` is the procedure from the first line to the last; `start` is what it settles before the first update. `rehearse`
-takes the same settings and says what the run would take.
+`loop` is the procedure from the first line to the last; `start` is what it settles before the first update, `lessons`
+where updates learn from, `update` how one is made, `keeping` what is left in the run's folder. `rehearse` takes the
+same settings and says what the run would take.
 """
 
 from __future__ import annotations
@@ -9,7 +10,8 @@ from __future__ import annotations
 from fewstep.config import TrainCommand, TrainSettings
 from fewstep.reporting import SILENT, Reporter
 from fewstep.train.dry_run import DryRun, rehearse
-from fewstep.train.loop import DistillResult, distill, learning_rate
+from fewstep.train.loop import DistillResult, distill
+from fewstep.train.update import learning_rate
 
 __all__ = ["DistillResult", "DryRun", "distill", "learning_rate", "rehearse", "train"]
 

@@ -12,44 +12,40 @@ alone.
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
-from functools import partial
 from itertools import islice
 from pathlib import Path
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import GradientAccumulationPlugin, gather_object
-from torch import Tensor, nn
 
 from fewstep import checkpoint, lora
 from fewstep.arithmetic import peak_so_far
 from fewstep.config import TrainSettings, settings_toml
-from fewstep.data import Batches, open_data
+from fewstep.data import open_data
 from fewstep.ema import EMA
 from fewstep.errors import InputError, Interrupted
 from fewstep.files import remove_leftovers, write_text_atomic
 from fewstep.locks import alone_in
-from fewstep.opening import versions
 from fewstep.oracle import Oracle, describe, measure_oracle
 from fewstep.previews import Previews
 from fewstep.processes import join_processes, noticing_losses, own_device
 from fewstep.reporting import SILENT, Reporter
 from fewstep.telemetry import LoggedReporter, LossByTimestep, Telemetry
 from fewstep.train import engine, start
+from fewstep.train.keeping import Keeper, Looks
+from fewstep.train.lessons import open_lessons
 from fewstep.train.progress import Progress
-from fewstep.train.rollouts import Lesson, RolloutStore, Teacher, kept_lessons
+from fewstep.train.rollouts import Lesson, Teacher
+from fewstep.train.update import Updater, learning_rate
 from fewstep.train.watch import Watch
-from fewstep.validation import FIGURE, MEASURE, open_validation
+from fewstep.validation import open_validation
 
 PREVIEW_PROMPTS = 4
 """Rows of a grid of previews."""
-
-MOST_OVERFLOWS = 24
-"""Overflows of fp16 in a row, each of which halves the loss scale, after which the loss itself must be infinite."""
 
 MOST_SKIPPED = 8
 """Updates in a row without a finite gradient, after which the run ends."""
@@ -191,167 +187,67 @@ def distill(
             validation = open_validation(backbone, method, prompts, settings, reporter)
         processes.wait_for_everyone()
 
-        def publish(folder: Path) -> None:
-            """Write the adapter as it is to be sampled with, and prove that a stock pipeline gets the same one."""
-            with ema.applied():
-                lora.save_adapter(backbone.unet, folder, backbone.scheduler_config, method.sampler, method.span)
-                lora.prove_round_trip(backbone, folder)
-
+        # ---- What is learnt from, what is learnt, and what is kept of it.
         encoder = start.encoder_of(settings, backbone, opened, main=main)
-
-        def save(
-            name: str,
-            state: Mapping[str, checkpoint.Stateful] | None = None,
-            more: Mapping[str, str | float] | None = None,
-        ) -> Path:
-            record = checkpoint.Record(
-                step=step,
-                base_model=backbone.name,
-                base_fingerprint=backbone.fingerprint,
-                step_counts=tuple(settings.num_inference_steps),
-                revision=backbone.revision,
-                more=identity
-                | {"rank": settings.lora_rank, "alpha": settings.alpha, "versions": versions()}
-                | dict(more or {}),
-            )
-            encoder.flush()  # what a resumed run finds is what this one had
-            if state is not None:
-                progress.gather()
-            folder = settings.run_dir / "lora" / name
-            if main:
-                checkpoint.save(
-                    folder,
-                    publish,
-                    settings=settings_toml(settings),
-                    record=record,
-                    stateful=state,
-                    adapter_bytes=sum(parameter.nbytes for parameter in parameters),
-                )
-                checkpoint.prune(settings.run_dir, keep_last=settings.keep_last, keep_every=settings.keep_every)
-            return folder
-
-        def validate() -> None:
-            """Draw previews, take the figures, and keep the adapter if it is the best so far."""
-            figures = {}
-            with ema.applied():
-                if previews is not None:
-                    previews.save(start.preview_file(step, settings))
-                if validation is not None:
-                    figures = validation.figures()
-            if validation is not None:
-                if validation.prefers(figures, checkpoint.recorded(best_folder)):
-                    save(checkpoint.BEST, more={MEASURE: validation.measure, **figures})
-                telemetry.record(step, figures)
-
-        # ---- What is learnt from.
-        batches = partial(
-            Batches,
-            opened.data,
-            slices,
-            seed=settings.seed,
-            allowance=opened.allowance,
-            workers=start.loading_workers(device, processes.num_processes),
-            spared=encoder.items(),
-        )
-        teacher = Teacher(quick, encoder, method, settings.seed, shape, settings.starts_from)
-        lessons: Iterator[Lesson]
         speed = start.throughput_of(settings, backbone, processes.num_processes)
-        if settings.keeps_rollouts:
-            count = start.rollouts_to_keep(settings, slices)
-            key = start.rollout_key(settings, backbone) | identity
-            store = RolloutStore(settings.rollout_dir, key, writes_key=main)
-            missing = batches(start=0, end=count // slices.global_batch, skip=store.holds)
-            with speed.paused():
-                start.keep_rollouts(store, teacher, missing, slices, reporter, should_stop)
-                processes.wait_for_everyone()
-            store.refresh()  # the other processes have put theirs
-            backbone.rest(backbone.vae)
-            backbone.rest(backbone.text_encoder)  # what it said of the captions is kept beside them
-            kept = kept_lessons(
-                store,
-                device,
-                slices,
-                count=count,
-                seed=settings.seed,
-                start=step,
-                end=settings.max_steps,
-                pairs_per_visit=settings.pairs_per_visit,
-            )
-            lessons = speed.waiting(kept)
-        else:
-            lessons = map(teacher, speed.waiting(batches(start=step, end=settings.max_steps)))
-
-        # ---- The loop.
-        student = quick.denoiser()
+        lessons = open_lessons(
+            settings,
+            backbone,
+            opened,
+            slices,
+            Teacher(quick, encoder, method, settings.seed, shape, settings.starts_from),
+            speed,
+            processes,
+            begin=step,
+            identity=identity,
+            reporter=reporter,
+            should_stop=should_stop,
+        )
         watch = Watch(lora.AdapterWeights(backbone.unet).parameters(), reporter.warn)
         watch.remember(telemetry.history)
-        update: list[Lesson] = []
-        overflows, cut_captions, stopping = 0, False, False
+        update = Updater(
+            accelerator, optimizer, parameters, settings, method=method, student=quick.denoiser(), watch=watch
+        )
+        keeper = Keeper(settings, backbone, method, parameters, ema, encoder, progress, identity=identity, main=main)
+        looks = Looks(settings, ema, keeper, telemetry, previews=previews, validation=validation)
 
+        # ---- The loop.
+        stopping = False
         with reporter.progress("training", settings.max_steps - step) as bar:
-            if resumed is not None and start.left_undone(step, settings, telemetry.history, validation is not None):
+            if resumed is not None and looks.left_undone(step):
                 with speed.paused():
-                    validate()
+                    looks.take(step)
             while step < settings.max_steps and not stopping:
-                # An update that overflowed is made again from the same lessons.
-                update = update or list(islice(lessons, settings.gradient_accumulation_steps))
-                for group in optimizer.param_groups:
-                    group["lr"] = learning_rate(settings, step)
-                seen: list[tuple[Tensor, Tensor]] = []
-                for lesson in update:
-                    with accelerator.accumulate():
-                        mean, each = lesson.loss(method, student)
-                        accelerator.backward(mean)  # divided by the number of micro-batches, scaled under fp16
-                    seen.append((lesson.pairs.t, each.detach()))
-                _average_gradients(accelerator, parameters)
-                norm = accelerator.clip_grad_norm_(parameters, settings.max_grad_norm)  # unscales first
-                watch.gradients()
-                # Under fp16 the scaler sees to it: it skips, and the update is made again. Else this is the one number
-                # that is waited for.
-                sound = accelerator.scaler is not None or math.isfinite(float(norm))
-                if sound:
-                    optimizer.step()
-                optimizer.zero_grad()
-                overflows = overflows + 1 if sound and optimizer.step_was_skipped else 0
-                if overflows > MOST_OVERFLOWS:  # it is not the scale
-                    take_back_overflows(accelerator.scaler, overflows)
-                    sound, overflows = False, 0
-                if overflows:
-                    continue
-
-                # The update is made, or skipped: the data goes on, the weights stay.
+                taught = list(islice(lessons, settings.gradient_accumulation_steps))
+                made = update(step, taught)
                 step += 1
                 if check_folder is not None:
                     check_folder()
-                if sound:
+
+                # It moved the weights, or its gradient was not finite: the data goes on all the same.
+                if made.moved:
                     ema.update(step)
-                    for t, values in seen:
+                    for t, values in made.losses:
                         losses.add(t, values)
-                progress.skipped_in_a_row = 0 if sound else progress.skipped_in_a_row + 1
-                progress.skipped_since_logged += not sound
-                if not sound:
-                    reporter.warn(_skipped(step, update, progress.skipped_in_a_row))
+                progress.count(moved=made.moved)
+                if not made.moved:
+                    reporter.warn(_skipped(step, taught, progress.skipped_in_a_row))
                 if progress.skipped_in_a_row == MOST_SKIPPED:
                     raise _not_finite(step, checkpoint.checkpoints(settings.run_dir))
                 speed.add(
-                    pictures=sum(len(lesson.items) for lesson in update),
-                    pairs=sum(len(lesson.pairs.t) for lesson in update),
-                    forwards=sum(lesson.forwards for lesson in update),
+                    pictures=sum(len(lesson.items) for lesson in taught),
+                    pairs=sum(len(lesson.pairs.t) for lesson in taught),
+                    forwards=sum(lesson.forwards for lesson in taught),
                 )
-                for lesson in update:
+                for lesson in taught:
                     for replaced in lesson.replaced:
                         reporter.warn(str(replaced))
-                    if not cut_captions and any(backbone.token_overflow(lesson.captions)):
-                        reporter.warn(
-                            f"captions of more than {backbone.max_tokens} tokens are cut, first at step {step}"
-                        )
-                        cut_captions = True
-                update = []
+                    watch.captions(step, lesson.captions, backbone)
 
                 shown: dict[str, float] = {}
                 if step % settings.log_every == 0 or step == settings.max_steps:
                     shown = losses.means(accelerator.reduce)
-                    shown |= {"gradient_norm": float(norm)} if sound else {}
+                    shown |= {"gradient_norm": float(made.norm)} if made.moved else {}
                     shown |= {"learning_rate": learning_rate(settings, step - 1)}
                     shown |= speed.read() | {"skipped_updates": progress.skipped_since_logged}
                     peak = peak_so_far(device)
@@ -364,10 +260,10 @@ def distill(
 
                 last = step == settings.max_steps
                 with speed.paused():
-                    if start.validates_at(step, settings) and (last or not stopping):
-                        validate()  # before the checkpoint: a run that goes on from there has had it
+                    if looks.due(step) and (last or not stopping):
+                        looks.take(step)  # before the checkpoint: a run that goes on from there has had it
                     if last or stopping or (settings.checkpoint_every and step % settings.checkpoint_every == 0):
-                        save(f"checkpoint-{step}", stateful)
+                        keeper.save(f"checkpoint-{step}", step, stateful)
                     processes.wait_for_everyone()
 
         if step < settings.max_steps:
@@ -375,60 +271,22 @@ def distill(
                 f"stopped at step {step} of {settings.max_steps}, saved in {settings.run_dir}; "
                 "go on with --resume_from_checkpoint latest"
             )
-        adapter = save(checkpoint.FINAL)
+        adapter = keeper.save(checkpoint.FINAL, step)
         processes.wait_for_everyone()
         reporter.say(f"adapter: {adapter}")
         reporter.say(start.stock_call(method))
-        best = checkpoint.recorded(best_folder)
-        if validation is not None and best is not None and best.step < step:
-            reporter.say(
-                f"best: {best_folder}, of step {best.step}, whose {FIGURE} was {best.more[FIGURE]:.4g}; training "
-                "longer did not raise it"
-            )
+        best, not_the_last = looks.best(step)
+        if not_the_last is not None:
+            reporter.say(not_the_last)
         return DistillResult(
             folder=settings.run_dir,
             adapter=adapter,
-            best=None if best is None else best_folder,
+            best=best,
             steps=step,
             settings=settings,
             oracle=oracle,
             history=telemetry.history,
         )
-
-
-# ------------------------------------------------------------------------------------------------ parts of an update
-
-
-def learning_rate(settings: TrainSettings, update: int) -> float:
-    """Of update number `update`, from 0: a linear rise over the warm-up, then constant or half a cosine down to 0."""
-    warmup = settings.lr_warmup_steps
-    if update < warmup:
-        return settings.learning_rate * (update + 1) / (warmup + 1)
-    if settings.lr_schedule == "constant":
-        return settings.learning_rate
-    done = (update - warmup) / (settings.max_steps - warmup)
-    return settings.learning_rate * 0.5 * (1 + math.cos(math.pi * done))
-
-
-@torch.no_grad()
-def _average_gradients(accelerator: Accelerator, parameters: Sequence[nn.Parameter]) -> None:
-    """The mean gradient over all processes, once an update.
-
-    In one exchange of the adapter's few numbers: wrapping the UNet would also wrap the teacher's forwards, and would
-    exchange after every micro-batch or need to be told not to.
-    """
-    if accelerator.num_processes == 1:
-        return
-    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
-    mean = accelerator.reduce(torch.cat([gradient.flatten() for gradient in gradients]), "mean")
-    for gradient, part in zip(gradients, mean.split([gradient.numel() for gradient in gradients]), strict=True):
-        gradient.copy_(part.view_as(gradient))
-
-
-def take_back_overflows(scaler: torch.amp.GradScaler | None, count: int) -> None:
-    """Give a loss scale back what `count` overflows took from it: they were not its fault."""
-    if scaler is not None:
-        scaler.update(scaler.get_scale() / scaler.get_backoff_factor() ** count)
 
 
 def _any_process(accelerator: Accelerator, here: bool) -> bool:
@@ -438,8 +296,8 @@ def _any_process(accelerator: Accelerator, here: bool) -> bool:
     return bool(accelerator.reduce(torch.tensor(float(here), device=accelerator.device)).item())
 
 
-def _skipped(step: int, update: Sequence[Lesson], in_a_row: int) -> str:
-    items = " ".join(map(str, gather_object([item for lesson in update for item in lesson.items])))
+def _skipped(step: int, taught: Sequence[Lesson], in_a_row: int) -> str:
+    items = " ".join(map(str, gather_object([item for lesson in taught for item in lesson.items])))
     return (
         f"update {step} is skipped: its gradient is not finite; {in_a_row} in a row, {MOST_SKIPPED} end the run; it was"
         f" made from items {items}"

@@ -24,6 +24,11 @@ class Progress:
         self._everybodys = losses.sums()[None]
         self.skipped_in_a_row = self.skipped_since_logged = 0
 
+    def count(self, *, moved: bool) -> None:
+        """An update is done, whose gradient was finite and `moved` the weights, or was not."""
+        self.skipped_in_a_row = 0 if moved else self.skipped_in_a_row + 1
+        self.skipped_since_logged += not moved
+
     def gather(self) -> None:
         """Ask every process for its losses, for `state_dict`; to be called by all of them."""
         self._everybodys = self._accelerator.gather(self._losses.sums()[None])

@@ -9,6 +9,8 @@ from statistics import median
 import torch
 from torch import Tensor, nn
 
+from fewstep.backbone import Backbone
+
 UPDATES_TO_LOOK_AT = 20
 """After how many updates a gradient that was zero in all of them is dead; in the first one, A's is zero as B is."""
 
@@ -23,7 +25,7 @@ RISE = 3.0
 
 
 class Watch:
-    """Warns, once each, of adapter tensors that no gradient reaches, of a loss that leaps up and of one that climbs.
+    """Warns, once each, of adapter tensors that no gradient reaches, a loss that leaps or climbs, cut captions.
 
     Args:
         parameters: name to parameter.
@@ -36,7 +38,7 @@ class Watch:
         self._reached: dict[str, Tensor] = {}
         self._readings: dict[str, deque[float]] = defaultdict(lambda: deque(maxlen=READINGS))
         self._lowest: dict[str, float] = {}
-        self._leapt = self._climbed = False
+        self._leapt = self._climbed = self._cut = False
 
     @torch.no_grad()
     def gradients(self) -> None:
@@ -56,6 +58,12 @@ class Watch:
                     f"{UPDATES_TO_LOOK_AT} updates, first {dead[0]}: nothing trains them; look at --lora_targets, or "
                     "use --mixed_precision bf16 or no"
                 )
+
+    def captions(self, step: int, captions: Sequence[str], backbone: Backbone) -> None:
+        """Look whether captions of update `step` are longer than the base reads."""
+        if not self._cut and any(backbone.token_overflow(captions)):
+            self._cut = True
+            self._warn(f"captions of more than {backbone.max_tokens} tokens are cut, first at step {step}")
 
     def remember(self, history: Sequence[Mapping[str, float]]) -> None:
         """Take up what a run had seen before it was resumed, and said then."""

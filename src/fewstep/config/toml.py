@@ -1,0 +1,90 @@
+"""Settings as flat TOML, from it, and as a command line."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import tomllib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+from fewstep.config.base import Checked, Settings
+from fewstep.config.spelling import unknown_name
+from fewstep.errors import InputError
+from fewstep.files import at_home
+
+SettingsT = TypeVar("SettingsT", bound=Checked)
+
+
+def load_toml(path: Path | str) -> dict[str, Any]:
+    """The flat table of a settings file; an `InputError` where it cannot be read or is not flat."""
+    path = at_home(path)
+    values = read_toml(path)
+    for key, value in values.items():
+        if isinstance(value, dict):
+            raise InputError(
+                f"{str(path)!r} has a table [{key}]; settings files are flat; move its keys to the top, without [{key}]"
+            )
+    return values
+
+
+def read_toml(path: Path) -> dict[str, Any]:
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise InputError(f"no settings file {str(path)!r}; allowed is a TOML file; check the path") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{str(path)!r} cannot be read ({error}); allowed is a TOML file in UTF-8") from None
+    except (ValueError, RecursionError) as error:  # tomllib's own, of numbers without end, of nesting without end
+        raise InputError(f"{str(path)!r} is no TOML: {error}; allowed are lines such as max_steps = 300") from None
+
+
+def merged(
+    settings: type[SettingsT],
+    given: Mapping[str, Any],
+    *,
+    config: Path | str | None = None,
+    defaults: Mapping[str, Any] | None = None,
+) -> SettingsT:
+    """Settings from three sources, the later wins: ``defaults``, the TOML file ``config``, what was ``given``.
+
+    They are checked once, together; a key of the file that is no setting of this class is refused.
+    """
+    filed = {key.replace("-", "_"): value for key, value in (load_toml(config) if config else {}).items()}
+    for key in filed:
+        if key not in settings.model_fields:
+            raise InputError(f"{str(config)!r}: {unknown_name(key, settings)}")
+    return settings(**{**(defaults or {}), **filed, **given})
+
+
+def settings_toml(settings: Settings) -> str:
+    """The settings as flat TOML, ``None`` left out: reading it back gives equal settings."""
+    lines = [f"{name} = {_toml_value(value)}" for name, value in dict(settings).items() if value is not None]
+    return "\n".join(lines) + "\n"
+
+
+def command_line(command: str, settings: type[Checked], values: Mapping[str, Any]) -> str:
+    """The command that these settings came from, or one like it: the flags whose values are not the defaults."""
+    words, defaults = ["fewstep", command], settings.model_construct().model_dump(mode="json")
+    for name in settings.model_fields:
+        value = values.get(name)
+        if value is None or value == defaults.get(name):
+            continue
+        if isinstance(value, bool):
+            words.append(f"--{name}" if value else f"--no_{name}")
+        else:
+            several = value if isinstance(value, list | tuple) else [value]
+            words += [f"--{name}", *(shlex.quote(str(one)) for one in several)]
+    return " ".join(words)
+
+
+def _toml_value(value: Any) -> str:
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, int | float):
+        return repr(value)
+    if isinstance(value, str | Path):
+        # A JSON string is a TOML basic string, but for the one control character that JSON leaves alone.
+        return json.dumps(str(value), ensure_ascii=False).replace("\x7f", "\\u007f")
+    return f"[{', '.join(_toml_value(item) for item in value)}]"

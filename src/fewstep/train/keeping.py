@@ -1,0 +1,152 @@
+"""What a run leaves in its folder: adapters that are proved to load, checkpoints to go on from, and the best so far."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from torch import nn
+
+from fewstep import checkpoint, lora
+from fewstep.backbone import Backbone
+from fewstep.config import TrainSettings, settings_toml
+from fewstep.ema import EMA
+from fewstep.methods.kstep import KStep
+from fewstep.opening import versions
+from fewstep.previews import Previews
+from fewstep.telemetry import Telemetry
+from fewstep.train import start
+from fewstep.train.encoding import Encoder
+from fewstep.train.progress import Progress
+from fewstep.validation import FIGURE, MEASURE, Validation
+
+
+class Keeper:
+    """Saves the student as it is to be sampled with, and all else of the run with it where it is to go on from there.
+
+    Args:
+        identity: what a checkpoint has to share with the run that goes on from it, besides the settings.
+        encoder: its cache is written out before a save, so that what a resumed run finds is what this one had.
+        main: whether this process writes; the others only hand over their part.
+    """
+
+    def __init__(
+        self,
+        settings: TrainSettings,
+        backbone: Backbone,
+        method: KStep,
+        parameters: Sequence[nn.Parameter],
+        ema: EMA,
+        encoder: Encoder,
+        progress: Progress,
+        *,
+        identity: Mapping[str, str | int],
+        main: bool,
+    ) -> None:
+        self._settings, self._backbone, self._method, self._ema = settings, backbone, method, ema
+        self._encoder, self._progress, self._main = encoder, progress, main
+        self._adapter_bytes = sum(parameter.nbytes for parameter in parameters)
+        self._more = dict(identity) | {"rank": settings.lora_rank, "alpha": settings.alpha, "versions": versions()}
+
+    def save(
+        self,
+        name: str,
+        step: int,
+        state: Mapping[str, checkpoint.Stateful] | None = None,
+        more: Mapping[str, str | float] | None = None,
+    ) -> Path:
+        """Write `lora/NAME` and read it back through the stock loader; called by all processes where there is a state.
+
+        Args:
+            step: updates made so far.
+            state: what the run goes on from; None for an adapter alone.
+            more: noted in the record.
+
+        Raises:
+            CheckpointError: the adapter does not read back as it was.
+        """
+        settings = self._settings
+        self._encoder.flush()
+        if state is not None:
+            self._progress.gather()
+        folder = settings.run_dir / "lora" / name
+        if self._main:
+            record = checkpoint.Record(
+                step=step,
+                base_model=self._backbone.name,
+                base_fingerprint=self._backbone.fingerprint,
+                step_counts=tuple(settings.num_inference_steps),
+                revision=self._backbone.revision,
+                more=self._more | dict(more or {}),
+            )
+            checkpoint.save(
+                folder,
+                self._publish,
+                settings=settings_toml(settings),
+                record=record,
+                stateful=state,
+                adapter_bytes=self._adapter_bytes,
+            )
+            checkpoint.prune(settings.run_dir, keep_last=settings.keep_last, keep_every=settings.keep_every)
+        return folder
+
+    def _publish(self, folder: Path) -> None:
+        """Write the adapter as it is to be sampled with, and prove that a stock pipeline gets the same one."""
+        unet, method = self._backbone.unet, self._method
+        with self._ema.applied():
+            lora.save_adapter(unet, folder, self._backbone.scheduler_config, method.sampler, method.span)
+            lora.prove_round_trip(self._backbone, folder)
+
+
+class Looks:
+    """Looks at the student now and then: a grid of previews, figures, and `lora/best` where they are the best so far.
+
+    Args:
+        previews, validation: None where they are not wanted, or in another process than the first.
+    """
+
+    def __init__(
+        self,
+        settings: TrainSettings,
+        ema: EMA,
+        keeper: Keeper,
+        telemetry: Telemetry,
+        *,
+        previews: Previews | None,
+        validation: Validation | None,
+    ) -> None:
+        self._settings, self._ema, self._keeper, self._telemetry = settings, ema, keeper, telemetry
+        self._previews, self._validation = previews, validation
+        self._best = settings.run_dir / "lora" / checkpoint.BEST
+
+    def take(self, step: int) -> None:
+        """Draw previews, take the figures, and keep the adapter if it is the best so far."""
+        figures = {}
+        with self._ema.applied():
+            if self._previews is not None:
+                self._previews.save(start.preview_file(step, self._settings))
+            if self._validation is not None:
+                figures = self._validation.figures()
+        if self._validation is not None:
+            if self._validation.prefers(figures, checkpoint.recorded(self._best)):
+                self._keeper.save(checkpoint.BEST, step, more={MEASURE: self._validation.measure, **figures})
+            self._telemetry.record(step, figures)
+
+    def due(self, step: int) -> bool:
+        """Whether to look after update `step`."""
+        return start.validates_at(step, self._settings)
+
+    def left_undone(self, step: int) -> bool:
+        """Whether a run that goes on from `step` was stopped there before the student was looked at."""
+        return start.left_undone(step, self._settings, self._telemetry.history, self._validation is not None)
+
+    def best(self, step: int) -> tuple[Path | None, str | None]:
+        """The folder of the best student, None where nothing was measured; and, where a longer training has not
+        been better, a line that says so."""
+        found = checkpoint.recorded(self._best)
+        if found is None or self._validation is None or found.step >= step:
+            return (None if found is None else self._best), None
+        return self._best, (
+            f"best: {self._best}, of step {found.step}, whose {FIGURE} was {found.more[FIGURE]:.4g}; training longer "
+            "did not raise it"
+        )

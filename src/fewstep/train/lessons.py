@@ -1,0 +1,76 @@
+"""Where a run's lessons come from: the teacher makes each one as it is asked for, or all of them before."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
+
+from accelerate import PartialState
+
+from fewstep.backbone import Backbone
+from fewstep.config import TrainSettings
+from fewstep.data import Batches, OpenedData, Slices
+from fewstep.reporting import Reporter
+from fewstep.telemetry import Throughput
+from fewstep.train import start
+from fewstep.train.rollouts import Lesson, RolloutStore, Teacher, kept_lessons
+
+
+def open_lessons(
+    settings: TrainSettings,
+    backbone: Backbone,
+    opened: OpenedData,
+    slices: Slices,
+    teacher: Teacher,
+    speed: Throughput,
+    processes: PartialState,
+    *,
+    begin: int,
+    identity: Mapping[str, str | int],
+    reporter: Reporter,
+    should_stop: Callable[[], bool],
+) -> Iterator[Lesson]:
+    """The lessons of every update from `begin` on, a micro-batch each; rollouts to be kept are made first.
+
+    Args:
+        teacher: makes them.
+        speed: is told how long they were waited for.
+        identity: what kept rollouts depend on besides the settings and the base.
+
+    Raises:
+        Interrupted: stopped on request while the teacher made its rollouts; those that are made are kept.
+        CheckpointError: the folder of kept rollouts holds others, or is damaged.
+    """
+    batches = partial(
+        Batches,
+        opened.data,
+        slices,
+        seed=settings.seed,
+        allowance=opened.allowance,
+        workers=start.loading_workers(backbone.device, processes.num_processes),
+        spared=teacher.encoder.items(),
+    )
+    if not settings.keeps_rollouts:
+        return map(teacher, speed.waiting(batches(start=begin, end=settings.max_steps)))
+
+    main = processes.is_main_process
+    count = start.rollouts_to_keep(settings, slices)
+    store = RolloutStore(settings.rollout_dir, start.rollout_key(settings, backbone) | dict(identity), writes_key=main)
+    missing = batches(start=0, end=count // slices.global_batch, skip=store.holds)
+    with speed.paused():
+        start.keep_rollouts(store, teacher, missing, slices, reporter, should_stop)
+        processes.wait_for_everyone()
+    store.refresh()  # the other processes have put theirs
+    backbone.rest(backbone.vae)
+    backbone.rest(backbone.text_encoder)  # what it said of the captions is kept beside them
+    kept = kept_lessons(
+        store,
+        backbone.device,
+        slices,
+        count=count,
+        seed=settings.seed,
+        start=begin,
+        end=settings.max_steps,
+        pairs_per_visit=settings.pairs_per_visit,
+    )
+    return speed.waiting(kept)
