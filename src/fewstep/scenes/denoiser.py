@@ -28,6 +28,7 @@ SCHEDULER = {
 CAPTION_DROPOUT = 0.1
 SNR_FLOOR, SNR_CAP = 1.0, 5.0
 LANDMARK_WEIGHT = 0.1
+ENCODED_AT_ONCE = 4
 
 SIZES: dict[str, dict[str, object]] = {
     "full": {"block_out_channels": (48, 80, 128), "layers_per_block": 1, "norm_num_groups": 16},
@@ -106,6 +107,8 @@ def denoiser_losses(
 
 @torch.no_grad()
 def latents_of(vae: AutoencoderKL, pixels: Tensor) -> Tensor:
-    """Posterior means [B, 4, 16, 16] of pixels [B, 3, 128, 128] in −1…1."""
-    latents: Tensor = vae.encode(pixels).latent_dist.mean.float()
-    return latents
+    """Posterior means [B, 4, 16, 16] of pixels [B, 3, 128, 128] in −1…1.
+
+    A few pictures at a time: on a CPU twice as fast as 64 in one forward, whose activations leave its caches.
+    """
+    return torch.cat([vae.encode(some).latent_dist.mean.float() for some in pixels.split(ENCODED_AT_ONCE)])
