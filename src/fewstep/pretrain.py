@@ -196,7 +196,7 @@ class _Workshop:
 
         run(vae, loss, plan, self.work / "vae", self.reporter)
         with self.autocast():
-            latents = torch.cat([latents_of(vae, to_pixels(chunk)) for chunk in np.array_split(pixels[:1024], 32)])
+            latents = latents_of(vae, to_pixels(pixels[:1024]))
         vae = fold_latent_statistics(vae, latents.mean((0, 2, 3)), latents.std((0, 2, 3)))
         vae.save_pretrained(self.work / "vae" / "folded")
         test = drawn_pixels(self.test_seed, self.sizes.tested)
@@ -360,7 +360,7 @@ class _Workshop:
         fresh = [numbered_drawing(self.test_seed, index) for index in range(count)]
         with torch.no_grad(), self.autocast():
             drawn = to_pixels(np.stack([drawing.pixels for drawing in fresh]))
-            unseen = torch.cat([latents_of(vae, chunk) for chunk in drawn.split(64)])
+            unseen = latents_of(vae, drawn)
         seen = [numbered_attributes(self.train_seed, index) for index in range(count)]
         sums = {"trained": 0.0, "fresh": 0.0}
         for name, rows, attributes in (

@@ -107,3 +107,13 @@ def test_a_run_warns_of_what_it_does_not_train(
     distill(short, reporter=heard)
     (warned,) = heard.warned
     assert warned.startswith("1 of 64 adapter tensors had a gradient of exactly 0 in 3 updates, first unet.")
+
+
+def test_captions_that_the_base_cuts_are_said_once(settings: TrainSettings, tmp_path: Path) -> None:
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("a pattern\n" + "many words " * 60 + "\n")
+    heard = Heard()
+    few = settings.replace(data_dir=None, prompts_file=prompts, output_dir=tmp_path / "runs", max_steps=3)
+    distill(few.replace(checkpoint_every=0, validate_every=0), reporter=heard)
+    (warned,) = [line for line in heard.warned if "are cut" in line]
+    assert warned.startswith("captions of more than ") and "tokens are cut, first at step " in warned

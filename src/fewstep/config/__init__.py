@@ -9,9 +9,9 @@ object is what gets printed and saved as ``settings.toml``.
 
 from __future__ import annotations
 
-from fewstep.config.adapters import AdapterEntry, adapter_entries, load_adapters
+from fewstep.config.adapters import AdapterEntry, load_adapters
 from fewstep.config.base import BaseModelSettings, Checked, Settings
-from fewstep.config.drawing import BenchSettings, GenerateSettings, ReportSettings, SamplingSettings
+from fewstep.config.drawing import BenchSettings, GenerateSettings, ReportSettings, SamplingSettings, adapter_entries
 from fewstep.config.embedded import DemoSettings, PretrainSettings
 from fewstep.config.kinds import EMBEDDED_BASE, FAST_OPTIONS, STABLE_DIFFUSION, Start
 from fewstep.config.spelling import allowed, nearest, refusal, spell

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -13,9 +13,6 @@ from fewstep.config.kinds import Folder, Guidance, Share, Span, StepCounts, Text
 from fewstep.config.toml import read_toml
 from fewstep.errors import InputError
 from fewstep.files import at_home
-
-if TYPE_CHECKING:
-    from fewstep.config.drawing import BenchSettings
 
 
 class AdapterEntry(Checked):
@@ -76,20 +73,8 @@ def load_adapters(path: Path | str) -> tuple[AdapterEntry, ...]:
             entries.append(AdapterEntry(**table))
         except InputError as error:
             raise InputError(f"{str(path)!r}: {error}") from None
-    _distinct_ids(entries, f"{str(path)!r}: ")
+    distinct_ids(entries, f"{str(path)!r}: ")
     return tuple(entries)
-
-
-def adapter_entries(settings: BenchSettings) -> tuple[AdapterEntry, ...]:
-    """The further adapters of a benchmark: those of its file, then those given in one word each.
-
-    Raises:
-        InputError: see `load_adapters`; or an id that comes twice.
-    """
-    filed = load_adapters(settings.adapters_file) if settings.adapters_file else ()
-    entries = (*filed, *(adapter_of(word) for word in settings.adapters or ()))
-    _distinct_ids(entries)
-    return entries
 
 
 def adapter_of(word: str) -> AdapterEntry:
@@ -108,7 +93,8 @@ def adapter_of(word: str) -> AdapterEntry:
     return AdapterEntry(**table)
 
 
-def _distinct_ids(entries: Iterable[AdapterEntry], where: str = "") -> None:
+def distinct_ids(entries: Iterable[AdapterEntry], where: str = "") -> None:
+    """Refuse, by an `InputError`, an id that comes twice."""
     ids = [entry.id for entry in entries]
     repeated = sorted({one for one in ids if ids.count(one) > 1})
     if repeated:

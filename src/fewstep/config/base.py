@@ -78,5 +78,6 @@ class BaseModelSettings(Settings):
 
 
 def forbid_both(settings: Checked, first: str, second: str, fix: str) -> None:
+    """Refuse two settings of which only one can be meant; `fix` says which is which."""
     if getattr(settings, first) is not None and getattr(settings, second) is not None:
         raise ValueError(f"{first} and {second} came together; allowed is one of the two; {fix}")

@@ -8,7 +8,7 @@ from typing import Self
 
 from pydantic import Field, field_validator, model_validator
 
-from fewstep.config.adapters import adapter_of
+from fewstep.config.adapters import AdapterEntry, adapter_of, distinct_ids, load_adapters
 from fewstep.config.base import BaseModelSettings, Checked, forbid_both
 from fewstep.config.kinds import (
     CLIP_MODEL,
@@ -159,6 +159,18 @@ class BenchSettings(SamplingSettings):
         for first, second in combinations(("dataset_name", "data_dir", "prompts_file", "prompt"), 2):
             forbid_both(self, first, second, "leave one out")
         return self
+
+
+def adapter_entries(settings: BenchSettings) -> tuple[AdapterEntry, ...]:
+    """The further adapters of a benchmark: those of its file, then those given in one word each.
+
+    Raises:
+        InputError: see `load_adapters`; or an id that comes twice.
+    """
+    filed = load_adapters(settings.adapters_file) if settings.adapters_file else ()
+    entries = (*filed, *(adapter_of(word) for word in settings.adapters or ()))
+    distinct_ids(entries)
+    return entries
 
 
 class GenerateSettings(SamplingSettings):

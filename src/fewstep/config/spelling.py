@@ -8,13 +8,10 @@ import types
 import typing
 from collections.abc import Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import ValidationError
+from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
-
-if TYPE_CHECKING:
-    from fewstep.config.base import Checked
 
 
 def spell(value: Any) -> str:
@@ -33,7 +30,7 @@ def nearest(name: str, names: Iterable[str]) -> str | None:
     return found[0] if found else None
 
 
-def one_line(error: ValidationError, settings: type[Checked]) -> str:
+def one_line(error: ValidationError, settings: type[BaseModel]) -> str:
     """A pydantic error in one line: what came, what is allowed, the fix; further ones are counted."""
     details = error.errors(include_url=False)
     first = details[0]
@@ -50,7 +47,7 @@ def one_line(error: ValidationError, settings: type[Checked]) -> str:
     return " ".join(message.split()) + (f" (and {others} more)" if others else "")
 
 
-def refusal(name: str, came: Any, settings: type[Checked]) -> str:
+def refusal(name: str, came: Any, settings: type[BaseModel]) -> str:
     """What came for a field, what is allowed there, and an example of it."""
     field = settings.model_fields[name]
     message = f"{name}: {_came(came)} came; allowed: {allowed(field)}"
@@ -59,7 +56,7 @@ def refusal(name: str, came: Any, settings: type[Checked]) -> str:
     return message
 
 
-def unknown_name(name: str, settings: type[Checked]) -> str:
+def unknown_name(name: str, settings: type[BaseModel]) -> str:
     """The line for a name that no field has: the nearest one, or all of them where none is near."""
     near = nearest(name, settings.model_fields)
     fix = f"did you mean {near}?" if near else f"known are {', '.join(sorted(settings.model_fields))}"

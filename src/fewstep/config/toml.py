@@ -30,6 +30,7 @@ def load_toml(path: Path | str) -> dict[str, Any]:
 
 
 def read_toml(path: Path) -> dict[str, Any]:
+    """What a TOML file says; an `InputError` where it cannot be read."""
     try:
         return tomllib.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:

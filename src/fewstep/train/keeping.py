@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from torch import nn
@@ -140,13 +140,12 @@ class Looks:
         """Whether a run that goes on from `step` was stopped there before the student was looked at."""
         return start.left_undone(step, self._settings, self._telemetry.history, self._validation is not None)
 
-    def best(self, step: int) -> tuple[Path | None, str | None]:
-        """The folder of the best student, None where nothing was measured; and, where a longer training has not
-        been better, a line that says so."""
+    def best(self, step: int, say: Callable[[str], None]) -> Path | None:
+        """The folder of the best student, None where nothing was measured; said if it is not that of `step`."""
         found = checkpoint.recorded(self._best)
-        if found is None or self._validation is None or found.step >= step:
-            return (None if found is None else self._best), None
-        return self._best, (
-            f"best: {self._best}, of step {found.step}, whose {FIGURE} was {found.more[FIGURE]:.4g}; training longer "
-            "did not raise it"
-        )
+        if found is not None and self._validation is not None and found.step < step:
+            say(
+                f"best: {self._best}, of step {found.step}, whose {FIGURE} was {found.more[FIGURE]:.4g}; training "
+                "longer did not raise it"
+            )
+        return None if found is None else self._best

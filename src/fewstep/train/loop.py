@@ -148,7 +148,6 @@ def distill(
         if settings.compile:
             worst = engine.prove(quick, backbone, parameters, settings, settings.batch_size)
             reporter.say(f"compiled: outputs and gradients are the UNet's own to {worst:.1g} of their size")
-        best_folder = settings.run_dir / "lora" / checkpoint.BEST
         check_folder: Callable[[], None] | None = None
         if main:
             check_folder = cleanup.enter_context(alone_in(settings.run_dir))
@@ -157,7 +156,9 @@ def distill(
                 remove_leftovers(folder)
             for newer in [] if resumed is None else checkpoint.drop_newer(settings.run_dir, resumed):
                 reporter.warn(f"removed: {newer}, which was passed over")
-            start.drop_best(best_folder, resumed=resumed is not None, warn=reporter.warn)
+            start.drop_best(
+                settings.run_dir / "lora" / checkpoint.BEST, resumed=resumed is not None, warn=reporter.warn
+            )
             write_text_atomic(settings.run_dir / "settings.toml", settings_toml(settings))
         telemetry = cleanup.enter_context(
             Telemetry(settings.run_dir, resumed_at=None if resumed is None else step, active=main)
@@ -275,13 +276,10 @@ def distill(
         processes.wait_for_everyone()
         reporter.say(f"adapter: {adapter}")
         reporter.say(start.stock_call(method))
-        best, not_the_last = looks.best(step)
-        if not_the_last is not None:
-            reporter.say(not_the_last)
         return DistillResult(
             folder=settings.run_dir,
             adapter=adapter,
-            best=best,
+            best=looks.best(step, reporter.say),
             steps=step,
             settings=settings,
             oracle=oracle,
