@@ -46,6 +46,7 @@ def main() -> None:
     parser.add_argument("--steps", nargs="+", type=int, default=[1, 2, 4, 8])
     parser.add_argument("--count", type=int, default=2000)
     parser.add_argument("--seed", type=int, default=7)
+    parser.add_argument("--batch_size", type=int, default=50, help="pictures drawn at once; more on a GPU")
     parser.add_argument("--cache", type=Path, default=Path("outputs/distillation_cache"))
     args = parser.parse_args()
 
@@ -58,8 +59,10 @@ def main() -> None:
         "f"
     ]
 
+    draw = partial(draw_arm, batch_size=args.batch_size)
+
     def untrained(arm: Arm) -> Drawn:
-        return cache.drawn(arm.id, partial(draw_arm, backbone, arm, prompts, args.seed))
+        return cache.drawn(arm.id, partial(draw, backbone, arm, prompts, args.seed))
 
     guidance = backbone.guidance_scale
     teacher = untrained_arm("ddim", 50, guidance)
@@ -77,7 +80,7 @@ def main() -> None:
         runs[folder] = {}
         for steps in args.steps:
             arm = student_arm(steps, sampler=wanted.sampler, span=wanted.span)
-            drawn = cache.drawn(f"{key}-{steps}", partial(draw_arm, base, arm, prompts, args.seed))
+            drawn = cache.drawn(f"{key}-{steps}", partial(draw, base, arm, prompts, args.seed))
             control = base_arm(steps, sampler=wanted.sampler, span=wanted.span)
             judge.print_arm(f"{arm.id} {folder}", drawn)
             judge.print_arm(control.id, untrained(control))

@@ -1,12 +1,18 @@
 """One update of K-step distillation: the naive form against ours, paired in one run, each gain switched on in turn.
 
     python benchmarks/train_step.py --base scenes --batch_size 8 --k 8
-    python benchmarks/train_step.py --base sd15 --device cuda --mixed_precision bf16     # random weights: same speed
+    python benchmarks/train_step.py --base sd15 --device cuda --mixed_precision bf16 --repeats 3 --channels_last
+    python benchmarks/train_step.py --base sd15 --device cuda --mixed_precision bf16 --compile --only cached compiled
 
 The naive form is what one writes first: a second UNet for the teacher, one sample at a time through it, guidance in two
 forwards, VAE, caption and empty caption encoded for every sample. All forms are first shown to give the same loss and
 the same gradients (fp32), then timed in alternation; the table gives medians, and ratios to the naive form of the same
-repeat.
+repeat. Stable Diffusion 1.5's size has random weights, which take as long as any. Peak memory is the whole process's,
+with the networks of all forms in it: benchmarks/memory.py has a training's own.
+
+The teacher's rollouts are also timed alone, with latents and embeddings at hand. Their arithmetic, and that of the
+floor, is what a forward of one sample counts, times the forwards: matrix products, convolutions and attention, two
+operations a multiply-add, nothing elementwise.
 """
 
 from __future__ import annotations
@@ -36,12 +42,14 @@ from fewstep.data.loader import to_pixels
 from fewstep.methods.kstep import Draws, KStep
 from fewstep.solver import ddim_step
 from fewstep.timesteps import rollout_grid
-from fewstep.timing import machine, matrix_rate, synchronise
+from fewstep.timing import machine, matrix_rate, measure, synchronise
 from fewstep.train.encoding import Cached, Encoder, Fresh
 from fewstep.train.rollouts import Lesson, RolloutStore, Teacher, kept_lessons
 
 TOLERANCE = 1e-3
 """Largest difference of a gradient, over the gradients' largest value; and of the loss, over itself."""
+
+AS_IT_IS = "UNet as it is"
 
 
 @dataclass(frozen=True)
@@ -108,9 +116,9 @@ def gradients(job: Job, form: Form) -> tuple[Tensor | None, Tensor]:
     return loss, torch.cat([parameter.grad.flatten() for parameter in job.parameters if parameter.grad is not None])
 
 
-def check(job: Job, forms: dict[str, Form], jobs: dict[str, Job]) -> None:
-    """All forms give the naive form's gradients; `jobs` has those of forms that work on another base."""
-    loss, wanted = gradients(job, naive)
+def check(job: Job, reference: Form, forms: dict[str, Form], jobs: dict[str, Job]) -> None:
+    """All forms give the reference's gradients; `jobs` has those of forms that work on another base."""
+    loss, wanted = gradients(job, reference)
     for name, form in forms.items():
         own, found = gradients(jobs.get(name, job), form)
         error = float((found - wanted).abs().max() / wanted.abs().max())
@@ -118,7 +126,21 @@ def check(job: Job, forms: dict[str, Form], jobs: dict[str, Job]) -> None:
         apart = float(abs(own - loss) / loss) if own is not None and loss is not None else 0.0
         print(f"; loss: {apart:.1e} of itself")
         if job.backbone.dtype == torch.float32 and max(error, apart) > TOLERANCE:
-            raise SystemExit(f"error: {name!r} does not compute what the naive form does")
+            raise SystemExit(f"error: {name!r} does not compute what the first form does")
+
+
+def open_base(base: str, device: str, mixed_precision: str) -> Backbone:
+    """The base; Stable Diffusion 1.5's size with weights drawn on the device itself, which a GPU does in no time."""
+    if base != "sd15":
+        return load_backbone(base, device=device, dtype=mixed_precision)
+    backbone, place = random_backbone("sd15", device="meta", dtype=mixed_precision), torch.device(device)
+    for network in (backbone.unet, backbone.vae, backbone.text_encoder):
+        for module in network.to_empty(device=place).modules():
+            if hasattr(module, "reset_parameters"):
+                module.reset_parameters()
+    for positions in backbone.text_encoder.buffers():  # the only one there is
+        positions.copy_(torch.arange(positions.shape[-1]))
+    return replace(backbone, device=place, schedule=backbone.schedule.to(place))
 
 
 def copy_of(backbone: Backbone) -> Backbone:
@@ -148,12 +170,12 @@ def main() -> None:
     parser.add_argument("--channels_last", action="store_true", help="also the UNet in channels-last")
     parser.add_argument("--compile", action="store_true", help="also the UNet compiled, which takes minutes at first")
     parser.add_argument("--epochs", type=int, default=4, help="how often kept rollouts are learnt from")
+    parser.add_argument(
+        "--only", nargs="+", default=[""], help="parts of the names of forms to run; ratios are to the first that runs"
+    )
     args = parser.parse_args()
 
-    if args.base == "scenes":
-        backbone = load_backbone("scenes", device=args.device, dtype=args.mixed_precision)
-    else:
-        backbone = random_backbone("sd15", device=args.device, dtype=args.mixed_precision)
+    backbone = open_base(args.base, args.device, args.mixed_precision)
     side = args.resolution or backbone.resolution
     method = KStep(
         schedule=backbone.schedule,
@@ -169,6 +191,8 @@ def main() -> None:
     if args.compile:
         copied = copy_of(backbone)
         bases["+ compiled"] = replace(copied, compiled=Compiled(copied.unet, args.batch_size))
+    # The cache takes networks off the device that have no more to do: others than those of the forms without it.
+    apart = replace(backbone, vae=copy.deepcopy(backbone.vae), text_encoder=copy.deepcopy(backbone.text_encoder))
     students = {name: attached(base) for name, base in bases.items()}
     parameters, random = students[""], torch.Generator().manual_seed(0)
     count = args.batch_size
@@ -185,8 +209,16 @@ def main() -> None:
 
     with TemporaryDirectory() as folder:
         store = RolloutStore(Path(folder), {}, writes_key=True)
-        cache = Cached(Path(folder, "cache"), backbone, {}, writes_key=True)
+        cache = Cached(Path(folder, "cache"), apart, {}, writes_key=True)
         shape = backbone.latent_shape(side)
+        Teacher(backbone, cache, method, 0, shape).prepare(batch)
+        cache.flush()
+
+        alone: dict[str, float] = {}
+        for name, base in bases.items():
+            teacher = Teacher(base, cache, method, 0, shape)
+            alone[name] = measure(partial(teacher, batch), repeats=args.repeats, device=backbone.device).median
+            print(f"rollout alone {name or AS_IT_IS}: {1000 * alone[name]:,.0f} ms", flush=True)
 
         def kept(job: Job) -> None:
             """One rollout, then as many updates on it as there are epochs: read back from disk each time."""
@@ -203,20 +235,27 @@ def main() -> None:
         forms: dict[str, tuple[Form, int, int]] = {
             "naive": (naive, count, count),
             "whole batch, one UNet": (lambda job: ours(job, parts=False), count, count),
-            "+ a part a thread (CPU)": (ours, count, count),
+            **({"+ a part a thread (CPU)": (ours, count, count)} if backbone.device.type == "cpu" else {}),
             "+ latents and embeddings cached": (lambda job: ours(job, encoder=cache), count, count),
             "+ up to 4 pairs a rollout": (lambda job: ours(job, pairs=4, encoder=cache), count, len(lesson.pairs.t)),
             **{name: (lambda one: ours(one, encoder=cache), count, count) for name in list(bases)[1:]},
             f"or rollouts kept for {args.epochs} epochs": (kept, count * args.epochs, count * args.epochs),
         }
+        forms = {name: form for name, form in forms.items() if any(word in name for word in args.only)}
+        first = next(iter(forms))
         same = ("whole batch, one UNet", "+ a part a thread (CPU)", "+ latents and embeddings cached", *list(bases)[1:])
         jobs = {name: replace(job, backbone=bases[name], parameters=students[name]) for name in list(bases)[1:]}
-        check(job, {name: forms[name][0] for name in same}, jobs)
+        own = {name: forms[name][0] for name in same if name in forms and name != first}
+        check(jobs.get(first, job), forms[first][0], own, jobs)
 
         seconds: dict[str, list[float]] = {name: [] for name in forms}
         memory: dict[str, int | None] = {}
-        for name, (form, _, _) in forms.items():  # and each is warmed up
-            memory[name] = peak_memory(partial(gradients, jobs.get(name, job), form), backbone.device)
+        for name, (form, _, _) in list(forms.items()):  # and each is warmed up
+            try:
+                memory[name] = peak_memory(partial(gradients, jobs.get(name, job), form), backbone.device)
+            except torch.OutOfMemoryError:
+                print(f"left out: {name!r} does not fit into the memory of {backbone.device}", flush=True)
+                del forms[name]
         for _ in range(args.repeats):
             for name, (form, _, _) in forms.items():
                 synchronise(backbone.device)
@@ -226,19 +265,21 @@ def main() -> None:
                 seconds[name].append(time.perf_counter() - started)
 
     one = torch.zeros(1, *shape, device=backbone.device), torch.tensor([999], device=backbone.device)
-    forward = flops(lambda: backbone.denoiser(adapter=False)(*one, backbone.embed([""])))
+    cond = backbone.embed([""])
+    forward = flops(lambda: backbone.denoiser(adapter=False)(*one, cond))
     rate = matrix_rate(backbone.device, backbone.dtype)
-    floor = forward * count * (2 * args.k + 3) / rate
+    # The student's gradient passes through frozen weights, and costs as much as its forward.
+    floor = forward * count * (2 * args.k + 2) / rate
     facts = machine(backbone.device, str(backbone.dtype).removeprefix("torch."))
     print(
         f"\n{args.base}, K = {args.k}, batch {count}, {side} pixels; {facts['device']}, {facts['precision']}, ", end=""
     )
     print(f"{facts['threads']} threads, torch {torch.__version__}; medians of {args.repeats}")
     print(f"matrix rate {rate / 1e9:,.0f} GFLOP/s; one forward {forward / 1e9:.3f} GFLOP\n")
-    print("| form | samples/s | × naive | pairs/s | × naive | peak memory | share of the floor |")
+    print(f"| form | samples/s | × {first} | pairs/s | × {first} | peak memory | share of the floor |")
     print("|---|---|---|---|---|---|---|")
     for name, (_, samples, pairs) in forms.items():
-        ratios = [theirs / mine for theirs, mine in zip(seconds["naive"], seconds[name], strict=True)]
+        ratios = [theirs / mine for theirs, mine in zip(seconds[first], seconds[name], strict=True)]
         ratio, median = statistics.median(ratios), statistics.median(seconds[name])
         peak = memory[name]
         share = f"{100 * floor / median:.0f} %" if (samples, pairs) == (count, count) else ""
@@ -246,6 +287,11 @@ def main() -> None:
             f"| {name} | {samples / median:.2f} | {ratio * samples / count:.1f} | {pairs / median:.2f} | "
             f"{ratio * pairs / count:.1f} | {'' if peak is None else f'{peak / 1e6:,.0f} MB'} | {share} |"
         )
+    print("\n| rollout alone, latents and embeddings cached | ms | share of the matrix rate |")
+    print("|---|---|---|")
+    for name, median in alone.items():
+        rollout = forward * count * 2 * args.k / rate
+        print(f"| {name or AS_IT_IS} | {1000 * median:,.1f} | {100 * rollout / median:.0f} % |")
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """What updates learn from: rollouts of the teacher, each made for its update or kept in a folder and learnt from again.
 
-K guided DDIM steps are 2K forwards, one update of the student costs about three: most of a training's time is the
+K guided DDIM steps are 2K forwards, one update of the student about as much as two: most of a training's time is the
 teacher's. Kept on disk, a rollout can be learnt from in several epochs, and by other runs that would ask the teacher
 the very same (another rank, another loss): that is `teacher_rollouts` and `teacher_cache`.
 
