@@ -6,7 +6,8 @@
 4. refine: the UNet's training goes on under a second learning rate curve, then the figures that say what the base can
    do.
 
-Every batch is a function of (seed, step): a stage that was stopped goes on as if it had not been.
+Every batch is a function of (seed, step): a stage that was stopped goes on as if it had not been. On a GPU the stages
+take as many steps, with larger batches.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from __future__ import annotations
 import json
 import time
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -22,10 +23,10 @@ import numpy as np
 import torch
 from diffusers import AutoencoderKL
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import CLIPTextModel, CLIPTokenizer
 
-from fewstep.backbone import load_backbone
+from fewstep.backbone import choose_device, load_backbone
 from fewstep.config import PretrainSettings
 from fewstep.files import write_text_atomic
 from fewstep.proving import draw_arm, prove_base, untrained_arm
@@ -48,7 +49,7 @@ from fewstep.scenes.export import save_base, save_defaults
 from fewstep.scenes.judge import CLASSES, SOFTNESS, Judge, judge_losses, labels, save_judge, soften, whiten_features
 from fewstep.scenes.landmarks import numbered_landmarks, standardised_levels
 from fewstep.scenes.layout import FLAWS, parameters
-from fewstep.scenes.loop import Plan, averaged, batch_indices, run
+from fewstep.scenes.loop import Loss, Make, Plan, averaged, batch_indices, run
 from fewstep.scenes.text import CaptionReader, build_tokenizer, caption_losses, tokenize
 from fewstep.scenes.vae import build_vae, fold_latent_statistics, to_pixels, vae_losses
 from fewstep.schedule import NoiseSchedule
@@ -73,6 +74,7 @@ class Sizes:
     tested: int
     swept: int
     proved: int
+    larger_on_gpu: int  # how many times as large a batch
     minutes: dict[str, int]  # by stage, on two cores with bf16 matrix units; without them about twice that
     vae: Plan
     judge: Plan
@@ -91,6 +93,7 @@ SIZES = {
         tested=2_000,
         swept=100,
         proved=256,
+        larger_on_gpu=8,
         minutes={"vae": 35, "judges": 20, "denoiser": 80, "refine": 85},
         vae=Plan(steps=4_200, batch_size=8, learning_rate=2e-3, ema_decay=0.998),
         judge=Plan(steps=2_200, batch_size=64, parts=2, learning_rate=2e-3),
@@ -107,6 +110,7 @@ SIZES = {
         tested=16,
         swept=4,
         proved=8,
+        larger_on_gpu=1,
         minutes=dict.fromkeys(STAGES, 1),
         vae=Plan(steps=20, batch_size=4, learning_rate=2e-3, ema_decay=0.9),
         judge=Plan(steps=10, batch_size=8, parts=2, learning_rate=2e-3, ema_decay=0.9),
@@ -133,7 +137,8 @@ def pretrain(settings: PretrainSettings, *, reporter: Reporter = SILENT) -> Pret
     stages = STAGES if settings.stage == "all" else (settings.stage,)
     for stage in stages:
         minutes = work.sizes.minutes[stage]
-        reporter.say(f"{stage}: about {minutes} minutes on two cores; stopped, it goes on from its last save")
+        fewer = "" if work.device.type == "cpu" else f", far fewer on {work.device}"
+        reporter.say(f"{stage}: about {minutes} minutes on two cores{fewer}; stopped, it goes on from its last save")
         started = time.monotonic()
         train = {"vae": work.train_vae, "judges": work.train_judges, "denoiser": work.train_denoiser}
         train |= {"refine": work.refine_denoiser}
@@ -150,7 +155,8 @@ class _Workshop:
         self.settings, self.reporter = settings, reporter
         self.sizes, self.size, self.seed = SIZES[settings.size], settings.size, settings.seed
         self.out, self.work = settings.output_dir, settings.output_dir / "work"
-        self.fast = _bf16(settings)
+        self.device = choose_device(settings.device)
+        self.fast = _bf16(settings, self.device)
         self.card = self.out / "figures.json"
         self.figures: dict[str, Any] = json.loads(self.card.read_text()) if self.card.exists() else {}
 
@@ -165,15 +171,29 @@ class _Workshop:
 
     def record(self, stage: str, figures: dict[str, Any]) -> None:
         command = f"fewstep pretrain --size {self.size} --stage {stage} --seed {self.seed}"
-        self.figures[stage] = {"command": command, "bf16": self.fast} | figures
+        self.figures[stage] = {"command": command, "device": self.device.type, "bf16": self.fast} | figures
         write_text_atomic(self.card, json.dumps(self.figures, indent=1) + "\n")
         for name, value in self.figures[stage].items():
             self.reporter.say(f"{stage}: {name} = {value}")
 
     def autocast(self) -> torch.autocast:
-        return torch.autocast(
-            self.settings.device if self.settings.device != "auto" else "cpu", torch.bfloat16, self.fast
-        )
+        return torch.autocast(self.device.type, torch.bfloat16, self.fast)
+
+    def plan(self, stage: str) -> Plan:
+        """How a stage, or a model of it, is trained on the device at hand."""
+        plan: Plan = getattr(self.sizes, stage)
+        if self.device.type == "cpu":
+            return plan
+        return replace(plan, batch_size=plan.batch_size * self.sizes.larger_on_gpu, parts=1)
+
+    def run(self, module: nn.Module, make: Make, loss: Loss, plan: Plan, name: str) -> nn.Module:
+        """Train `module` under autocast in the folder `name`; it stays on the device."""
+
+        def cast(*batch: Any) -> dict[str, Tensor]:
+            with self.autocast():
+                return loss(*batch)
+
+        return run(module, make, cast, plan, self.work / name, self.reporter, self.device)
 
     def drawings(self) -> np.ndarray:
         self.reporter.say(f"drawing {self.sizes.drawings} pictures")
@@ -182,22 +202,21 @@ class _Workshop:
     # ------------------------------------------------------------------------------------------------------------ vae
 
     def train_vae(self) -> dict[str, Any]:
-        pixels, plan = self.drawings(), self.sizes.vae
+        pixels, plan = self.drawings(), self.plan("vae")
         torch.manual_seed(self.seed)
         vae = build_vae(self.size)
 
-        def loss(step: int, _part: int) -> dict[str, Tensor]:
+        def make(step: int, _part: int) -> tuple[Tensor, Tensor]:
             batch = to_pixels(pixels[np.sort(batch_indices(self.seed, step, plan.batch_size, len(pixels)).numpy())])
             if step % 2:  # a mirrored landscape is as good
                 batch = batch.flip(-1)
             noise = torch.randn(plan.batch_size, 4, 16, 16, generator=generator(self.seed, "posterior", step))
-            with self.autocast():
-                return vae_losses(vae, batch, noise)
+            return batch, noise
 
-        run(vae, loss, plan, self.work / "vae", self.reporter)
+        self.run(vae, make, partial(vae_losses, vae), plan, "vae")
         with self.autocast():
             latents = latents_of(vae, to_pixels(pixels[:1024]))
-        vae = fold_latent_statistics(vae, latents.mean((0, 2, 3)), latents.std((0, 2, 3)))
+        vae = fold_latent_statistics(vae.cpu(), latents.mean((0, 2, 3)), latents.std((0, 2, 3)))
         vae.save_pretrained(self.work / "vae" / "folded")
         test = drawn_pixels(self.test_seed, self.sizes.tested)
         return {"psnr_db": measure.psnr(vae, test), "latent_std": latents.std((0, 2, 3)).tolist()}
@@ -206,7 +225,7 @@ class _Workshop:
         folder = self.work / "vae" / "folded"
         if not folder.exists():
             raise FileNotFoundError(f"{folder} is not there; run --stage vae first")
-        return AutoencoderKL.from_pretrained(folder).eval().requires_grad_(False)
+        return AutoencoderKL.from_pretrained(folder).eval().requires_grad_(False).to(self.device)
 
     # --------------------------------------------------------------------------------------------------------- judges
 
@@ -216,7 +235,7 @@ class _Workshop:
         return figures | self._train_alignment()
 
     def _train_judge(self, vae: AutoencoderKL) -> dict[str, Any]:
-        sizes, plan = self.sizes, self.sizes.judge
+        sizes, plan = self.sizes, self.plan("judge")
         total = sizes.drawings + sizes.flawed
         kinds = [None] * sizes.drawings + [FLAWS[i % len(FLAWS)] for i in range(sizes.flawed)]
         with self.reporter.progress("labels", total) as bar:
@@ -240,23 +259,29 @@ class _Workshop:
         torch.manual_seed(self.seed)
         judge = Judge(self.size, numbers.shape[1] + SOFTNESS)
 
-        def loss(step: int, part: int) -> dict[str, Tensor]:
+        def make(step: int, part: int) -> tuple[Any, ...]:
             picked = batch_indices(self.seed, step, plan.batch_size, len(everything)).chunk(plan.parts)[part]
             picked = picked.sort().values
             random = generator(self.seed, "soften", step, part)
             soft = torch.rand(len(picked), generator=random) < 0.4
             sigma = torch.rand(len(picked), generator=random) * 1.6 * soft
             contrast = 1 + (torch.rand(len(picked), generator=random) - 0.5) * 0.4 * soft
-            batch = soften((to_pixels(everything[picked.numpy()]) + 1) / 2, sigma, contrast)
             rows = origin[picked]
             # A reconstruction's own blur is unknown: its sharpness is not regressed.
             sharpness = torch.where(picked < total, (sigma - 0.3) / 0.5, torch.nan)
             softness = torch.stack([sharpness, (contrast - 1) / 0.07], 1)
             wanted = torch.cat([(numbers[rows] - centre) / spread, softness], 1)
-            with self.autocast():
-                return judge_losses(judge, batch, {name: values[rows] for name, values in targets.items()}, wanted)
+            asked = {name: values[rows] for name, values in targets.items()}
+            return torch.from_numpy(everything[picked.numpy()]), sigma, contrast, asked, wanted
 
-        run(judge, loss, plan, self.work / "judge", self.reporter)
+        def loss(
+            batch: Tensor, sigma: Tensor, contrast: Tensor, asked: dict[str, Tensor], wanted: Tensor
+        ) -> dict[str, Tensor]:
+            softened = soften(batch.permute(0, 3, 1, 2).float() / 255, sigma, contrast)
+            return judge_losses(judge, softened, asked, wanted)
+
+        self.run(judge, make, loss, plan, "judge")
+        judge.cpu()
         real = to_pixels(pixels[: min(sizes.drawings, WHITENED)])
         whiten_features(judge, torch.cat([judge((some + 1) / 2)[1] for some in real.split(64)]))
         save_judge(judge, self.size, self.out / "judge")
@@ -264,20 +289,19 @@ class _Workshop:
         return measure.reading(judge, vae, test)
 
     def _train_alignment(self) -> dict[str, Any]:
-        plan = self.sizes.alignment
+        plan = self.plan("alignment")
         pixels = self.drawings()
         tokenizer = build_tokenizer(self.work / "tokenizer")
         torch.manual_seed(self.seed)
         model = build_alignment_model(tokenizer, self.size)
 
-        def loss(step: int, _part: int) -> dict[str, Tensor]:
+        def make(step: int, _part: int) -> tuple[Tensor, ...]:
             picked = batch_indices(self.seed + 1, step, plan.batch_size, len(pixels)).sort().values.tolist()
             tokens = tokenizer(self._captions(step, picked), padding=True, return_tensors="pt")
-            with self.autocast():
-                return alignment_losses(model, to_pixels(pixels[picked]), tokens.input_ids, tokens.attention_mask)
+            return to_pixels(pixels[picked]), tokens.input_ids, tokens.attention_mask
 
-        run(model, loss, plan, self.work / "alignment", self.reporter)
-        save_alignment_model(model, tokenizer, self.out / "alignment")
+        self.run(model, make, partial(alignment_losses, model), plan, "alignment")
+        save_alignment_model(model.cpu(), tokenizer, self.out / "alignment")
         curve = (self.work / "alignment" / "curve.jsonl").read_text().splitlines()
         return {"alignment_loss": json.loads(curve[-1])["loss"]}
 
@@ -290,16 +314,16 @@ class _Workshop:
 
     def train_denoiser(self) -> dict[str, Any]:
         denoiser = self._untrained_denoiser(self._train_text())
-        self._train_unet(denoiser, "denoiser", self.sizes.denoiser, self.seed)
+        self._train_unet(denoiser, "denoiser", self.plan("denoiser"), self.seed)
         return self._fresh_loss(denoiser)
 
     def refine_denoiser(self) -> dict[str, Any]:
         """Go on from the averaged weights with fresh moments, other batches and noise."""
         denoiser = self._untrained_denoiser(CaptionReader(self.tokenizer, self.size).text_encoder)
         denoiser.load_state_dict(averaged(self.work / "denoiser"))
-        self._train_unet(denoiser, "refine", self.sizes.refine, self.seed + 1)
+        self._train_unet(denoiser, "refine", self.plan("refine"), self.seed + 1)
         denoiser.landmarks.detach()
-        save_base(self.load_vae(), denoiser, self.tokenizer, SCHEDULER, self.out / "base")
+        save_base(self.load_vae().cpu(), denoiser.cpu(), self.tokenizer, SCHEDULER, self.out / "base")
         return self._fresh_loss(denoiser) | self._prove()
 
     @cached_property
@@ -313,10 +337,10 @@ class _Workshop:
     def _train_unet(self, denoiser: Denoiser, name: str, plan: Plan, seed: int) -> None:
         latents = self._cached_latents(self.load_vae())
         landmarks = standardised_levels(numbered_landmarks(self.train_seed, len(latents)))
-        schedule = NoiseSchedule.from_config(SCHEDULER)
-        denoiser.use_plain_attention(self.fast)
+        schedule = NoiseSchedule.from_config(SCHEDULER).to(self.device)
+        denoiser.use_plain_attention(self.fast and self.device.type == "cpu")
 
-        def loss(step: int, part: int) -> dict[str, Tensor]:
+        def make(step: int, part: int) -> tuple[Any, ...]:
             picked = batch_indices(seed, step, plan.batch_size, len(latents)).chunk(plan.parts)[part]
             random = generator(seed, "denoiser", step, part)
             noise = torch.randn(len(picked), *latents.shape[1:], generator=random)
@@ -325,27 +349,24 @@ class _Workshop:
             captions = self._captions(step, picked.tolist())
             captions = ["" if drop else caption for drop, caption in zip(dropped.tolist(), captions, strict=True)]
             clean, ids = latents[picked].float(), tokenize(self.tokenizer, captions)
-            maps = [level[picked] for level in landmarks]
-            with self.autocast():
-                return denoiser_losses(denoiser, schedule, clean, noise, t, ids, maps, ~dropped)
+            return clean, noise, t, ids, [level[picked] for level in landmarks], ~dropped
 
-        run(denoiser, loss, plan, self.work / name, self.reporter)
+        self.run(denoiser, make, partial(denoiser_losses, denoiser, schedule), plan, name)
         denoiser.use_plain_attention(False)
 
     def _train_text(self) -> CLIPTextModel:
         """A text encoder whose end-of-text state says every attribute of its caption."""
-        plan = self.sizes.text
+        plan = self.plan("text")
         torch.manual_seed(self.seed)
         reader = CaptionReader(self.tokenizer, self.size)
 
-        def loss(step: int, _part: int) -> dict[str, Tensor]:
+        def make(step: int, _part: int) -> tuple[Tensor, Tensor]:
             rng = np.random.default_rng((self.seed, step, 6))
             drawn = [sample_attributes(rng) for _ in range(plan.batch_size)]
             ids = tokenize(self.tokenizer, [random_caption(rng, attributes) for attributes in drawn])
-            with self.autocast():
-                return caption_losses(reader, ids, torch.tensor([attributes.indices() for attributes in drawn]))
+            return ids, torch.tensor([attributes.indices() for attributes in drawn])
 
-        run(reader, loss, plan, self.work / "text", self.reporter)
+        self.run(reader, make, partial(caption_losses, reader), plan, "text")
         return reader.text_encoder
 
     def _fresh_loss(self, denoiser: Denoiser) -> dict[str, Any]:
@@ -353,7 +374,8 @@ class _Workshop:
         vae = self.load_vae()
         latents = self._cached_latents(vae)
         count = min(1024, len(latents), self.sizes.tested)
-        schedule = NoiseSchedule.from_config(SCHEDULER)
+        denoiser.to(self.device)
+        schedule = NoiseSchedule.from_config(SCHEDULER).to(self.device)
         random = generator(self.seed, "fresh")
         noise = torch.randn(count, *latents.shape[1:], generator=random)
         t = torch.randint(schedule.num_train_timesteps, (count,), generator=random)
@@ -370,10 +392,10 @@ class _Workshop:
             rng = np.random.default_rng((self.seed, 5))
             ids = tokenize(self.tokenizer, [random_caption(rng, one) for one in attributes])
             for i in range(0, count, 64):
-                some = slice(i, i + 64)
+                x0, eps, at, words = (part[i : i + 64].to(self.device) for part in (rows, noise, t, ids))
                 with torch.no_grad():
-                    losses = denoiser_losses(denoiser, schedule, rows[some], noise[some], t[some], ids[some])
-                sums[name] += float(losses["denoising"]) * len(t[some]) / count
+                    losses = denoiser_losses(denoiser, schedule, x0, eps, at, words)
+                sums[name] += float(losses["denoising"]) * len(at) / count
         return {"loss": sums, "fresh_over_trained": round(sums["fresh"] / sums["trained"], 4)}
 
     def _prove(self) -> dict[str, Any]:
@@ -410,8 +432,8 @@ class _Workshop:
         return load_file(file)["latents"]
 
 
-def _bf16(settings: PretrainSettings) -> bool:
-    """Whether to train under bf16 autocast: asked for, or on a processor with bf16 matrix units."""
+def _bf16(settings: PretrainSettings, device: torch.device) -> bool:
+    """Whether to train under bf16 autocast: asked for, or on a GPU or a processor with bf16 matrix units."""
     if settings.mixed_precision == "auto":
-        return torch.cuda.is_available() or torch.cpu._is_amx_tile_supported()
+        return device.type == "cuda" or (device.type == "cpu" and torch.cpu._is_amx_tile_supported())
     return settings.mixed_precision == "bf16"

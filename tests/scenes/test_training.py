@@ -15,9 +15,11 @@ from fewstep.config import PretrainSettings
 from fewstep.pretrain import pretrain
 from fewstep.reporting import SILENT
 from fewstep.scenes.judge import Judge, gaussian_blur, load_judge, soften, whiten_features
-from fewstep.scenes.loop import Plan, batch_indices, run
+from fewstep.scenes.loop import Plan, batch_indices, made_ahead, run
 from fewstep.scenes.text import build_tokenizer
 from fewstep.scenes.vae import build_vae, fold_latent_statistics
+
+CPU = torch.device("cpu")
 
 
 def test_tokenizer_has_one_token_a_caption_word(tmp_path: Path) -> None:
@@ -58,13 +60,15 @@ def test_a_stopped_stage_goes_on_as_if_it_had_not_been(tmp_path: Path) -> None:
         torch.manual_seed(0)
         module = nn.Linear(3, 1)
 
-        def loss(step: int, _part: int) -> dict[str, torch.Tensor]:
+        def make(step: int, _part: int) -> tuple[torch.Tensor]:
             if step == stop_at:
                 raise Stop
-            x = torch.randn(4, 3, generator=torch.Generator().manual_seed(step))
+            return (torch.randn(4, 3, generator=torch.Generator().manual_seed(step)),)
+
+        def loss(x: torch.Tensor) -> dict[str, torch.Tensor]:
             return {"loss": (module(x) - x.sum(1, keepdim=True)).square().mean()}
 
-        return run(module, loss, Plan(steps=12, batch_size=4, learning_rate=0.1, save_seconds=0), folder, SILENT)
+        return run(module, make, loss, Plan(steps=12, batch_size=4, learning_rate=0.1, save_seconds=0), folder, SILENT, CPU)
 
     straight = train(tmp_path / "straight")
     with pytest.raises(Stop):
@@ -78,13 +82,14 @@ def test_a_batch_in_parts_trains_as_the_whole_batch_does(tmp_path: Path) -> None
         torch.manual_seed(0)
         module = nn.Sequential(nn.Linear(3, 8), nn.SiLU(), nn.Linear(8, 1))
 
-        def loss(step: int, part: int) -> dict[str, torch.Tensor]:
-            whole = torch.randn(4, 3, generator=torch.Generator().manual_seed(step))
-            x = whole.chunk(parts)[part]
+        def make(step: int, part: int) -> tuple[torch.Tensor]:
+            return (torch.randn(4, 3, generator=torch.Generator().manual_seed(step)).chunk(parts)[part],)
+
+        def loss(x: torch.Tensor) -> dict[str, torch.Tensor]:
             return {"loss": (module(x) - x.prod(1, keepdim=True)).square().mean()}
 
         plan = Plan(steps=20, batch_size=4, parts=parts, learning_rate=0.05, warmup=1, ema_decay=0.5)
-        return run(module, loss, plan, tmp_path / str(parts), SILENT)
+        return run(module, make, loss, plan, tmp_path / str(parts), SILENT, CPU)
 
     threads = torch.get_num_threads()
     whole, halves = train(1), train(2)
@@ -94,6 +99,36 @@ def test_a_batch_in_parts_trains_as_the_whole_batch_does(tmp_path: Path) -> None
     assert not torch.allclose(untrained.weight, whole[0].weight, atol=1e-2)  # type: ignore[index]
     for a, b in zip(whole.parameters(), halves.parameters(), strict=True):
         torch.testing.assert_close(a, b, atol=1e-6, rtol=1e-5)
+
+
+def test_batches_made_ahead_are_those_made_at_their_step() -> None:
+    def make(step: int, part: int) -> tuple[torch.Tensor, list[torch.Tensor], dict[str, torch.Tensor]]:
+        x = torch.randn(4, 3, generator=torch.Generator().manual_seed(step))
+        return x, [x + part, x * step], {"step": torch.tensor(step)}
+
+    for step, (x, (same, times), named) in zip(range(3, 9), made_ahead(make, range(3, 9)), strict=True):
+        wanted, (_, multiplied), _ = make(step, 0)
+        assert torch.equal(x, wanted) and torch.equal(same, wanted) and torch.equal(times, multiplied)
+        assert int(named["step"]) == step
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_a_stage_trains_on_a_gpu_as_it_does_on_the_cpu(tmp_path: Path) -> None:
+    def train(device: str) -> nn.Module:
+        torch.manual_seed(0)
+        module = nn.Sequential(nn.Linear(3, 8), nn.SiLU(), nn.Linear(8, 1))
+
+        def make(step: int, _part: int) -> tuple[torch.Tensor]:
+            return (torch.randn(4, 3, generator=torch.Generator().manual_seed(step)),)
+
+        def loss(x: torch.Tensor) -> dict[str, torch.Tensor]:
+            return {"loss": (module(x) - x.prod(1, keepdim=True)).square().mean()}
+
+        plan = Plan(steps=20, batch_size=4, learning_rate=0.05, warmup=1, ema_decay=0.5)
+        return run(module, make, loss, plan, tmp_path / device, SILENT, torch.device(device))
+
+    for a, b in zip(train("cpu").parameters(), train("cuda").cpu().parameters(), strict=True):
+        torch.testing.assert_close(a, b, atol=1e-3, rtol=1e-3)
 
 
 def test_whitening_changes_the_features_scale_and_nothing_else() -> None:

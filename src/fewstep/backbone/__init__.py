@@ -1,7 +1,7 @@
 """The base model: one frozen UNet, VAE and text encoder, whichever way they came."""
 
 from .base import Backbone, adapters_off
-from .loading import load_backbone
+from .loading import choose_device, load_backbone
 from .registry import BASES, Abilities
 from .tiny_vae import TinyVAE, load_tiny_vae
 from .untrained import random_backbone
@@ -12,6 +12,7 @@ __all__ = [
     "Backbone",
     "TinyVAE",
     "adapters_off",
+    "choose_device",
     "load_backbone",
     "load_tiny_vae",
     "random_backbone",

@@ -187,7 +187,7 @@ def whiten_features(judge: Judge, features: Tensor) -> None:
 def gaussian_blur(pixels: Tensor, sigma: Tensor) -> Tensor:
     """Blur each picture [B, 3, H, W] with its own standard deviation [B] in pixels (0: unchanged)."""
     batch, channels, height, width = pixels.shape
-    reach = torch.arange(-4, 5, dtype=pixels.dtype)
+    reach = torch.arange(-4, 5, dtype=pixels.dtype, device=pixels.device)
     kernel = torch.exp(-0.5 * (reach / sigma.clamp(min=1e-3)[:, None]).square())
     kernel = (kernel / kernel.sum(1, keepdim=True)).repeat_interleave(channels, 0)
     stacked = F.pad(pixels.reshape(1, batch * channels, height, width), (4, 4, 4, 4), mode="replicate")

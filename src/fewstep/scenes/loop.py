@@ -1,27 +1,35 @@
 """The loop that every stage of `fewstep pretrain` shares: AdamW, EMA, and a state that resumes exactly.
 
-Batches are a function of (seed, step), so a stage that was stopped goes on as if it had not been.
+Batches are a function of (seed, step), so a stage that was stopped goes on as if it had not been. On a GPU worker
+processes make them ahead.
 """
 
 from __future__ import annotations
 
 import json
 import math
+import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
+from accelerate.utils import send_to_device
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
+from torch.utils.data import DataLoader, Dataset
 
 from fewstep.reporting import Reporter
 
 BETAS = (0.9, 0.99)
+WORKERS, AHEAD = 8, 4
+LOOKED_AT = 20
+"""Of this many steps on a GPU one is waited for, to see its loss and whether it is finite."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,13 +87,14 @@ class _State:
             return 0
         tensors = load_file(self.file)
         self.module.load_state_dict({k[6:]: v for k, v in tensors.items() if k.startswith("model/")})
-        self.ema = {k[4:]: v for k, v in tensors.items() if k.startswith("ema/")}
+        self.ema = {name: tensors[f"ema/{name}"].to(value.device) for name, value in self.ema.items()}
         step = int(tensors["step"])
         for name, parameter in self.named:
+            device = parameter.device
             self.optimizer.state[parameter] = {
-                "step": torch.tensor(float(step)),
-                "exp_avg": tensors[f"m/{name}"],
-                "exp_avg_sq": tensors[f"v/{name}"],
+                "step": torch.tensor(float(step), device=device),
+                "exp_avg": tensors[f"m/{name}"].to(device),
+                "exp_avg_sq": tensors[f"v/{name}"].to(device),
             }
         return step
 
@@ -120,25 +129,60 @@ def averaged(folder: Path) -> dict[str, Tensor]:
     return {name[4:]: value for name, value in load_file(file).items() if name.startswith("ema/")}
 
 
-Loss = Callable[[int, int], dict[str, Tensor]]
-"""From a step and a part of its batch (0 where it is whole) to named scalar losses; the one named "loss" is trained."""
+Make = Callable[[int, int], tuple[Any, ...]]
+"""From a step and a part of its batch (0 where it is whole) to what the loss takes, on the CPU."""
+
+Loss = Callable[..., dict[str, Tensor]]
+"""From what `Make` gives to named scalar losses; the one named "loss" is trained."""
 
 
-class _Parts:
-    """Computes the parts of a batch side by side; gradients and losses are their means, summed in a fixed order."""
+class _Steps(Dataset[tuple[Any, ...]]):
+    """Whole batches by their steps."""
 
-    def __init__(self, module: nn.Module, loss: Loss, parts: int, cleanup: ExitStack) -> None:
+    def __init__(self, make: Make) -> None:
+        self.make = make
+
+    def __getitem__(self, step: int) -> tuple[Any, ...]:
+        return self.make(step, 0)
+
+
+def made_ahead(make: Make, steps: range) -> Iterator[tuple[Any, ...]]:
+    """The batches of `steps` in order, made by worker processes while others are trained on."""
+    loader = DataLoader(
+        _Steps(make),
+        batch_size=None,
+        sampler=steps,
+        num_workers=max(1, min(WORKERS, (os.cpu_count() or 1) - 1)),
+        prefetch_factor=AHEAD,
+        pin_memory=torch.cuda.is_available(),
+        multiprocessing_context="fork",  # `make` holds the stage's drawings: too many to send
+    )
+    yield from loader
+
+
+class _Gradients:
+    """Gradients of one step after the other.
+
+    The parts of a batch are computed side by side; gradients and losses are their means, summed in a fixed order.
+    """
+
+    def __init__(
+        self, module: nn.Module, make: Make, loss: Loss, steps: range, parts: int, device: torch.device, end: ExitStack
+    ) -> None:
         self.parameters = [parameter for parameter in module.parameters() if parameter.requires_grad]
-        self.loss, self.parts = loss, parts
-        if parts > 1:
-            cleanup.callback(torch.set_num_threads, torch.get_num_threads())
+        self.make, self.loss, self.parts = make, loss, parts
+        if parts == 1:
+            whole = made_ahead(make, steps) if device.type == "cuda" else (make(step, 0) for step in steps)
+            self.batches = (send_to_device(batch, device, non_blocking=True) for batch in whole)
+        else:
+            end.callback(torch.set_num_threads, torch.get_num_threads())
             torch.set_num_threads(1)
-            self.threads = cleanup.enter_context(ThreadPoolExecutor(parts))
+            self.threads = end.enter_context(ThreadPoolExecutor(parts))
 
     def backward(self, step: int) -> dict[str, Tensor]:
         """Leave the gradient of a step in the parameters and return its losses."""
         if self.parts == 1:
-            losses = self.loss(step, 0)
+            losses = self.loss(*next(self.batches))
             losses["loss"].backward()
             return {name: value.detach() for name, value in losses.items()}
         computed = list(self.threads.map(lambda part: self._one(step, part), range(self.parts)))
@@ -147,24 +191,31 @@ class _Parts:
         return {name: torch.stack([losses[name] for _, losses in computed]).mean() for name in computed[0][1]}
 
     def _one(self, step: int, part: int) -> tuple[tuple[Tensor, ...], dict[str, Tensor]]:
-        losses = self.loss(step, part)
+        losses = self.loss(*self.make(step, part))
         gradients = torch.autograd.grad(losses["loss"], self.parameters)  # .backward() would race for .grad
         return gradients, {name: value.detach() for name, value in losses.items()}
 
 
 def run(
     module: nn.Module,
+    make: Make,
     loss: Loss,
     plan: Plan,
     folder: Path,
     reporter: Reporter,
+    device: torch.device,
 ) -> nn.Module:
-    """Train `module` until `plan.steps`, going on from what `folder` holds; returns it with the EMA weights, frozen.
+    """Train `module` on `device` until `plan.steps`, going on from what `folder` holds.
 
     Args:
-        loss: see `Loss`; a batch is a function of its step, a part the same share of it every time.
+        make: a batch is a function of its step, a part the same share of it every time.
         folder: keeps `state.safetensors` and `curve.jsonl` (step and mean losses at each save).
+        device: parts side by side are for the CPU alone.
+
+    Returns:
+        The module with the EMA weights, frozen, on `device`.
     """
+    module.to(device)
     optimizer = torch.optim.AdamW(
         module.parameters(), lr=plan.learning_rate, weight_decay=plan.weight_decay, betas=BETAS, fused=True
     )
@@ -172,29 +223,33 @@ def run(
     first = state.load()
     module.train()
     saved_at = time.monotonic()
-    sums: dict[str, float] = {}
-    since = first
-    with ExitStack() as cleanup:
-        parts = _Parts(module, loss, plan.parts, cleanup)
-        bar = cleanup.enter_context(reporter.progress(folder.name, plan.steps - first))
+    sums: dict[str, Tensor] = {}
+    since = told = first
+    with ExitStack() as end:
+        gradients = _Gradients(module, make, loss, range(first, plan.steps), plan.parts, device, end)
+        bar = end.enter_context(reporter.progress(folder.name, plan.steps - first))
         for step in range(first, plan.steps):
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(plan, step)
-            losses = parts.backward(step)
+            losses = gradients.backward(step)
             norm = nn.utils.clip_grad_norm_(module.parameters(), plan.max_grad_norm)
-            if not math.isfinite(norm):
-                raise ArithmeticError(f"the gradient is not finite at step {step} of {folder.name}")
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
             state.update_ema(ema_weight(plan, step))
             for name, value in losses.items():
-                sums[name] = sums.get(name, 0.0) + float(value)
+                sums[name] = sums.get(name, torch.zeros((), device=device)) + value
             done = step + 1
-            bar.advance(1, loss=float(losses["loss"]))
-            if time.monotonic() - saved_at > plan.save_seconds or done == plan.steps:
+            saves = time.monotonic() - saved_at > plan.save_seconds or done == plan.steps
+            if saves or device.type == "cpu" or done % LOOKED_AT == 0:
+                if not math.isfinite(norm):
+                    raise ArithmeticError(f"the gradient is not finite at step {step} of {folder.name}")
+                bar.advance(done - told, loss=float(losses["loss"]))
+                told = done
+            if saves:
                 state.save(done)
+                means = {name: float(total) / (done - since) for name, total in sums.items()}
                 with (folder / "curve.jsonl").open("a") as file:
-                    file.write(json.dumps({"step": done} | {k: v / (done - since) for k, v in sums.items()}) + "\n")
+                    file.write(json.dumps({"step": done} | means) + "\n")
                 sums, since, saved_at = {}, done, time.monotonic()
     module.load_state_dict(state.ema)
     return module.eval().requires_grad_(False)

@@ -19,9 +19,9 @@ def reconstruct(vae: AutoencoderKL, pixels: np.ndarray) -> np.ndarray:
     """Pictures uint8 [N, 128, 128, 3] through the VAE and back, as uint8."""
     done = []
     for first in range(0, len(pixels), BATCH):
-        latents = vae.encode(to_pixels(pixels[first : first + BATCH])).latent_dist.mean
+        latents = vae.encode(to_pixels(pixels[first : first + BATCH]).to(vae.device)).latent_dist.mean
         rebuilt = vae.decode(latents).sample.float()
-        done.append(((rebuilt.clamp(-1, 1) + 1) * 127.5).round().byte().permute(0, 2, 3, 1).numpy())
+        done.append(((rebuilt.clamp(-1, 1) + 1) * 127.5).round().byte().permute(0, 2, 3, 1).cpu().numpy())
     return np.concatenate(done)
 
 
