@@ -68,7 +68,9 @@ def test_a_stopped_stage_goes_on_as_if_it_had_not_been(tmp_path: Path) -> None:
         def loss(x: torch.Tensor) -> dict[str, torch.Tensor]:
             return {"loss": (module(x) - x.sum(1, keepdim=True)).square().mean()}
 
-        return run(module, make, loss, Plan(steps=12, batch_size=4, learning_rate=0.1, save_seconds=0), folder, SILENT, CPU)
+        return run(
+            module, make, loss, Plan(steps=12, batch_size=4, learning_rate=0.1, save_seconds=0), folder, SILENT, CPU
+        )
 
     straight = train(tmp_path / "straight")
     with pytest.raises(Stop):
