@@ -102,14 +102,17 @@ def test_an_adapter_of_another_base_gains_nothing_over_the_base(scenes: Backbone
     def right(drawn: torch.Tensor) -> torch.Tensor:
         return answers(drawn.float() / 255, prompts)["all_right"]
 
-    own = right(pictures(scenes, prompts, 3))
+    # In two steps: in four the base alone gets so much right that 48 pictures do not tell.
+    student, base = student_arm(2, sampler="ddim"), base_arm(2, sampler="ddim")
+    own = right(pictures(scenes, prompts, 3, student))
     other = load_backbone("scenes", device="cpu", dtype="no")
-    untouched = pictures(other, prompts[:4], 3, base_arm(STEPS, sampler="ddim"))
+    untouched = pictures(other, prompts[:4], 3, base)
     renumber(other.unet)
-    control = pictures(other, prompts, 3, base_arm(STEPS, sampler="ddim"))
+    control = pictures(other, prompts, 3, base)
     assert (control[:4].int() - untouched.int()).abs().max() <= 1, "the other base draws what the first one draws"
     lora.load_adapter(other, lora.locate(scenes.abilities.adapter()))
-    strange = right(pictures(other, prompts, 3))
+    strange = right(pictures(other, prompts, 3, student))
     gain, none = (paired_difference(one, right(control), range(PROMPTS)) for one in (own, strange))
-    assert gain.low is not None and none.low is not None and none.high is not None
-    assert gain.low > max(0, none.high) and none.low < 0
+    apart = paired_difference(own, strange, range(PROMPTS))
+    assert gain.low is not None and apart.low is not None and none.low is not None and none.high is not None
+    assert min(gain.low, apart.low) > 0 and none.low < 0 < none.high

@@ -13,7 +13,7 @@ from fewstep.scenes.attributes import COMBINATIONS, HELD_OUT_SHARE, VALUES, Attr
 from fewstep.scenes.captions import PHRASINGS, read_caption, write_caption
 from fewstep.scenes.drawings import drawn_pixels, numbered_attributes, numbered_drawing
 from fewstep.scenes.judge import CLASSES, IGNORED, answers, labels
-from fewstep.scenes.layout import FLAWS, PLACES, parameters
+from fewstep.scenes.layout import COLUMNS, FLAWS, JITTER, PLACES, SIZE, parameters
 
 any_attributes = st.builds(Attributes, **{name: st.sampled_from(values) for name, values in VALUES.items()})
 
@@ -94,6 +94,19 @@ def test_counted_things_are_where_the_labels_say() -> None:
         assert sum(layout.buildings[0].lit) == int(attributes.windows)
         assert abs(layout.buildings[0].x - PLACES[attributes.place]) <= 5
         assert layout.lights[0].kind == attributes.light
+        assert (layout.lights[0].x < SIZE / 2) == (attributes.light == "sun")
+        for places, middles in ((layout.birds, COLUMNS), (layout.flowers, COLUMNS[::-1])):
+            drawn = places[np.isfinite(places[:, 0]), 0]
+            assert np.abs(drawn - sorted(middles[: len(drawn)])).max(initial=0) <= JITTER
+
+
+def test_counted_things_are_apart() -> None:
+    for index in range(30):
+        layout = numbered_drawing(12, index, flaw=("four birds", "four flowers", None)[index % 3]).layout
+        for places, (apart, over) in ((layout.birds, (24, 15)), (layout.flowers, (20, 40))):
+            x, y, _ = places[np.isfinite(places[:, 0])].T
+            pairs = [(i, j) for i in range(len(x)) for j in range(i)]
+            assert all(abs(x[i] - x[j]) > apart or abs(y[i] - y[j]) > over for i, j in pairs)
 
 
 def test_flaws_are_drawn_and_labelled() -> None:

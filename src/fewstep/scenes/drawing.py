@@ -263,19 +263,19 @@ def _draw_building(canvas: _Canvas, building: Building, layout: Layout, brightne
 def _draw_birds(canvas: _Canvas, attributes: Attributes, layout: Layout) -> None:
     colour = (236, 238, 246) if attributes.sky == "night" else (36, 34, 44)
     for x, y, span in layout.birds[np.isfinite(layout.birds[:, 0])]:
-        left = [(x - span, y - 3.2), (x - span * 0.45, y - 2.6)]
-        right = [(x + span * 0.45, y - 2.6), (x + span, y - 3.2)]
-        canvas.line([*left, (x, y + 1.2), *right], colour, 1.9)
+        left = [(x - span, y - 5), (x - span * 0.45, y - 4.4)]
+        right = [(x + span * 0.45, y - 4.4), (x + span, y - 5)]
+        canvas.line([*left, (x, y + 2.4), *right], colour, 3.4)
 
 
 def _draw_flowers(canvas: _Canvas, layout: Layout, brightness: float) -> None:
     for x, y, hue in layout.flowers[np.isfinite(layout.flowers[:, 0])]:
-        canvas.box(x - 0.9, y, x + 0.9, y + 7, _tint((40, 104, 52), brightness))
+        canvas.box(x - 1.2, y, x + 1.2, y + 8.5, _tint((40, 104, 52), brightness))
         petal = PETALS[int(hue)]
         for k in range(5):
             angle = 2 * math.pi * k / 5 - math.pi / 2
-            canvas.disc(x + 2.7 * math.cos(angle), y + 2.7 * math.sin(angle), 2.1, 2.1, petal)
-        canvas.disc(x, y, 1.7, 1.7, (255, 246, 200))
+            canvas.disc(x + 3.6 * math.cos(angle), y + 3.6 * math.sin(angle), 2.8, 2.8, petal)
+        canvas.disc(x, y, 2.3, 2.3, (255, 246, 200))
 
 
 def _draw_rain(canvas: _Canvas, attributes: Attributes, layout: Layout) -> None:

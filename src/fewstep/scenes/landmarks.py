@@ -52,9 +52,9 @@ def landmarks(layout: Layout) -> np.ndarray:
         x, y, radius = light.x, light.y, light.radius
         maps[2] = np.maximum(maps[2], _box(x - radius, y - radius, x + radius, y + radius))
     for x, y, span in layout.birds[np.isfinite(layout.birds[:, 0])]:
-        maps[3] = np.maximum(maps[3], _box(x - span, y - 4, x + span, y + 4))
+        maps[3] = np.maximum(maps[3], _box(x - span, y - 6, x + span, y + 4))
     for x, y, _ in layout.flowers[np.isfinite(layout.flowers[:, 0])]:
-        maps[4] = np.maximum(maps[4], _box(x - 5, y - 5, x + 5, y + 7))
+        maps[4] = np.maximum(maps[4], _box(x - 6.5, y - 6.5, x + 6.5, y + 8.5))
     return maps
 
 

@@ -1,8 +1,10 @@
 """What a caption leaves open: places, sizes, shapes and shades, drawn from a generator.
 
-Lengths are in pixels of the 128 × 128 picture, y grows downwards. Things that must be counted never
-overlap, so that every picture has exactly one right reading. A *flaw* asks for what a right picture
-never shows (two moons, no building, a fourth bird); the judges learn it from such drawings.
+Lengths are in pixels of the 128 × 128 picture, y grows downwards. Things that must be counted never overlap, so that
+every picture has exactly one right reading, and are not just anywhere: the lit windows are the first ones, birds come
+from the left and flowers from the right, each about its column. Which of several equal places a thing takes is a tie
+that few steps do not break: they draw ghosts in all of them (docs/experiments.md). A *flaw* asks for what a right
+picture never shows (two moons, no building, a fourth bird); the judges learn it from such drawings.
 """
 
 from __future__ import annotations
@@ -20,6 +22,7 @@ HEIGHTS = {"house": 34.0, "tower": 48.0, "church": 44.0, "windmill": 42.0, "cast
 HALF_WIDTHS = {"house": 19.0, "tower": 9.5, "church": 19.0, "windmill": 17.0, "castle": 20.0, "lighthouse": 10.5}
 WINDOWS = 3
 MOST = 4  # rows kept for counted things: three at most are right, the fourth is a flaw
+COLUMNS, JITTER = (25.0, 64.0, 103.0), 7.0  # where birds and flowers are, about
 PEAKS = 7
 CLOUDS = 3
 STARS = 10
@@ -103,6 +106,21 @@ def _scatter(rng: np.random.Generator, count: int, box: Box, gap: tuple[float, f
     raise _NoRoom
 
 
+def _in_columns(
+    rng: np.random.Generator, count: int, heights: tuple[float, float], gap: tuple[float, float], taken: list[Box]
+) -> np.ndarray:
+    """Places [count, 2] of counted things, `gap` apart: one in each of the first columns, one too many anywhere."""
+    low, high = heights
+    found = np.zeros((0, 2))
+    for column in range(count):
+        left, right = (12.0, SIZE - 12.0)
+        if column < len(COLUMNS):
+            left, right = COLUMNS[column] - JITTER, COLUMNS[column] + JITTER
+        others = [(float(x), float(y), *gap) for x, y in found]
+        found = np.concatenate([found, _scatter(rng, 1, (left, low, right, high), (0, 0), taken + others)])
+    return found
+
+
 def _padded(places: np.ndarray, extra: np.ndarray) -> np.ndarray:
     """Rows (x, y, extra) sorted by x, filled up with NaN to MOST rows."""
     full = np.full((MOST, 3), np.nan)
@@ -149,9 +167,12 @@ def _try_layout(rng: np.random.Generator, attributes: Attributes, flaw: Flaw | N
     radius = rng.uniform(7.0, 9.5)
     margin = radius + 4
     light_count = {"no light": 0, "two lights": 2}.get(flaw or "", 1)
-    sky = (margin, margin, SIZE - margin, 30)
-    light_places = _scatter(rng, light_count, sky, (26, 40), clear_of_buildings(margin, margin))
     kinds = [attributes.light, str(rng.choice(VALUES["light"]))]
+    # The sun stands in the left half of the sky, the moon in the right one.
+    half = {"sun": (margin, SIZE / 2 - 4), "moon": (SIZE / 2 + 4, SIZE - margin)}[kinds[0]]
+    left, right = half if light_count == 1 else (margin, SIZE - margin)
+    sky = (left, margin, right, 30)
+    light_places = _scatter(rng, light_count, sky, (26, 40), clear_of_buildings(margin, margin))
     lights = tuple(Light(kind=kinds[i], x=float(x), y=float(y), radius=radius) for i, (x, y) in enumerate(light_places))
 
     def clear_of_lights(x_margin: float, y_margin: float) -> list[Box]:
@@ -160,10 +181,10 @@ def _try_layout(rng: np.random.Generator, attributes: Attributes, flaw: Flaw | N
     bird_count = 4 if flaw == "four birds" else int(attributes.birds)
     flower_count = 4 if flaw == "four flowers" else int(attributes.flowers)
     foot = max((b.base for b in buildings), default=94.0)
-    birds = _scatter(
-        rng, bird_count, (10, 8, SIZE - 10, horizon - 20), (19, 10), clear_of_lights(12, 8) + clear_of_buildings(10, 8)
-    )
-    flowers = _scatter(rng, flower_count, (8, foot + 12, SIZE - 8, 119), (15, 40), [])
+    sky_taken = clear_of_lights(14, 9) + clear_of_buildings(13, 9)
+    birds = _in_columns(rng, bird_count, (12, 38), (24, 15), sky_taken)
+    flowers = _in_columns(rng, flower_count, (foot + 13, 117), (20, 40), [])
+    flowers[:, 0] = SIZE - flowers[:, 0]  # they begin on the right
     clouds = _scatter(rng, CLOUDS, (8, 10, SIZE - 8, 40), (14, 6), clear_of_lights(17, 8))
     has_lake, has_fence = rng.random() < 0.6, rng.random() < 0.5
     return Layout(
@@ -174,7 +195,7 @@ def _try_layout(rng: np.random.Generator, attributes: Attributes, flaw: Flaw | N
         lights=lights,
         peaks=rng.uniform(3, 19, PEAKS),
         peak_phase=rng.uniform(0, 1),
-        birds=_padded(birds, rng.uniform(5.5, 7.5, len(birds))),
+        birds=_padded(birds, rng.uniform(10.0, 12.0, len(birds))),
         flowers=_padded(flowers, rng.integers(0, 3, len(flowers))),
         clouds=np.column_stack([clouds, rng.uniform(12, 20, CLOUDS)]),
         stars=np.column_stack([rng.uniform(3, SIZE - 3, STARS), rng.uniform(3, 50, STARS)]),
