@@ -14,7 +14,7 @@ from PIL import Image
 
 from fewstep.arms import solver_arm
 from fewstep.errors import InputError
-from fewstep.records import BenchmarkRecord, Interval, PictureScore, Row
+from fewstep.records import ArmSummary, BenchmarkRecord, Interval, PictureScore, Row
 from fewstep.report import markdown, page, results_csv, save_grids, timing_csv, verdict
 from fewstep.report.bars import time_bars
 from fewstep.report.columns import columns
@@ -310,6 +310,23 @@ def test_the_headline_is_the_fewest_steps_that_are_not_worse(found: BenchmarkRec
     assert headline([slower, good, bad]) is good
     assert headline([bad]) is bad
     assert headline([found.summary["base-4"]]) is None
+
+
+def test_where_all_are_worse_the_headline_is_the_fewest_steps_as_good_as_the_best(found: BenchmarkRecord) -> None:
+    def student(steps: int, share: float) -> ArmSummary:
+        arm = replace(
+            found.summary["student-4"].arm,
+            id=f"student-{steps}",
+            steps=steps,
+            timesteps=tuple(range(999, 999 - steps, -1)),
+        )
+        lost = interval(share - 0.99, 0.02)
+        return replace(found.summary["student-4"], arm=arm, all_right=interval(share, 0.03), delta_all_right=lost)
+
+    two, four, eight = student(2, 0.75), student(4, 0.93), student(8, 0.935)
+    assert headline([eight, two, four]) is four
+    assert headline([eight, two]) is eight
+    assert headline([two, four]) is four
 
 
 # ------------------------------------------------------------------------------------------------- figures and tables

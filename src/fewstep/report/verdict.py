@@ -31,7 +31,10 @@ def verdict(record: BenchmarkRecord) -> list[str]:
 
 
 def headline(arms: Sequence[ArmSummary]) -> ArmSummary | None:
-    """The student to speak of: the fewest steps of those not shown to be worse than the teacher, else the best."""
+    """The student to speak of: the fewest steps of those not shown to be worse than the teacher.
+
+    Where all are, the fewest steps of those inside the interval of the best one.
+    """
     students = sorted(
         (arm for arm in arms if arm.arm.role == "student" and arm.arm.option is None), key=lambda arm: arm.arm.steps
     )
@@ -41,7 +44,15 @@ def headline(arms: Sequence[ArmSummary]) -> ArmSummary | None:
         difference = _difference(student)
         if difference is not None and difference.high is not None and difference.high >= 0:
             return student
-    return max(students, key=lambda arm: (found.value if (found := quality(arm)) else 0.0, -arm.arm.steps))
+    best = max(students, key=_ranked)
+    found = quality(best)
+    enough = found.low if found is not None and found.low is not None else _ranked(best)
+    return next(student for student in students if _ranked(student) >= enough)
+
+
+def _ranked(arm: ArmSummary) -> float:
+    found = quality(arm)
+    return found.value if found else 0.0
 
 
 def quality(arm: ArmSummary) -> Interval | None:
