@@ -54,8 +54,12 @@ from fewstep.scenes.text import CaptionReader, build_tokenizer, caption_losses, 
 from fewstep.scenes.vae import build_vae, fold_latent_statistics, to_pixels, vae_losses
 from fewstep.schedule import NoiseSchedule
 
-GUIDANCES = (1.5, 2.0, 3.0, 4.5, 6.0, 7.5)
-"""Swept for the teacher's default; ties go to the lower."""
+GUIDANCE = 4.0
+"""The teacher's default: the strongest that still gets about as much right as the best of GUIDANCES. It costs some
+distance to real pictures, as Stable Diffusion's 7.5 does, and is what few steps without training cannot follow."""
+
+GUIDANCES = (1.5, 2.0, 3.0, 4.0, 5.0, 7.5)
+"""What the figures compare it with."""
 
 WHITENED = 4_096
 """Drawings over which the judge's features are made uncorrelated with variance 1."""
@@ -91,7 +95,7 @@ SIZES = {
         flawed=6_000,
         reconstructed=10_000,
         tested=2_000,
-        swept=100,
+        swept=300,
         proved=256,
         larger_on_gpu=8,
         minutes={"vae": 35, "judges": 20, "denoiser": 80, "refine": 85},
@@ -399,25 +403,24 @@ class _Workshop:
         return {"loss": sums, "fresh_over_trained": round(sums["fresh"] / sums["trained"], 4)}
 
     def _prove(self) -> dict[str, Any]:
-        """Choose the teacher's guidance, write it beside the base, and measure the base at it."""
+        """Write the teacher's guidance beside the base, and measure the base at it and beside others."""
         abilities, sizes, seed = SceneAbilities(self.out), self.sizes, self.test_seed
         base = load_backbone(str(self.out / "base"), device=self.settings.device, dtype="no")
         base = replace(base, abilities=abilities)
         some = abilities.prompts(sizes.swept, seed + 1)
         sweep = {
-            guidance: draw_arm(base, untrained_arm("ddim", 25, guidance), some, seed, reporter=self.reporter).mean_read
+            guidance: draw_arm(base, untrained_arm("dpmpp", 16, guidance), some, seed, reporter=self.reporter).share
             for guidance in GUIDANCES
         }
-        chosen = max(sweep, key=lambda guidance: sweep[guidance])
-        save_defaults(self.out / "base", guidance_scale=chosen, teacher_steps=50)
+        save_defaults(self.out / "base", guidance_scale=GUIDANCE, teacher_steps=50)
         proved = prove_base(
-            replace(base, guidance_scale=chosen),
+            replace(base, guidance_scale=GUIDANCE),
             abilities.prompts(sizes.proved, seed),
             abilities.prompts(sizes.proved, seed, "composed"),
             seed=seed,
             reporter=self.reporter,
         )
-        return {"read_by_guidance": {str(guidance): share for guidance, share in sweep.items()}} | proved
+        return {"all_right_by_guidance": {str(guidance): share for guidance, share in sweep.items()}} | proved
 
     def _cached_latents(self, vae: AutoencoderKL) -> Tensor:
         """Latents of the drawings that the UNet is trained on, computed once: fp16 [N, 4, 16, 16]."""

@@ -34,14 +34,8 @@ class Drawn:
         """Share of pictures with everything right."""
         return self.all_right.double().mean().item()
 
-    @property
-    def mean_read(self) -> float:
-        """Mean share over the attributes: tells arms apart on fewer pictures than `share` does."""
-        shares = [share for name, share in self.by_attribute.items() if name != "all_right"]
-        return sum(shares) / len(shares)
 
-
-def untrained_arm(sampler: Literal["ddim", "lcm"], steps: int, guidance: float) -> Arm:
+def untrained_arm(sampler: Literal["ddim", "dpmpp", "lcm"], steps: int, guidance: float) -> Arm:
     """The base without adapter under `sampler`: `ddim-4-guided`, `lcm-2-unguided`, …"""
     name = f"{sampler}-{steps}-{'guided' if guidance > 1 else 'unguided'}"
     timesteps = sampler_timesteps(sampler, steps, 1000)

@@ -23,20 +23,21 @@ class DemoSettings(BaseModelSettings):
     """Distil the base into a LoRA, measure it against its teacher, and show both."""
 
     outdir: Folder = Field(Path("./demo_outputs"), description="Folder for the adapter, pictures and tables.")
-    teacher_rollouts: Count = Field(240, description="Paths of the teacher, gone through again and again.")
-    max_steps: Count = Field(160, description="Optimizer updates.")
-    batch_size: Count = Field(4, description="Paths a micro-batch, each learnt from at every timestep.")
+    teacher_rollouts: Count = Field(480, description="Paths of the teacher, gone through again and again.")
+    max_steps: Count = Field(320, description="Optimizer updates.")
+    batch_size: Count = Field(16, description="Paths a micro-batch, each learnt from at one timestep.")
     learning_rate: Annotated[float, Field(gt=0, le=1)] = Field(
         1e-3, description="AdamW's learning rate, falling to 0 by half a cosine."
     )
-    lora_rank: Count = Field(32, description="Rank of the adapter.")
+    lora_rank: Count = Field(4, description="Rank of the adapter.")
     lora_alpha: Count | None = Field(None, description="Alpha of the adapter. Unset: 8 x lora_rank.")
     lora_targets: Names = Field(
         ("to_q", "to_k", "to_v", "to_out.0", "ff.net.0.proj", "ff.net.2"),
         description="UNet layers that get an adapter, by the end of their names.",
     )
-    num_ddim_steps: StudentSteps = Field(16, description="DDIM steps K of the teacher from noise to x0.")
-    steps: StepCounts = Field((1, 2, 4, 8), description="Step counts to train for and to measure.")
+    num_ddim_steps: StudentSteps = Field(8, description="Steps K of the teacher from noise to x0, DPM-Solver++'s.")
+    num_inference_steps: StepCounts = Field((4,), description="Step counts to train for.")
+    steps: StepCounts = Field((1, 2, 4, 8), description="Step counts to measure.")
     baseline_steps: TeacherSteps = Field(50, description="DDIM steps of the teacher it is measured against.")
     num_prompts: Count = Field(20, description="How many of the base's own prompts to draw.")
     num_images: Count = Field(10, description="Pictures a prompt.")
