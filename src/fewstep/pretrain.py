@@ -58,7 +58,7 @@ GUIDANCE = 4.0
 """The teacher's default: the strongest that still gets about as much right as the best of GUIDANCES. It costs some
 distance to real pictures, as Stable Diffusion's 7.5 does, and is what few steps without training cannot follow."""
 
-GUIDANCES = (1.5, 2.0, 3.0, 4.0, 5.0, 7.5)
+GUIDANCES = (1.5, 2.0, 2.5, 3.0, 4.0, 5.0)
 """What the figures compare it with."""
 
 WHITENED = 4_096
@@ -95,7 +95,7 @@ SIZES = {
         flawed=6_000,
         reconstructed=10_000,
         tested=2_000,
-        swept=300,
+        swept=200,
         proved=256,
         larger_on_gpu=8,
         minutes={"vae": 35, "judges": 20, "denoiser": 80, "refine": 85},
