@@ -6,15 +6,14 @@ Draws `--count` unseen captions, one picture each, from the same noise: the teac
 network evaluations as a 4-step student, every adapter at 1, 2, 4 and 8 steps, and the base in its place. Prints
 all-right shares, Fréchet distances to drawings of the same captions, and what distillation has to show: the paired
 difference to the teacher, the share of the gap closed between the best untrained arm and the teacher, students against
-the base in their place and 8 steps against 4, each with intervals over captions. Arms already drawn are read back from
-`--cache`.
+the base in their place and 8 steps against 4, each with intervals over captions. Captions are drawn 500 at a time and
+kept in `--cache`: a run that was stopped goes on, and 2,000 captions after 500 cost the 1,500 that are new.
 """
 
 from __future__ import annotations
 
 import argparse
 import hashlib
-import json
 import statistics
 from collections.abc import Callable
 from functools import partial
@@ -38,6 +37,9 @@ from fewstep.reporting import SILENT
 REFERENCES = 5
 """Drawings a caption that pictures are compared with."""
 
+PART = 500
+"""Captions drawn, and kept, at once."""
+
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -53,16 +55,15 @@ def main() -> None:
     backbone = load_backbone(args.base_model, device="auto", dtype="no")
     assert backbone.abilities is not None, "this benchmark needs a base with an answer key, such as scenes"
     prompts = backbone.abilities.prompts(args.count, args.seed)
-    cache = Cache(args.cache, f"{backbone.fingerprint}-{args.count}-{args.seed}")
+    cache = Cache(args.cache / f"{backbone.fingerprint}-{args.seed}", prompts, args.seed)
 
-    reference = cache.tensors("reference", lambda: {"f": reference_features(backbone, prompts, REFERENCES, args.seed)})[
-        "f"
-    ]
+    def compared_with(captions: list[str], seed: int) -> dict[str, Tensor]:
+        return {"features": reference_features(backbone, captions, REFERENCES, seed)}
 
-    draw = partial(draw_arm, batch_size=args.batch_size)
+    reference = cache.tensors("reference", compared_with)["features"]
 
     def untrained(arm: Arm) -> Drawn:
-        return cache.drawn(arm.id, partial(draw, backbone, arm, prompts, args.seed))
+        return cache.drawn(arm.id, partial(draw_arm, backbone, arm, batch_size=args.batch_size))
 
     guidance = backbone.guidance_scale
     teacher = untrained_arm("ddim", 50, guidance)
@@ -80,7 +81,7 @@ def main() -> None:
         runs[folder] = {}
         for steps in args.steps:
             arm = student_arm(steps, sampler=wanted.sampler, span=wanted.span)
-            drawn = cache.drawn(f"{key}-{steps}", partial(draw, base, arm, prompts, args.seed))
+            drawn = cache.drawn(f"{key}-{steps}", partial(draw_arm, base, arm, batch_size=args.batch_size))
             control = base_arm(steps, sampler=wanted.sampler, span=wanted.span)
             judge.print_arm(f"{arm.id} {folder}", drawn)
             judge.print_arm(control.id, untrained(control))
@@ -97,28 +98,31 @@ def main() -> None:
 
 
 class Cache:
-    """Finished arms, keyed by the base, the captions and the arm."""
+    """What was drawn of the captions, in parts: keyed by the base, the seed, the captions and the arm."""
 
-    def __init__(self, folder: Path, key: str) -> None:
-        self.folder = folder / key
-        self.folder.mkdir(parents=True, exist_ok=True)
+    def __init__(self, folder: Path, prompts: list[str], seed: int) -> None:
+        self.parts = [(first, prompts[first : first + PART]) for first in range(0, len(prompts), PART)]
+        self.folder, self.seed = folder, seed
 
-    def tensors(self, name: str, compute: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
-        file = self.folder / f"{name}.safetensors"
-        if not file.exists():
-            save_file({key: value.contiguous() for key, value in compute().items()}, file)
-        return load_file(file)
+    def tensors(self, name: str, compute: Callable[[list[str], int], dict[str, Tensor]]) -> dict[str, Tensor]:
+        """Of all captions, from `compute(captions, seed)` of each part."""
+        found = []
+        for first, captions in self.parts:
+            file = self.folder / f"{first}-{first + len(captions)}" / f"{name}.safetensors"
+            if not file.exists():
+                file.parent.mkdir(parents=True, exist_ok=True)
+                computed = compute(captions, self.seed + first)
+                save_file({key: value.contiguous() for key, value in computed.items()}, file)
+            found.append(load_file(file))
+        return {key: torch.cat([part[key] for part in found]) for key in found[0]}
 
-    def drawn(self, name: str, compute: Callable[[], Drawn]) -> Drawn:
-        attributes = self.folder / f"{name}.json"
-
-        def draw() -> dict[str, Tensor]:
-            drawn = compute()
-            attributes.write_text(json.dumps(drawn.by_attribute))
+    def drawn(self, name: str, draw: Callable[[list[str], int], Drawn]) -> Drawn:
+        def compute(captions: list[str], seed: int) -> dict[str, Tensor]:
+            drawn = draw(captions, seed)
             return {"all_right": drawn.all_right.to(torch.uint8), "features": drawn.features}
 
-        found = self.tensors(name, draw)
-        return Drawn(found["all_right"].bool(), json.loads(attributes.read_text()), found["features"])
+        found = self.tensors(name, compute)
+        return Drawn(found["all_right"].bool(), {}, found["features"])
 
 
 class Comparison:

@@ -105,6 +105,7 @@ def _training(settings: DemoSettings) -> TrainSettings:
         teacher_solver="dpmpp",
         num_ddim_steps=settings.num_ddim_steps,
         num_inference_steps=settings.num_inference_steps,
+        timestep_span=settings.timestep_span,
         pairs_per_visit=1,  # more paths in an update, not more of each, is what makes the error smaller
         checkpoint_every=every,
         validate_every=every,

@@ -50,6 +50,7 @@ def test_the_demo_measures_what_it_trained(parts: Parts, tmp_path: Path) -> None
     assert training.max_steps == 9
     assert (training.learning_rate, training.lora_rank) == (settings.learning_rate, settings.lora_rank)
     assert training.num_inference_steps == settings.num_inference_steps == (4,)
+    assert training.timestep_span == settings.timestep_span == 0.85
     assert (training.teacher_solver, training.num_ddim_steps, training.pairs_per_visit) == ("dpmpp", 8, 1)
     assert measuring.steps == settings.steps == (1, 2, 4, 8)
     assert training.seed == measuring.seed == 7

@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from fewstep.config.base import BaseModelSettings, Settings
-from fewstep.config.kinds import Count, Folder, Names, StepCounts, StudentSteps, TeacherSteps
+from fewstep.config.kinds import Count, Folder, Names, Span, StepCounts, StudentSteps, TeacherSteps
 
 
 class PretrainSettings(Settings):
@@ -29,7 +29,7 @@ class DemoSettings(BaseModelSettings):
     learning_rate: Annotated[float, Field(gt=0, le=1)] = Field(
         1e-3, description="AdamW's learning rate, falling to 0 by half a cosine."
     )
-    lora_rank: Count = Field(4, description="Rank of the adapter.")
+    lora_rank: Count = Field(32, description="Rank of the adapter.")
     lora_alpha: Count | None = Field(None, description="Alpha of the adapter. Unset: 8 x lora_rank.")
     lora_targets: Names = Field(
         ("to_q", "to_k", "to_v", "to_out.0", "ff.net.0.proj", "ff.net.2"),
@@ -37,6 +37,9 @@ class DemoSettings(BaseModelSettings):
     )
     num_ddim_steps: StudentSteps = Field(8, description="Steps K of the teacher from noise to x0, DPM-Solver++'s.")
     num_inference_steps: StepCounts = Field((4,), description="Step counts to train for.")
+    timestep_span: Span = Field(
+        0.85, description="Share of the schedule in which the student's timesteps after the first lie, evenly."
+    )
     steps: StepCounts = Field((1, 2, 4, 8), description="Step counts to measure.")
     baseline_steps: TeacherSteps = Field(50, description="DDIM steps of the teacher it is measured against.")
     num_prompts: Count = Field(20, description="How many of the base's own prompts to draw.")
