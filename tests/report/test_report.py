@@ -244,7 +244,7 @@ def test_a_loss_is_called_a_loss(found: BenchmarkRecord) -> None:
     worse = replace(found.summary["student-4"], delta_all_right=interval(-0.2, 0.05), saturation=(0.8, 1.0, 1.0, 1.0))
     sentences = verdict(replace(found, summary=found.summary | {"student-4": worse}))
     assert "a loss beyond the interval" in sentences[0]
-    assert "−20 %" in sentences[-1] and "washed out" in sentences[-1]
+    assert "−20.0 %" in sentences[-1] and "washed out" in sentences[-1]
 
 
 def test_an_adapter_that_does_not_help_is_told(found: BenchmarkRecord) -> None:

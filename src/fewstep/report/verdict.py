@@ -223,7 +223,7 @@ def _saturation(student: ArmSummary) -> str | None:
     if abs(worst - 1) <= SATURATION_TOLERANCE:
         return None
     return (
-        f"Its latents spread {100 * (worst - 1):+.0f} % against the teacher's in the worst channel, beyond the 5 % of "
+        f"Its latents spread {100 * (worst - 1):+.1f} % against the teacher's in the worst channel, beyond the 5 % of "
         "a faithful student: pictures are "
         f"{'burnt' if worst > 1 else 'washed out'}."
     ).replace("-", "−")
