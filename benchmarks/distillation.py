@@ -21,11 +21,12 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import Tensor
 
 from fewstep.arms import Arm, base_arm, student_arm
 from fewstep.backbone import load_backbone
+from fewstep.files import write_bytes_atomic
 from fewstep.lora import load_adapter, locate
 from fewstep.metrics.frechet import frechet_distance
 from fewstep.metrics.halves import half_sample_distances, half_samples
@@ -110,9 +111,8 @@ class Cache:
         for first, captions in self.parts:
             file = self.folder / f"{first}-{first + len(captions)}" / f"{name}.safetensors"
             if not file.exists():
-                file.parent.mkdir(parents=True, exist_ok=True)
                 computed = compute(captions, self.seed + first)
-                save_file({key: value.contiguous() for key, value in computed.items()}, file)
+                write_bytes_atomic(file, save({key: value.contiguous() for key, value in computed.items()}))
             found.append(load_file(file))
         return {key: torch.cat([part[key] for part in found]) for key in found[0]}
 
@@ -122,7 +122,7 @@ class Cache:
             return {"all_right": drawn.all_right.to(torch.uint8), "features": drawn.features}
 
         found = self.tensors(name, compute)
-        return Drawn(found["all_right"].bool(), {}, found["features"])
+        return Drawn(found["all_right"].bool(), {}, found["features"])  # by attribute: nothing here prints it
 
 
 class Comparison:
