@@ -34,7 +34,7 @@ from torch import Tensor, nn
 
 from fewstep import lora
 from fewstep.arithmetic import flops, peak_memory
-from fewstep.backbone import Backbone, load_backbone, random_backbone
+from fewstep.backbone import Backbone, adapters_off, load_backbone, random_backbone
 from fewstep.backbone.compiled import Compiled
 from fewstep.backbone.threads import whole_batches
 from fewstep.data import Batch, Slices
@@ -143,6 +143,15 @@ def open_base(base: str, device: str, mixed_precision: str) -> Backbone:
     return replace(backbone, device=place, schedule=backbone.schedule.to(place))
 
 
+def seconds_of_forward(backbone: Backbone, shape: tuple[int, int, int], count: int, repeats: int) -> float:
+    """One forward of a guided rollout of `count` samples: the network's own time, without the solver's around it."""
+    x_t, device = torch.randn(2 * count, *shape, device=backbone.device), backbone.device
+    t, cond = torch.full((len(x_t),), 500, device=device), backbone.embed([""]).expand(len(x_t), -1, -1)
+    teacher = backbone.denoiser(adapter=False)
+    with torch.no_grad(), adapters_off(backbone.unet):
+        return measure(lambda: teacher(x_t, t, cond), repeats=repeats, device=device).median
+
+
 def copy_of(backbone: Backbone) -> Backbone:
     """The same base around a UNet of its own."""
     return replace(backbone, unet=copy.deepcopy(backbone.unet))
@@ -214,11 +223,13 @@ def main() -> None:
         Teacher(backbone, cache, method, 0, shape).prepare(batch)
         cache.flush()
 
-        alone: dict[str, float] = {}
+        # A rollout of the teacher, and one of its K forwards, of 2 · B samples: seconds.
+        alone: dict[str, tuple[float, float]] = {}
         for name, base in bases.items():
             teacher = Teacher(base, cache, method, 0, shape)
-            alone[name] = measure(partial(teacher, batch), repeats=args.repeats, device=backbone.device).median
-            print(f"rollout alone {name or AS_IT_IS}: {1000 * alone[name]:,.0f} ms", flush=True)
+            rollout = measure(partial(teacher, batch), repeats=args.repeats, device=backbone.device).median
+            alone[name] = rollout, seconds_of_forward(base, shape, count, args.repeats)
+            print(f"{name or AS_IT_IS}: rollout alone {1000 * rollout:,.0f} ms", flush=True)
 
         def kept(job: Job) -> None:
             """One rollout, then as many updates on it as there are epochs: read back from disk each time."""
@@ -287,11 +298,12 @@ def main() -> None:
             f"| {name} | {samples / median:.2f} | {ratio * samples / count:.1f} | {pairs / median:.2f} | "
             f"{ratio * pairs / count:.1f} | {'' if peak is None else f'{peak / 1e6:,.0f} MB'} | {share} |"
         )
-    print("\n| rollout alone, latents and embeddings cached | ms | share of the matrix rate |")
-    print("|---|---|---|")
-    for name, median in alone.items():
-        rollout = forward * count * 2 * args.k / rate
-        print(f"| {name or AS_IT_IS} | {1000 * median:,.1f} | {100 * rollout / median:.0f} % |")
+    print("\n| alone, latents and embeddings cached | rollout, ms | share of the matrix rate | a forward, ms | share |")
+    print("|---|---|---|---|---|")
+    for name, (rollout, single) in alone.items():
+        guided = forward * count * 2 / rate
+        print(f"| {name or AS_IT_IS} | {1000 * rollout:,.1f} | {100 * guided * args.k / rollout:.0f} % ", end="")
+        print(f"| {1000 * single:,.1f} | {100 * guided / single:.0f} % |")
 
 
 if __name__ == "__main__":

@@ -14,6 +14,8 @@ torch.set_num_threads(1)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    # The slow ones first: what is short is left to even out what each of two processes has still to do.
+    items.sort(key=lambda item: "slow" not in item.keywords)
     if not torch.cuda.is_available():
         for item in items:
             if "gpu" in item.keywords:

@@ -191,6 +191,14 @@ def test_the_teacher_is_the_base_without_its_adapter(tiny: Backbone) -> None:
     assert trainable_parameters(backbone.unet) == trained
 
 
+def test_the_teacher_in_half_precision_is_the_stock_unet_in_it() -> None:
+    backbone = random_backbone(seed=5, dtype="bf16")
+    x_t, t, cond = torch.randn(2, 4, 8, 8), torch.tensor([500, 20]), torch.randn(2, 77, 32)
+    with torch.no_grad():
+        stock = backbone.unet(x_t.bfloat16(), t, encoder_hidden_states=cond.bfloat16()).sample
+        assert torch.equal(backbone.denoiser(adapter=False)(x_t, t, cond), stock.float())
+
+
 def test_switching_restores_after_errors_and_keeps_frozen_adapters_frozen() -> None:
     backbone, inputs = _student()
     student = backbone.denoiser()(*inputs)

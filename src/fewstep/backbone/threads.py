@@ -11,6 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import cache, reduce
+from itertools import accumulate
 from typing import Any, TypeVar
 
 import torch
@@ -30,7 +31,8 @@ _splits = ContextVar("splits", default=True)
 
 def is_small(network: nn.Module) -> bool:
     """Whether the network is better run picture by picture than operation by operation."""
-    return sum(parameter.numel() for parameter in network.parameters()) < SMALL
+    counted = accumulate(parameter.numel() for parameter in network.parameters())
+    return all(count < SMALL for count in counted)  # of a large one only the first few are asked
 
 
 def whole(forward: Callable[..., Tensor], inputs: tuple[Tensor, ...], learnt: Iterable[nn.Parameter] = ()) -> Tensor:
