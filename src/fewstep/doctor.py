@@ -21,7 +21,7 @@ from fewstep.errors import FewstepError, InputError
 from fewstep.lora import trainable_parameters
 from fewstep.reporting import SILENT, Reporter, in_bytes
 from fewstep.timing import machine
-from fewstep.train import start
+from fewstep.train import resuming, start
 from fewstep.train.needs import disk_of_run, existing, free_disk
 
 CHECKS: dict[str, tuple[str, ...]] = {
@@ -128,7 +128,7 @@ class _Examination:
         return f"Python {platform.python_version()}, {', '.join(f'{name} {version(name)}' for name in SHOWN)}"
 
     def folder(self) -> str:
-        resumed = start.checkpoint_to_resume(self._settings, SILENT)
+        resumed = resuming.checkpoint_to_resume(self._settings, SILENT)
         place = existing(self._settings.run_dir)
         try:
             with tempfile.TemporaryFile(dir=place):

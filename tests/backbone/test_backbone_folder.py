@@ -95,6 +95,14 @@ def test_a_folder_with_fp16_in_its_file_names_opens(folder: Path) -> None:
     assert load_backbone(folder, device="cpu").dtype == torch.float32
 
 
+def test_a_small_network_on_a_cpu_is_in_channels_last_and_computes_the_same(tiny: Backbone, saved_tiny: Path) -> None:
+    loaded = load_backbone(saved_tiny, device="cpu")
+    assert loaded.is_channels_last and not tiny.is_channels_last
+    inputs = torch.randn(2, 4, 8, 8), torch.tensor([500, 20]), torch.randn(2, 77, 32)
+    torch.testing.assert_close(loaded.denoiser()(*inputs), tiny.denoiser()(*inputs))
+    torch.testing.assert_close(loaded.decode(inputs[0]), tiny.decode(inputs[0]))
+
+
 def test_a_precision_is_for_the_networks_alone(saved_tiny: Path) -> None:
     loaded = load_backbone(saved_tiny, device="cpu", dtype="bf16")
     for network in (loaded.unet, loaded.vae, loaded.text_encoder):

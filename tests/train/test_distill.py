@@ -25,7 +25,7 @@ from fewstep.errors import CheckpointError, DataError, InputError, Interrupted
 from fewstep.methods.kstep import KStep
 from fewstep.pictures import encode_prompts, make_pictures
 from fewstep.randomness import generator
-from fewstep.train import DistillResult, distill, learning_rate, start
+from fewstep.train import DistillResult, distill, learning_rate, resuming, start
 from fewstep.train.loop import MOST_SKIPPED
 from fewstep.train.update import MOST_OVERFLOWS, take_back_overflows
 from tests.train.conftest import MEASURED, Heard, without_speed
@@ -360,9 +360,9 @@ def test_a_run_on_another_base_is_not_resumed(whole: DistillResult, settings: Tr
 def test_a_run_that_goes_on_under_other_libraries_says_so(
     whole: DistillResult, settings: TrainSettings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    heard, honest = Heard(), start.versions()
-    monkeypatch.setattr(start, "versions", lambda: honest | {"torch": "9.9"})
-    start.warn_of_versions(whole.folder / "lora" / "checkpoint-10", heard)
+    heard, honest = Heard(), resuming.versions()
+    monkeypatch.setattr(resuming, "versions", lambda: honest | {"torch": "9.9"})
+    resuming.warn_of_versions(whole.folder / "lora" / "checkpoint-10", heard)
     (warned,) = heard.warned
     assert warned.startswith(f"torch 9.9 (not {honest['torch']}) now, unlike what")
 

@@ -139,6 +139,15 @@ class Backbone:
         run = in_parts if is_small(self.vae) else whole
         return (run(forward, (unscaled.to(self.dtype),)).float() / 2 + 0.5).clamp(0, 1)
 
+    def use_channels_last(self) -> None:
+        """Keep the weights of UNet and VAE in the memory order channels-last; what they compute stays the same."""
+        for network in (self.unet, self.vae):
+            network.to(memory_format=torch.channels_last)
+
+    @property
+    def is_channels_last(self) -> bool:
+        return bool(self.unet.conv_in.weight.is_contiguous(memory_format=torch.channels_last))
+
     def rest(self, network: nn.Module) -> None:
         """Take the VAE or the text encoder off the device; it is back when it is asked for anything."""
         if self.device.type != "cpu":

@@ -101,8 +101,7 @@ class Options:
                 copy.unet.fuse_lora()
                 copy.unet.unload_lora()
             case "channels-last":
-                copy.unet.to(memory_format=torch.channels_last)
-                copy.vae.to(memory_format=torch.channels_last)
+                copy.use_channels_last()
             case "compile":
                 # Whole and for each shape anew: where that is not to be had, an error instead of slow code.
                 copy.unet.compile(fullgraph=True, dynamic=False, backend=compiled.BACKEND)

@@ -23,7 +23,7 @@ from fewstep.methods.kstep import KStep
 from fewstep.processes import join_processes, own_device
 from fewstep.reporting import SILENT, Reporter, in_bytes
 from fewstep.timing import synchronise
-from fewstep.train import engine, start
+from fewstep.train import engine, resuming, start
 from fewstep.train.encoding import Fresh
 from fewstep.train.needs import disk_of_run, free_disk
 from fewstep.train.rollouts import Lesson, Teacher, turns_of
@@ -90,7 +90,7 @@ def rehearse(settings: TrainSettings, *, reporter: Reporter = SILENT) -> DryRun:
     """
     processes = join_processes(settings.device)
     reporter = reporter if processes.is_main_process else SILENT
-    resumed = start.checkpoint_to_resume(settings, reporter)
+    resumed = resuming.checkpoint_to_resume(settings, reporter)
     recorded = None if resumed is None else checkpoint.recorded_base(resumed)
     backbone, settings = start.open_base(settings, own_device(settings.device, processes), recorded, reporter)
     opened = open_data(settings, backbone, streaming=settings.streaming, reporter=reporter)

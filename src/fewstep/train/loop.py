@@ -35,7 +35,7 @@ from fewstep.previews import Previews
 from fewstep.processes import join_processes, noticing_losses, own_device
 from fewstep.reporting import SILENT, Reporter
 from fewstep.telemetry import LoggedReporter, LossByTimestep, Telemetry
-from fewstep.train import engine, start
+from fewstep.train import announcing, engine, resuming, start
 from fewstep.train.keeping import Keeper, Looks
 from fewstep.train.lessons import open_lessons
 from fewstep.train.progress import Progress
@@ -99,8 +99,8 @@ def distill(
         reporter = reporter if main else SILENT
         if settings.log_file is not None and main:
             reporter = cleanup.enter_context(LoggedReporter(reporter, settings.log_file))
-        found = start.state_of(settings.run_dir)
-        resumed = start.checkpoint_to_resume(settings, reporter)
+        found = resuming.state_of(settings.run_dir)
+        resumed = resuming.checkpoint_to_resume(settings, reporter)
         processes.wait_for_everyone()  # nobody writes into the run's folder before everybody has looked at it
 
         # ---- The base, and what its defaults make of the settings.
@@ -139,11 +139,11 @@ def distill(
         identity: dict[str, str | int] = {"data_fingerprint": opened.fingerprint, "global_batch": slices.global_batch}
         step = 0
         if resumed is not None:
-            start.check_resumed(resumed, settings, backbone, identity)
+            resuming.check_resumed(resumed, settings, backbone, identity)
             step = checkpoint.load(resumed, stateful).step
             reporter.say(f"resumed from {resumed} at step {step}")
-            start.warn_of_versions(resumed, reporter)
-        for line in start.plan(settings, method, slices, lora.trainable_parameters(backbone.unet), device):
+            resuming.warn_of_versions(resumed, reporter)
+        for line in announcing.plan(settings, method, slices, backbone):
             reporter.say(line)
         if settings.compile:
             worst = engine.prove(quick, backbone, parameters, settings, settings.batch_size)
@@ -151,12 +151,12 @@ def distill(
         check_folder: Callable[[], None] | None = None
         if main:
             check_folder = cleanup.enter_context(alone_in(settings.run_dir))
-            start.require_unchanged(settings.run_dir, found)
+            resuming.require_unchanged(settings.run_dir, found)
             for folder in (settings.run_dir, settings.run_dir / "lora", settings.run_dir / "previews"):
                 remove_leftovers(folder)
             for newer in [] if resumed is None else checkpoint.drop_newer(settings.run_dir, resumed):
                 reporter.warn(f"removed: {newer}, which was passed over")
-            start.drop_best(
+            resuming.drop_best(
                 settings.run_dir / "lora" / checkpoint.BEST, resumed=resumed is not None, warn=reporter.warn
             )
             write_text_atomic(settings.run_dir / "settings.toml", settings_toml(settings))
@@ -275,7 +275,7 @@ def distill(
         adapter = keeper.save(checkpoint.FINAL, step)
         processes.wait_for_everyone()
         reporter.say(f"adapter: {adapter}")
-        reporter.say(start.stock_call(method))
+        reporter.say(announcing.stock_call(method))
         return DistillResult(
             folder=settings.run_dir,
             adapter=adapter,

@@ -1,0 +1,62 @@
+"""What an adapter's folder says of it, for those who only draw with it; its files are not checked."""
+
+from __future__ import annotations
+
+import tomllib
+from pathlib import Path
+from typing import Any
+
+from ..errors import CheckpointError
+from .manifest import MANIFEST, UNUSABLE, Record, broken, read_manifest, record_of
+from .names import SETTINGS
+
+
+def recorded(folder: Path) -> Record | None:
+    """What an adapter's manifest records, without checking its files; None where it has no manifest of ours.
+
+    Raises:
+        CheckpointError: it has one that cannot be read.
+    """
+    content = read_manifest(folder)
+    if content is None or "base_fingerprint" not in content:
+        return None
+    try:
+        return record_of(content)
+    except UNUSABLE as error:
+        raise broken(folder, f"{MANIFEST} cannot be used ({type(error).__name__}: {error})") from None
+
+
+def recorded_base(folder: Path) -> str | None:
+    """The base that the adapter in `folder` was trained for: from its manifest, else from its settings, else None."""
+    record = recorded(folder)
+    if record is not None:
+        return record.base_model
+    base = _settings(folder).get("base_model")
+    return base if isinstance(base, str) else None
+
+
+def recorded_steps(folder: Path) -> tuple[int, ...] | None:
+    """The step counts that the adapter in `folder` promises, or None where nothing states them."""
+    record = recorded(folder)
+    if record is not None:
+        return record.step_counts
+    steps = _settings(folder).get("num_inference_steps")
+    if not isinstance(steps, list) or any(type(count) is not int for count in steps):
+        return None
+    return tuple(steps)
+
+
+def recorded_span(folder: Path) -> float:
+    """The share of the schedule in which the timesteps of the adapter in `folder` lie; 1 where nothing states it."""
+    span = _settings(folder).get("timestep_span", 1.0)
+    return float(span) if isinstance(span, float | int) and 0 < span <= 1 else 1.0
+
+
+def _settings(folder: Path) -> dict[str, Any]:
+    path = folder / SETTINGS
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError, RecursionError) as error:
+        raise CheckpointError(f"{str(path)!r} cannot be read ({error}); fetch or copy the adapter again") from None
