@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping
+from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
 
@@ -179,7 +180,7 @@ def refused(base: Backbone, asked: BenchSettings, error: type[Exception], words:
 
 def test_half_precision_that_cannot_be_had(base: Backbone, tmp_path: Path) -> None:
     refused(base, asked(tmp_path, fast_options="fp16"), InputError, "fp16 came with the CPU; allowed there: bf16")
-    half = replace(base, dtype=torch.bfloat16)
+    half = replace(base, unet=deepcopy(base.unet).bfloat16(), dtype=torch.bfloat16)
     refused(half, asked(tmp_path, fast_options="bf16"), InputError, "the base runs in bf16 already")
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -123,9 +124,12 @@ def draw(
     """
     settings, folder = plan.settings, plan.folders[arm.id]
 
+    def save_one(number: tuple[int, int], pixels: Tensor) -> None:
+        save_picture(picture_path(folder, *number), pixels.permute(1, 2, 0).numpy())
+
     def save(batch: PictureBatch) -> None:
-        for (prompt, picture), pixels in zip(batch.ids, batch.pixels, strict=True):
-            save_picture(picture_path(folder, prompt, picture), pixels.permute(1, 2, 0).numpy())
+        with ThreadPoolExecutor() as pool:  # each waits for the disk
+            list(pool.map(save_one, batch.ids, batch.pixels))
 
     if not arm.is_drawn and plan.real is not None:
         if plan.features is not None or plan.alignment is not None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from math import ceil, sqrt
 from pathlib import Path
 
@@ -54,17 +55,23 @@ def save_grids(
         folders: arm id to the folder that holds its pictures, in the order of the rows.
         pictures: how many there are a prompt.
     """
-    paths = []
-    for number, prompt in enumerate(prompts):
+
+    def of_prompt(number: int, prompt: str) -> list[Path]:
         rows = {
             arm: [_opened(picture_path(folder, number, picture)) for picture in range(pictures)]
             for arm, folder in folders.items()
         }
-        for arm, images in rows.items():
-            paths.append(save_image(target / f"{number:03d}_{arm}.png", grid(images)))
         page = comparison(rows, caption=prompt)
-        paths.append(save_image(target / f"{number:03d}_compare.png", page))
-        on_prompt()
+        return [
+            *(save_image(target / f"{number:03d}_{arm}.png", grid(images)) for arm, images in rows.items()),
+            save_image(target / f"{number:03d}_compare.png", page),
+        ]
+
+    paths: list[Path] = []
+    with ThreadPoolExecutor() as pool:  # packing is most of the work, and Pillow packs in all threads at once
+        for saved in pool.map(of_prompt, range(len(prompts)), prompts):
+            paths += saved
+            on_prompt()
     return paths
 
 
