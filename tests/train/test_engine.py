@@ -191,7 +191,7 @@ def test_a_compiled_run_learns_the_same_under_the_same_names(
     assert len(graphs.shapes) <= 4, "nothing was compiled anew on the way"
     assert load_toml(run.adapter / "settings.toml")["compile"] is True
     assert [line for line in heard.said if line.startswith("compiled: outputs and gradients are the UNet's own")]
-    assert any("engine: UNet compiled, channels-last" in line and "AdamW plain" in line for line in heard.said)
+    assert any("engine: UNet compiled, channels first" in line and "AdamW plain" in line for line in heard.said)
 
 
 @pytest.mark.slow

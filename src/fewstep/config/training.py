@@ -78,7 +78,7 @@ class TrainSettings(BaseModelSettings):
     channels_last: bool = Field(
         False,
         description="Keep the UNet's and the VAE's weights in the memory order channels-last, which tensor cores take "
-        "convolutions in. On a CPU small ones as those of scenes always are.",
+        "convolutions in.",
     )
     learning_rate: Annotated[float, Field(gt=0, le=1)] = Field(1e-4, description="AdamW's learning rate.")
     lr_schedule: Literal["constant", "cosine"] = Field("constant", description="Learning rate after the warm-up.")
