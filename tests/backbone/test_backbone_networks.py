@@ -196,7 +196,11 @@ def test_the_teacher_in_half_precision_is_the_stock_unet_in_it() -> None:
     x_t, t, cond = torch.randn(2, 4, 8, 8), torch.tensor([500, 20]), torch.randn(2, 77, 32)
     with torch.no_grad():
         stock = backbone.unet(x_t.bfloat16(), t, encoder_hidden_states=cond.bfloat16()).sample
+        casts = list[bool]()
+        backbone.unet.register_forward_pre_hook(lambda *_: casts.append(torch.is_autocast_enabled("cpu")))
         assert torch.equal(backbone.denoiser(adapter=False)(x_t, t, cond), stock.float())
+        backbone.denoiser()(x_t, t, cond)
+    assert casts == [False, True], "norms of the teacher go through fp32 under autocast; the adapter needs it"
 
 
 def test_switching_restores_after_errors_and_keeps_frozen_adapters_frozen() -> None:

@@ -124,12 +124,13 @@ def draw(
     """
     settings, folder = plan.settings, plan.folders[arm.id]
 
-    def save_one(number: tuple[int, int], pixels: Tensor) -> None:
-        save_picture(picture_path(folder, *number), pixels.permute(1, 2, 0).numpy())
+    def save_one(numbered: tuple[tuple[int, int], Tensor]) -> None:
+        (prompt, picture), pixels = numbered
+        save_picture(picture_path(folder, prompt, picture), pixels.permute(1, 2, 0).numpy())
 
     def save(batch: PictureBatch) -> None:
         with ThreadPoolExecutor() as pool:  # each waits for the disk
-            list(pool.map(save_one, batch.ids, batch.pixels))
+            list(pool.map(save_one, zip(batch.ids, batch.pixels, strict=True)))
 
     if not arm.is_drawn and plan.real is not None:
         if plan.features is not None or plan.alignment is not None:
