@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Protocol
 
 import torch
@@ -141,47 +142,14 @@ def dpmpp_sample(
     uncond: Tensor | None = None,
     guidance: float = 1.0,
     on_step: OnStep | None = None,
-    *,
-    sigmas: Sequence[float] | None = None,
 ) -> Tensor:
-    """DPM-Solver++(2M), the multistep solver that needs the fewest steps without any training.
+    """DPM-Solver++(2M), the multistep solver that needs the fewest steps without any training; see `dpmpp_step`.
 
-    With λ = log(signal / noise), h = λ_next − λ and r = h_before / h (Lu et al. 2022, algorithm 2):
-
-        D = (1 + 1 / 2r) x̂0 − 1 / 2r x̂0_before
-        x_next = (noise_next / noise) x − signal_next (e^{−h} − 1) D
-
-    The first step and the last one, which ends at x0 itself, are of first order. Arguments and result are
-    `lcm_sample`'s.
-
-    Args:
-        sigmas: noise over signal of every step, where it is not that of its timestep; see `timesteps.karras_grid`.
+    Arguments and result are `lcm_sample`'s. Draws noise once.
     """
     x_t = noise.draw(shape).to(cond.device)
-    alpha_bar = schedule.alpha_bar(torch.tensor(list(timesteps), device=cond.device)).double()
-    if sigmas is not None:
-        alpha_bar = 1 / (1 + torch.tensor(sigmas, dtype=torch.float64, device=cond.device).square())
-    signal, spread = alpha_bar.sqrt(), (1 - alpha_bar).sqrt()
-    level = signal.log() - spread.log()  # λ
-    x0_before = x_t
-    for step, t in enumerate(timesteps):
-        at = torch.full((len(x_t),), t, device=cond.device)
-        output = guided_output(denoiser, x_t, at, cond, uncond, guidance)
-        x0 = schedule.to_x0_at(output, x_t, signal[step].float(), spread[step].float())
-        if step == len(timesteps) - 1:
-            x_t = x0
-        else:
-            h = level[step + 1] - level[step]
-            direction = x0
-            if step > 0:
-                share = (0.5 * h / (level[step] - level[step - 1])).float()  # 1 / 2r
-                direction = x0 + share * (x0 - x0_before)
-            keep, move = (spread[step + 1] / spread[step]).float(), (signal[step + 1] * (-h).expm1()).float()
-            x_t = keep * x_t - move * direction
-        x0_before = x0
-        if on_step is not None:
-            on_step()
-    return x_t
+    grids = torch.tensor([*timesteps, -1], device=cond.device).expand(len(x_t), -1)
+    return rollout(denoiser, schedule, x_t, grids, cond, uncond, guidance, on_step, solver="dpmpp")
 
 
 @torch.no_grad()
@@ -196,9 +164,21 @@ def dpmpp_karras_sample(
     guidance: float = 1.0,
     on_step: OnStep | None = None,
 ) -> Tensor:
-    """`dpmpp_sample` on the noise levels of `timesteps.karras_grid`, whose timesteps `timesteps` are."""
+    """`dpmpp_sample` on the noise levels of `timesteps.karras_grid`, whose timesteps `timesteps` are.
+
+    The levels lie between the timesteps: they make a schedule of their own, and the network is asked at the timestep
+    next to each.
+    """
     _, sigmas = karras_grid(len(timesteps), schedule.alphas_cumprod.tolist())
-    return dpmpp_sample(denoiser, schedule, noise, shape, timesteps, cond, uncond, guidance, on_step, sigmas=sigmas)
+    rising = torch.tensor(sigmas[::-1], dtype=torch.float64, device=cond.device)
+    levels = replace(schedule, alphas_cumprod=(1 / (1 + rising.square())).float())
+    asked = torch.tensor(list(timesteps)[::-1], device=cond.device)
+
+    def at_level(x_t: Tensor, level: Tensor, prompts: Tensor, /) -> Tensor:
+        return denoiser(x_t, asked[level], prompts)
+
+    every = range(len(sigmas) - 1, -1, -1)
+    return dpmpp_sample(at_level, levels, noise, shape, every, cond, uncond, guidance, on_step)
 
 
 class Sample(Protocol):

@@ -111,10 +111,7 @@ class NoiseSchedule:
         epsilon: x0 = (x_t − √(1−ᾱ) ε) / √ᾱ (DDIM, Song et al. 2021, eq. 9);
         v: x0 = √ᾱ x_t − √(1−ᾱ) v (Salimans & Ho 2022, appendix D).
         """
-        return self.to_x0_at(output, x_t, *self._signal_and_noise(t, x_t))
-
-    def to_x0_at(self, output: Tensor, x_t: Tensor, signal: Tensor, sigma: Tensor) -> Tensor:
-        """`to_x0` between timesteps: for x_t = signal · x0 + sigma · ε with any signal² + sigma² = 1."""
+        signal, sigma = self._signal_and_noise(t, x_t)
         if self.prediction_type == "v_prediction":
             return signal * x_t - sigma * output
         return (x_t - sigma * output) / signal

@@ -7,7 +7,8 @@ is not held against an arm.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
 import torch
@@ -17,7 +18,7 @@ from fewstep.benchmark.drawing import features_among, looks_of
 from fewstep.benchmark.plan import Plan
 from fewstep.benchmark.real import through_vae
 from fewstep.metrics.frechet import frechet_distance
-from fewstep.metrics.halves import Distance, half_sample_distances, half_samples, with_spread
+from fewstep.metrics.halves import half_sample_distances, half_samples, with_spread
 from fewstep.metrics.intervals import bootstrap
 from fewstep.metrics.kernels import cmmd, kid
 from fewstep.metrics.manifold import NEIGHBOURS, precision_recall
@@ -72,14 +73,21 @@ def measure_distributions(plan: Plan, evaluations: Mapping[str, Evaluation], rep
 
     extractor = plan.features or plan.alignment
     result = Distributions(extractor=extractor.name if extractor else None)
-    with reporter.progress("distances", len(drawn)) as bar:
-        if references is not None:
-            result.frechet.update(_frechets(drawn, teacher, references, halves))
-        for name, pictures in drawn.items():
-            result.distances[name] = _to_real(pictures, references, real, halves) | _to_teacher(
-                pictures, teacher, halves
-            )
-            result.variety[name] = _variety(pictures, teacher)
+    theirs = None if references is None or teacher is None else _Within.of(teacher, references, halves)
+
+    def measure(pictures: _Pictures) -> tuple[Frechet | None, dict[str, Interval], dict[str, Interval]]:
+        return (
+            None if references is None else _frechet(pictures, theirs, references, halves),
+            _to_real(pictures, references, real, halves) | _to_teacher(pictures, teacher, halves),
+            _variety(pictures, teacher),
+        )
+
+    with reporter.progress("distances", len(drawn)) as bar, ThreadPoolExecutor() as pool:
+        # In threads: these matrices are too small for one of them to keep a processor busy.
+        for name, (frechet, distances, variety) in zip(drawn, pool.map(measure, drawn.values()), strict=True):
+            if frechet is not None:
+                result.frechet[name] = frechet
+            result.distances[name], result.variety[name] = distances, variety
             bar.advance()
     return result
 
@@ -129,34 +137,36 @@ def _references(plan: Plan, reporter: Reporter) -> _Pictures | None:
 # -------------------------------------------------------------------------------------------------------------- figures
 
 
-def _frechets(
-    drawn: Mapping[str, _Pictures], teacher: _Pictures | None, real: _Pictures, halves: list[frozenset[int]]
-) -> dict[str, Frechet]:
-    def within_halves(pictures: _Pictures) -> list[float]:
-        return half_sample_distances(
+@dataclass(frozen=True)
+class _Within:
+    """A Fréchet distance to real pictures: of the whole, and within each half."""
+
+    whole: float
+    halves: list[float]
+
+    @classmethod
+    def of(cls, pictures: _Pictures, real: _Pictures, halves: list[frozenset[int]]) -> _Within:
+        in_halves = half_sample_distances(
             pictures.features, pictures.prompts, real.features, real.prompts, halves, frechet_distance
         )
+        return cls(frechet_distance(pictures.features, real.features), in_halves)
 
-    theirs = None if teacher is None else frechet_distance(teacher.features, real.features)
-    their_halves = [] if teacher is None else within_halves(teacher)
-    found = {}
-    for name, pictures in drawn.items():
-        value, in_halves = frechet_distance(pictures.features, real.features), within_halves(pictures)
-        difference = None
-        if theirs is not None:
-            # On the same halves, so that what both have in common falls out.
-            difference = with_spread(
-                value - theirs, [mine - other for mine, other in zip(in_halves, their_halves, strict=True)]
-            )
-        found[name] = Frechet(
-            through_vae=with_spread(value, in_halves),
-            raw=_figure(frechet_distance, pictures.raw, pictures, real.raw, real, halves),
-            difference=difference,
-            pictures=len(pictures.features),
-            references=len(real.features),
-            dimensions=real.features.shape[1],
-        )
-    return found
+
+def _frechet(pictures: _Pictures, teacher: _Within | None, real: _Pictures, halves: list[frozenset[int]]) -> Frechet:
+    found = _Within.of(pictures, real, halves)
+    difference = None
+    if teacher is not None:
+        # On the same halves, so that what both have in common falls out.
+        in_halves = [mine - theirs for mine, theirs in zip(found.halves, teacher.halves, strict=True)]
+        difference = with_spread(found.whole - teacher.whole, in_halves)
+    return Frechet(
+        through_vae=with_spread(found.whole, found.halves),
+        raw=_figure(frechet_distance, pictures.raw, pictures, real.raw, real, halves),
+        difference=difference,
+        pictures=len(pictures.features),
+        references=len(real.features),
+        dimensions=real.features.shape[1],
+    )
 
 
 def _to_real(
@@ -175,14 +185,12 @@ def _to_real(
 
 def _manifolds(pictures: _Pictures, others: _Pictures, halves: list[frozenset[int]]) -> dict[str, Interval]:
     """Precision and recall of two sets of more than k pictures."""
-
-    def figure(index: int) -> Interval:
-        def share(a: Tensor, b: Tensor) -> float:
-            return precision_recall(a, b)[index]
-
-        return _figure(share, pictures.features, pictures, others.features, others, halves, least=NEIGHBOURS + 1)
-
-    return {"precision": figure(0), "recall": figure(1)}
+    a, b = pictures.features, others.features
+    in_halves = half_sample_distances(
+        a, pictures.prompts, b, others.prompts, halves, precision_recall, least=NEIGHBOURS + 1
+    )
+    precisions, recalls = zip(precision_recall(a, b), *in_halves, strict=True)
+    return {"precision": with_spread(precisions[0], precisions[1:]), "recall": with_spread(recalls[0], recalls[1:])}
 
 
 def _to_teacher(pictures: _Pictures, teacher: _Pictures | None, halves: list[frozenset[int]]) -> dict[str, Interval]:
@@ -200,15 +208,14 @@ def _to_teacher(pictures: _Pictures, teacher: _Pictures | None, halves: list[fro
 
 
 def _figure(
-    distance: Distance,
+    distance: Callable[[Tensor, Tensor], float],
     a: Tensor,
     of_a: _Pictures,
     b: Tensor,
     of_b: _Pictures,
     halves: list[frozenset[int]],
-    least: int = 2,
 ) -> Interval:
-    return with_spread(distance(a, b), half_sample_distances(a, of_a.prompts, b, of_b.prompts, halves, distance, least))
+    return with_spread(distance(a, b), half_sample_distances(a, of_a.prompts, b, of_b.prompts, halves, distance))
 
 
 def _variety(pictures: _Pictures, teacher: _Pictures | None) -> dict[str, Interval]:

@@ -8,6 +8,7 @@ replacement would count pictures twice, which shrinks covariances, puts neighbou
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -18,8 +19,8 @@ from fewstep.records import Interval
 HALVES = 100
 """Half-samples behind a standard error: known to about 7 %."""
 
-Distance = Callable[[Tensor, Tensor], float]
-"""Features [N, D] and [M, D] to one number."""
+Found = TypeVar("Found")
+"""What is measured between two sets: a number, or several at once."""
 
 
 def half_samples(prompts: Sequence[int], *, halves: int = HALVES, seed: int = 0) -> list[frozenset[int]]:
@@ -37,10 +38,11 @@ def half_sample_distances(
     reference: Tensor,
     reference_prompts: Sequence[int],
     halves: Sequence[frozenset[int]],
-    distance: Distance,
+    distance: Callable[[Tensor, Tensor], Found],
     least: int = 2,
-) -> list[float]:
-    """The distance within each half: both sides are restricted to its prompts.
+) -> list[Found]:
+    """What `distance` finds between features [N, D] and [M, D] within each half: both sides are restricted to its
+    prompts.
 
     Empty where a half has fewer pictures than the `least` that the distance takes.
     """
