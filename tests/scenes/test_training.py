@@ -12,6 +12,7 @@ from diffusers import StableDiffusionPipeline
 from torch import nn
 
 from fewstep.config import PretrainSettings
+from fewstep.errors import InputError
 from fewstep.pretrain import pretrain
 from fewstep.reporting import SILENT
 from fewstep.scenes.judge import Judge, gaussian_blur, load_judge, soften, whiten_features
@@ -77,6 +78,17 @@ def test_a_stopped_stage_goes_on_as_if_it_had_not_been(tmp_path: Path) -> None:
         train(tmp_path / "cut", stop_at=7)
     resumed = train(tmp_path / "cut")
     assert all(torch.equal(a, b) for a, b in zip(straight.parameters(), resumed.parameters(), strict=True))
+
+
+@pytest.mark.parametrize(
+    ("stage", "missing"), [("judges", "vae"), ("denoiser", "vae"), ("refine", "vae"), ("refine", "denoiser")]
+)
+def test_a_stage_says_which_one_comes_before_it(tmp_path: Path, stage: str, missing: str) -> None:
+    if (stage, missing) == ("refine", "denoiser"):
+        build_vae("tiny").save_pretrained(tmp_path / "work" / "vae" / "folded")
+    with pytest.raises(InputError, match=f"run --stage {missing} first"):
+        pretrain(PretrainSettings(size="tiny", stage=stage, output_dir=tmp_path, device="cpu"))  # type: ignore[arg-type]
+    assert not (tmp_path / "work" / "text").exists()  # nothing was trained in vain
 
 
 def test_a_batch_in_parts_trains_as_the_whole_batch_does(tmp_path: Path) -> None:

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 from torch.utils.data import DataLoader, Dataset
 
+from fewstep.errors import InputError
 from fewstep.reporting import Reporter
 
 BETAS = (0.9, 0.99)
@@ -121,11 +122,13 @@ def averaged(folder: Path) -> dict[str, Tensor]:
     """The EMA weights of what was trained in `folder`.
 
     Raises:
-        FileNotFoundError: nothing was.
+        InputError: nothing was.
     """
     file = folder / "state.safetensors"
     if not file.exists():
-        raise FileNotFoundError(f"{file} is not there; run --stage {folder.name} first")
+        raise InputError(
+            f"there is no {str(file)!r}, which the stage {folder.name} leaves; run --stage {folder.name} first"
+        )
     return {name[4:]: value for name, value in load_file(file).items() if name.startswith("ema/")}
 
 

@@ -1,0 +1,18 @@
+"""`fewstep pretrain`: the embedded base and its judges, rebuilt from nothing in four resumable stages.
+
+1. vae: drawings to latents and back;
+2. judges: the reader with its features, and the alignment model;
+3. denoiser: the text encoder, then the UNet on cached latents;
+4. refine: the UNet's training goes on under a second learning rate curve, then the figures that say what the base can
+   do.
+
+Every batch is a function of (seed, step): a stage that was stopped goes on as if it had not been. On a GPU the stages
+take as many steps, with larger batches.
+"""
+
+from __future__ import annotations
+
+from fewstep.pretrain.run import PretrainResult, pretrain
+from fewstep.pretrain.sizes import SIZES, STAGES, Sizes
+
+__all__ = ["SIZES", "STAGES", "PretrainResult", "Sizes", "pretrain"]

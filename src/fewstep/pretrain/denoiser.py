@@ -1,0 +1,86 @@
+"""Stages 3 and 4: the text encoder, then the UNet on cached latents, in two runs of one objective."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+from diffusers import AutoencoderKL
+from torch import Tensor
+from transformers import CLIPTextModel
+
+from fewstep.pretrain.figures import fresh_loss, prove
+from fewstep.pretrain.latents import cached_latents
+from fewstep.pretrain.workshop import Workshop
+from fewstep.randomness import generator
+from fewstep.scenes.attributes import sample_attributes
+from fewstep.scenes.captions import random_caption
+from fewstep.scenes.denoiser import CAPTION_DROPOUT, SCHEDULER, Denoiser, denoiser_losses
+from fewstep.scenes.export import save_base
+from fewstep.scenes.landmarks import numbered_landmarks, standardised_levels
+from fewstep.scenes.loop import Plan, averaged, batch_indices
+from fewstep.scenes.text import CaptionReader, caption_losses, tokenize
+from fewstep.schedule import NoiseSchedule
+
+
+def train_denoiser(shop: Workshop) -> dict[str, Any]:
+    """The text encoder learns to read, then the UNet to draw what it has read."""
+    vae = shop.load_vae()  # missing, it is missed before anything long
+    denoiser = _untrained_denoiser(shop, _train_text(shop))
+    _train_unet(shop, denoiser, vae, "denoiser", shop.plan("denoiser"), shop.seed)
+    return fresh_loss(shop, denoiser)
+
+
+def refine_denoiser(shop: Workshop) -> dict[str, Any]:
+    """Go on from the averaged weights with fresh moments, other batches and noise."""
+    vae = shop.load_vae()
+    denoiser = _untrained_denoiser(shop, CaptionReader(shop.tokenizer, shop.size).text_encoder)
+    denoiser.load_state_dict(averaged(shop.work / "denoiser"))
+    _train_unet(shop, denoiser, vae, "refine", shop.plan("refine"), shop.seed + 1)
+    denoiser.landmarks.detach()
+    save_base(vae.cpu(), denoiser.cpu(), shop.tokenizer, SCHEDULER, shop.out / "base")
+    return fresh_loss(shop, denoiser) | prove(shop)
+
+
+def _untrained_denoiser(shop: Workshop, text_encoder: CLIPTextModel) -> Denoiser:
+    torch.manual_seed(shop.seed)
+    return Denoiser(text_encoder, shop.size)
+
+
+def _train_unet(shop: Workshop, denoiser: Denoiser, vae: AutoencoderKL, name: str, plan: Plan, seed: int) -> None:
+    latents = cached_latents(shop, vae)
+    landmarks = standardised_levels(numbered_landmarks(shop.train_seed, len(latents)))
+    schedule = NoiseSchedule.from_config(SCHEDULER).to(shop.device)
+    denoiser.use_plain_attention(shop.fast and shop.device.type == "cpu")
+
+    def make(step: int, part: int) -> tuple[Any, ...]:
+        picked = batch_indices(seed, step, plan.batch_size, len(latents)).chunk(plan.parts)[part]
+        random = generator(seed, "denoiser", step, part)
+        noise = torch.randn(len(picked), *latents.shape[1:], generator=random)
+        t = torch.randint(schedule.num_train_timesteps, (len(picked),), generator=random)
+        dropped = torch.rand(len(picked), generator=random) < CAPTION_DROPOUT
+        captions = shop.captions(step, picked.tolist())
+        captions = ["" if drop else caption for drop, caption in zip(dropped.tolist(), captions, strict=True)]
+        clean, ids = latents[picked].float(), tokenize(shop.tokenizer, captions)
+        return clean, noise, t, ids, [level[picked] for level in landmarks], ~dropped
+
+    shop.run(denoiser, make, partial(denoiser_losses, denoiser, schedule), plan, name)
+    denoiser.use_plain_attention(False)
+
+
+def _train_text(shop: Workshop) -> CLIPTextModel:
+    """A text encoder whose end-of-text state says every attribute of its caption."""
+    plan = shop.plan("text")
+    torch.manual_seed(shop.seed)
+    reader = CaptionReader(shop.tokenizer, shop.size)
+
+    def make(step: int, _part: int) -> tuple[Tensor, Tensor]:
+        rng = np.random.default_rng((shop.seed, step, 6))
+        drawn = [sample_attributes(rng) for _ in range(plan.batch_size)]
+        ids = tokenize(shop.tokenizer, [random_caption(rng, attributes) for attributes in drawn])
+        return ids, torch.tensor([attributes.indices() for attributes in drawn])
+
+    shop.run(reader, make, partial(caption_losses, reader), plan, "text")
+    return reader.text_encoder

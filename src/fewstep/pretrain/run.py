@@ -1,0 +1,49 @@
+"""The stages one after another, and the figures that each leaves beside the weights."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from fewstep.config import PretrainSettings
+from fewstep.pretrain.denoiser import refine_denoiser, train_denoiser
+from fewstep.pretrain.judges import train_judges
+from fewstep.pretrain.sizes import STAGES
+from fewstep.pretrain.vae import train_vae
+from fewstep.pretrain.workshop import Workshop
+from fewstep.reporting import SILENT, Reporter
+
+TRAIN: dict[str, Callable[[Workshop], dict[str, Any]]] = {
+    "vae": train_vae,
+    "judges": train_judges,
+    "denoiser": train_denoiser,
+    "refine": refine_denoiser,
+}
+"""What each stage does; it returns what it measured."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PretrainResult:
+    """Where the base was written, and what it can do."""
+
+    folder: Path
+    figures: dict[str, Any]
+
+
+def pretrain(settings: PretrainSettings, *, reporter: Reporter = SILENT) -> PretrainResult:
+    """Train the stages asked for and write `base/`, `judge/`, `alignment/` and `figures.json` to the output folder."""
+    reporter.say("settings: " + ", ".join(f"{name}={value}" for name, value in settings))
+    work = Workshop(settings, reporter)
+    stages = STAGES if settings.stage == "all" else (settings.stage,)
+    for stage in stages:
+        minutes = work.sizes.minutes[stage]
+        fewer = "" if work.device.type == "cpu" else f", far fewer on {work.device}"
+        reporter.say(f"{stage}: about {minutes} minutes on two cores{fewer}; stopped, it goes on from its last save")
+        started = time.monotonic()
+        figures = TRAIN[stage](work)
+        taken = (time.monotonic() - started) / 60
+        work.record(stage, figures | {"minutes_of_the_last_run": round(taken, 1)})
+    return PretrainResult(folder=settings.output_dir, figures=work.figures)

@@ -1,0 +1,40 @@
+"""Stage 1: the VAE, from drawings to latents and back."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fewstep.pretrain.workshop import Workshop
+from fewstep.randomness import generator
+from fewstep.scenes import measure
+from fewstep.scenes.denoiser import latents_of
+from fewstep.scenes.drawings import drawn_pixels
+from fewstep.scenes.loop import batch_indices
+from fewstep.scenes.vae import build_vae, fold_latent_statistics, to_pixels, vae_losses
+
+
+def train_vae(shop: Workshop) -> dict[str, Any]:
+    """Train it, and fold the statistics of its latents into it: every channel has mean 0 and std 1 then."""
+    pixels, plan = shop.drawings(), shop.plan("vae")
+    torch.manual_seed(shop.seed)
+    vae = build_vae(shop.size)
+
+    def make(step: int, _part: int) -> tuple[Tensor, Tensor]:
+        batch = to_pixels(pixels[np.sort(batch_indices(shop.seed, step, plan.batch_size, len(pixels)).numpy())])
+        if step % 2:  # a mirrored landscape is as good
+            batch = batch.flip(-1)
+        noise = torch.randn(plan.batch_size, 4, 16, 16, generator=generator(shop.seed, "posterior", step))
+        return batch, noise
+
+    shop.run(vae, make, partial(vae_losses, vae), plan, "vae")
+    with shop.autocast():
+        latents = latents_of(vae, to_pixels(pixels[:1024]))
+    vae = fold_latent_statistics(vae.cpu(), latents.mean((0, 2, 3)), latents.std((0, 2, 3)))
+    vae.save_pretrained(shop.work / "vae" / "folded")
+    test = drawn_pixels(shop.test_seed, shop.sizes.tested)
+    return {"psnr_db": measure.psnr(vae, test), "latent_std": latents.std((0, 2, 3)).tolist()}
