@@ -20,7 +20,7 @@ LAYERS = [
     set(modules.split())
     for modules in (
         # 0: settings, errors, and what everybody may use; no torch
-        "config errors files hiding hub pickles reporting",
+        "allocator config errors files hiding hub pickles reporting",
         # 1: the mathematics
         "losses randomness schedule timesteps",
         # 2: plain functions over a denoiser, and the shapes of what goes in and comes out

@@ -191,8 +191,10 @@ def _metavar(kind: str) -> str:
 
 
 def _call(command: Command, settings: Checked) -> None:
+    from fewstep.allocator import keep_freed_memory
     from fewstep.ui import ConsoleReporter
 
+    keep_freed_memory()
     # torchrun and accelerate give each process its number: the first one speaks for all.
     reporter = ConsoleReporter(quiet=os.environ.get("RANK", "0") != "0")
     with reporter.holding_signals():

@@ -18,9 +18,6 @@ from fewstep.train import DistillResult, distill
 TRAINING, BENCHMARK = "training", "benchmark"
 """The folders in outdir."""
 
-SOLVER_STEPS = (8,)
-"""Of the untrained solvers beside the student: the fewest that are any good, to keep the demo short."""
-
 AT_ONCE = 40
 """Pictures drawn at once for the benchmark: faster than the training's batch, and the pictures are the same."""
 
@@ -126,7 +123,7 @@ def _measuring(settings: DemoSettings, adapter: Path) -> BenchSettings:
         batch_size=AT_ONCE,
         compare_baseline=True,
         baseline_steps=settings.baseline_steps,
-        solver_steps=SOLVER_STEPS,
+        solver_steps=settings.solver_steps,
         solver_karras=False,  # on scenes they are the worse ones
         batch_sizes=(1,),
         resume=True,

@@ -15,7 +15,7 @@ from fewstep.config import PretrainSettings
 from fewstep.errors import InputError
 from fewstep.pretrain import pretrain
 from fewstep.reporting import SILENT
-from fewstep.scenes.judge import Judge, gaussian_blur, load_judge, soften, whiten_features
+from fewstep.scenes.judge import Features, Glance, Judge, gaussian_blur, load_judge, read, soften, whiten_features
 from fewstep.scenes.loop import Plan, batch_indices, made_ahead, run
 from fewstep.scenes.text import build_tokenizer
 from fewstep.scenes.vae import build_vae, fold_latent_statistics
@@ -161,6 +161,22 @@ def test_whitening_changes_the_features_scale_and_nothing_else() -> None:
     assert all(torch.equal(reading[name], again[name]) for name in reading)
 
 
+def test_the_same_pictures_are_looked_at_once() -> None:
+    torch.manual_seed(0)
+    looks: list[int] = []
+    judge = Judge("tiny", 7).eval()
+    judge.register_forward_hook(lambda *_: looks.append(1))
+    glance, pictures = Glance(judge), torch.rand(2, 3, 128, 128)
+    with torch.no_grad():
+        logits, features, _ = judge(pictures)
+    found = glance(pictures)
+    assert torch.equal(found[0]["birds"], logits["birds"]) and torch.equal(Features(glance)(pictures.clone()), features)
+    assert len(looks) == 2  # the judge's own, and one of two
+    pictures[0] = 0  # in place: other pictures now
+    assert not torch.equal(Features(glance)(pictures), features) and len(looks) == 3
+    assert Features(glance)(pictures[:1]).shape == (1, 64) and len(looks) == 4
+
+
 def test_softening_blurs_and_flattens() -> None:
     picture = torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
     sharp = gaussian_blur(picture, torch.zeros(2))
@@ -184,7 +200,7 @@ def test_pretraining_from_nothing_gives_a_base_that_a_stock_pipeline_draws_with(
     pipeline.set_progress_bar_config(disable=True)
     picture = pipeline("a red house", num_inference_steps=2, output_type="np").images[0]
     assert picture.shape == (128, 128, 3)
-    assert load_judge(tmp_path / "judge").read(torch.rand(2, 3, 128, 128))["birds"].shape == (2,)
+    assert read(load_judge(tmp_path / "judge")(torch.rand(2, 3, 128, 128))[0])["birds"].shape == (2,)
     # Everything is there: the same command again trains nothing and finds the same figures.
     again = pretrain(PretrainSettings(output_dir=tmp_path, size="tiny", seed=0, mixed_precision="no", stage="vae"))
     assert again.figures["vae"]["psnr_db"] == pytest.approx(result.figures["vae"]["psnr_db"])

@@ -52,7 +52,8 @@ def test_the_parts_of_memory_are_counted(found: DryRun, whole: DistillResult, sa
     assert held["adapter"] == held["gradients"] == pytest.approx(adapter, rel=0.5)  # the file has a long header
     layers = held["adapter"] // 4
     assert held["optimizer"] == pytest.approx(3 * held["adapter"], rel=0.05), f"two moments and the average of {layers}"
-    assert found.two.activations == pytest.approx(2 * found.one.activations, rel=0.01)
+    # What folded layers keep of their weights does not grow with the batch.
+    assert 1.95 * found.one.activations < found.two.activations <= 2 * found.one.activations
     assert found.one.activations > held["adapter"]
     assert any(line.startswith("memory, counted: base ") and "at batch 2" in line for line in said.said)
 

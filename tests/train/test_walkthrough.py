@@ -56,9 +56,14 @@ def test_the_demo_measures_what_it_trained(parts: Parts, tmp_path: Path) -> None
     assert training.seed == measuring.seed == 7
     assert measuring.lora_path == tmp_path / "training" / "lora" / "final"
     assert (measuring.num_prompts, measuring.num_images, measuring.baseline_steps) == (20, 10, 50)
-    assert measuring.compare_baseline
+    assert measuring.compare_baseline and measuring.solver_steps == (0,)
     said = "\n".join(heard.said)
     assert str(tmp_path / "benchmark" / "report.html") in said and str(tmp_path / "benchmark" / "images") in said
+
+
+def test_the_untrained_solver_is_drawn_where_it_is_asked_for(parts: Parts, tmp_path: Path) -> None:
+    walkthrough(DemoSettings(outdir=tmp_path, max_steps=9, solver_steps=(8,)))
+    assert parts.measured[0].solver_steps == (8,)
 
 
 def test_a_stopped_demo_goes_on_with_the_same_command_and_no_other(parts: Parts, tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from fewstep.arms import Arm
@@ -106,7 +107,9 @@ def _real_batch(plan: Plan, real: RealPictures, ids: Ids, on_step: OnStep) -> Pi
 def _others(plan: Plan, real: RealPictures, batch: PictureBatch) -> dict[str, Tensor]:
     """`looks_of` other real pictures after the VAE, and "raw", their features before it."""
     pixels = real.others(batch.ids)
-    return looks_of(plan, through_vae(plan.backbone, pixels)) | {"raw": features_among(looks_of(plan, pixels))}
+    raw = features_among(looks_of(plan, pixels))
+    known = batch.latents if torch.equal(pixels, batch.pixels) else None  # they may be the very same ones
+    return looks_of(plan, through_vae(plan.backbone, pixels, known)) | {"raw": raw}
 
 
 def draw(

@@ -143,6 +143,10 @@ def latents_of(backbone: Backbone, pixels: Tensor) -> Tensor:
     return backbone.encode((pixels.float() / 127.5 - 1).to(backbone.device)).cpu()
 
 
-def through_vae(backbone: Backbone, pixels: Tensor) -> Tensor:
-    """Pixels uint8 [B, 3, H, W] after the VAE, as an arm's pictures are: what it loses is held against nobody."""
-    return as_bytes(backbone.decode(latents_of(backbone, pixels)))
+def through_vae(backbone: Backbone, pixels: Tensor, latents: Tensor | None = None) -> Tensor:
+    """Pixels uint8 [B, 3, H, W] after the VAE, as an arm's pictures are: what it loses is held against nobody.
+
+    Args:
+        latents: theirs, where they are known already.
+    """
+    return as_bytes(backbone.decode(latents_of(backbone, pixels) if latents is None else latents))

@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from fewstep.config.base import BaseModelSettings, Settings
-from fewstep.config.kinds import Count, Folder, Names, Span, StepCounts, StudentSteps, TeacherSteps
+from fewstep.config.kinds import Count, Folder, Names, SolverSteps, Span, StepCounts, StudentSteps, TeacherSteps
 
 
 class PretrainSettings(Settings):
@@ -42,5 +42,10 @@ class DemoSettings(BaseModelSettings):
     )
     steps: StepCounts = Field((1, 2, 4, 8), description="Step counts to measure.")
     baseline_steps: TeacherSteps = Field(50, description="DDIM steps of the teacher it is measured against.")
+    solver_steps: SolverSteps = Field(
+        (0,),
+        description="Step counts at which the teacher is also drawn with DPM-Solver++, which costs no training: 8 is "
+        "the fewest worth a look; 0 leaves it out.",
+    )
     num_prompts: Count = Field(20, description="How many of the base's own prompts to draw.")
     num_images: Count = Field(10, description="Pictures a prompt.")

@@ -88,11 +88,12 @@ def _add(
 ) -> None:
     from peft import LoraConfig
 
+    from .folding import FoldingLinear
+
     unet.requires_grad_(False)
-    unet.add_adapter(
-        LoraConfig(r=rank, lora_alpha=alpha, target_modules=targets, rank_pattern=ranks, alpha_pattern=alphas),
-        adapter_name=ADAPTER,
-    )
+    config = LoraConfig(r=rank, lora_alpha=alpha, target_modules=targets, rank_pattern=ranks, alpha_pattern=alphas)
+    config._register_custom_module({nn.Linear: FoldingLinear})  # PEFT's own way of bringing in another layer
+    unet.add_adapter(config, adapter_name=ADAPTER)
     for _, layer in lora_layers(unet):  # PEFT follows the precision of the base layer; the optimizer needs fp32
         layer.lora_A[ADAPTER].float()
         layer.lora_B[ADAPTER].float()

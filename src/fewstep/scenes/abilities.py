@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from fewstep.scenes.attributes import Split
 from fewstep.scenes.captions import random_caption, read_caption
 from fewstep.scenes.drawings import numbered_attributes, numbered_drawing
-from fewstep.scenes.judge import Features, Judge, answers, load_judge
+from fewstep.scenes.judge import Features, Glance, answers, load_judge, read
 
 FOLDER = Path(__file__).parent
 PROMPT_STREAM, TRAINING_STREAM, REFERENCE_STREAM = 7_000_001, 8_000_009, 9_000_011
@@ -60,13 +60,13 @@ class SceneAbilities:
         return np.stack(pictures)
 
     @cached_property
-    def _judge(self) -> Judge:
-        return load_judge(self.folder / "judge")
+    def _judge(self) -> Glance:
+        return Glance(load_judge(self.folder / "judge"))
 
     @torch.no_grad()
     def answers(self, pixels: Tensor, prompts: list[str]) -> dict[str, Tensor]:
         """What is right about pictures [B, 3, 128, 128] in 0…1: booleans [B] by attribute, "intact", "all_right"."""
-        return answers(self._judge.read(pixels.float().cpu()), [read_caption(prompt) for prompt in prompts])
+        return answers(read(self._judge(pixels.float().cpu())[0]), [read_caption(prompt) for prompt in prompts])
 
     def features(self) -> nn.Module:
         """The 64-dimensional feature extractor: pixels [B, 3, 128, 128] in 0…1 to [B, 64]."""

@@ -91,10 +91,25 @@ class Judge(nn.Module):
         features = self.bottleneck(embedding)
         return {name: head(embedding) for name, head in self.heads.items()}, features, self.regression(features)
 
+
+Found = tuple[dict[str, Tensor], Tensor, Tensor]
+"""What a judge finds in pictures: logits by attribute, features, parameters."""
+
+
+class Glance(nn.Module):
+    """A finished judge. Of the pictures that it saw last it tells again what it saw: several ask for each batch."""
+
+    def __init__(self, judge: Judge) -> None:
+        super().__init__()
+        self.judge = judge
+        self._last: tuple[Tensor, Found] | None = None
+
     @torch.no_grad()
-    def read(self, pixels: Tensor) -> dict[str, Tensor]:
-        """The most likely class of every head: int64 [B] by name."""
-        return {name: logits.argmax(1) for name, logits in self(pixels)[0].items()}
+    def forward(self, pixels: Tensor) -> Found:
+        """As the judge."""
+        if self._last is None or not torch.equal(self._last[0], pixels):
+            self._last = (pixels.clone(), self.judge(pixels))
+        return self._last[1]
 
 
 class Features(nn.Module):
@@ -102,13 +117,19 @@ class Features(nn.Module):
 
     num_features = FEATURES
 
-    def __init__(self, judge: Judge) -> None:
+    def __init__(self, judge: Glance) -> None:
         super().__init__()
         self.judge = judge
 
     @torch.no_grad()
     def forward(self, pixels: Tensor) -> Tensor:
-        return self.judge(pixels)[1].float()
+        features: Tensor = self.judge(pixels)[1]
+        return features.float()
+
+
+def read(logits: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The most likely class of every head: int64 [B] by name."""
+    return {name: each.argmax(1) for name, each in logits.items()}
 
 
 def labels(drawing: Drawing) -> dict[str, int]:

@@ -8,7 +8,7 @@ from diffusers import AutoencoderKL
 from torch import Tensor
 
 from fewstep.scenes.drawings import Drawing
-from fewstep.scenes.judge import CLASSES, Judge, labels
+from fewstep.scenes.judge import CLASSES, Judge, labels, read
 from fewstep.scenes.vae import to_pixels
 
 BATCH = 32
@@ -33,7 +33,7 @@ def psnr(vae: AutoencoderKL, pixels: np.ndarray) -> float:
 
 def read_all(judge: Judge, pixels: np.ndarray) -> dict[str, Tensor]:
     """The judge's reading of pictures uint8 [N, 128, 128, 3]: int64 [N] by head."""
-    readings = [judge.read((to_pixels(pixels[i : i + BATCH]) + 1) / 2) for i in range(0, len(pixels), BATCH)]
+    readings = [read(judge((to_pixels(pixels[i : i + BATCH]) + 1) / 2)[0]) for i in range(0, len(pixels), BATCH)]
     return {name: torch.cat([reading[name] for reading in readings]) for name in CLASSES}
 
 
