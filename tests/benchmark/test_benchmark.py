@@ -52,6 +52,7 @@ def settings(folder: Path, **changes: object) -> BenchSettings:
         "frechet_images": 5,
         "device": "cpu",
         "batch_sizes": (1,),
+        "timing_repeats": 1,
     }
     return BenchSettings(**values | changes)
 
@@ -69,7 +70,7 @@ def table(path: Path) -> list[dict[str, str]]:
 def run(shared_base: Backbone, tmp_path_factory: pytest.TempPathFactory) -> tuple[BenchmarkResult, Notes]:
     notes = Notes()
     folder = tmp_path_factory.mktemp("run")
-    result = benchmark(settings(folder, batch_sizes=(1, 2)), reporter=notes, backbone=shared_base)
+    result = benchmark(settings(folder, batch_sizes=(1, 2), timing_repeats=5), reporter=notes, backbone=shared_base)
     lora.detach(shared_base.unet)
     return result, notes
 

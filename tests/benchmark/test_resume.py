@@ -29,6 +29,7 @@ from tests.benchmark.fakes import make_adapter
 from tests.benchmark.test_benchmark import settings
 
 TIMES = ("time_total_s", "time_per_image_s", "speedup_vs_baseline")
+pytestmark = pytest.mark.slow  # together they are: none of them should be what the last worker still has to do
 SCRIPT = Path(__file__).parent / "one_of_several.py"
 
 

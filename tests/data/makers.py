@@ -41,7 +41,10 @@ class Artist:
 
     def training_item(self, seed: int, index: int) -> tuple[np.ndarray, str]:
         colour = (index % 256, index // 256 % 256, seed % 256)
-        return np.full((24, 24, 3), colour, dtype=np.uint8), f"drawing  {index}\nof {seed}"
+        return np.full((24, 24, 3), colour, dtype=np.uint8), self.training_caption(seed, index)
+
+    def training_caption(self, seed: int, index: int) -> str:
+        return f"drawing  {index}\nof {seed}"
 
 
 def picture(colour: tuple[int, int, int] = (200, 30, 60), size: tuple[int, int] = (20, 14)) -> Image.Image:

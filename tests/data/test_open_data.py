@@ -65,7 +65,10 @@ def test_a_base_that_draws_its_own() -> None:
 def test_a_base_that_draws_without_saying_what() -> None:
     class Mute:
         def training_item(self, seed: int, index: int) -> tuple[np.ndarray, str]:
-            return np.zeros((16, 16, 3), dtype=np.uint8), " "
+            return np.zeros((16, 16, 3), dtype=np.uint8), self.training_caption(seed, index)
+
+        def training_caption(self, seed: int, index: int) -> str:
+            return " "
 
     with pytest.raises(DataError, match="bad caption"):
         open_data(Settings(), Base(abilities=Mute()))

@@ -161,6 +161,7 @@ def test_abilities_draw_their_own_data() -> None:
     assert len(set(prompts)) == 50
     assert all(Attributes(**read_caption(prompt)).split == "unseen" for prompt in prompts)
     pixels, caption = abilities.training_item(1, 0)
+    assert caption == abilities.training_caption(1, 0) != abilities.training_caption(1, 1)
     assert pixels.shape == (128, 128, 3)
     assert Attributes(**read_caption(caption)).split == "train"
     pictures = abilities.reference_pictures(prompts[:2], 3, seed=0)

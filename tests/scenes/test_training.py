@@ -172,6 +172,8 @@ def test_the_same_pictures_are_looked_at_once() -> None:
     found = glance(pictures)
     assert torch.equal(found[0]["birds"], logits["birds"]) and torch.equal(Features(glance)(pictures.clone()), features)
     assert len(looks) == 2  # the judge's own, and one of two
+    one, other = (Features(glance)(pictures) for _ in range(2))
+    assert len(looks) == 2 and one.data_ptr() != other.data_ptr()
     pictures[0] = 0  # in place: other pictures now
     assert not torch.equal(Features(glance)(pictures), features) and len(looks) == 3
     assert Features(glance)(pictures[:1]).shape == (1, 64) and len(looks) == 4

@@ -11,6 +11,7 @@ from fewstep import lora
 from fewstep.backbone import Backbone, adapters_off, load_backbone
 from fewstep.config import TrainSettings
 from fewstep.data import Batch
+from fewstep.data.pairs import LocalPictures
 from fewstep.errors import CheckpointError, DataError, InputError, Interrupted
 from fewstep.methods.kstep import KStep
 from fewstep.train import distill
@@ -186,3 +187,20 @@ def test_contradictions_are_refused(prompts: TrainSettings, pictures: Path, tmp_
     with pytest.raises(DataError, match="cannot be read"):
         distill(prompts.replace(prompts_file=tmp_path / "missing.txt"))
     assert not prompts.output_dir.exists()
+
+
+@pytest.mark.parametrize("start", ["teacher", "student", "noise"])
+def test_where_no_picture_is_noised_none_is_decoded(
+    settings: TrainSettings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, start: str
+) -> None:
+    def decoded(*_: object) -> None:
+        raise AssertionError("a picture was decoded")
+
+    asked = settings.replace(
+        start=start, sampler="ddim" if start == "noise" else "lcm", num_ddim_steps=8, max_steps=2, lr_warmup_steps=0,
+        validate_every=0, checkpoint_every=0, oracle_images=0, output_dir=tmp_path,
+    )  # fmt: skip
+    monkeypatch.setattr(LocalPictures, "item", decoded)
+    assert distill(asked).steps == 2
+    with pytest.raises(AssertionError, match="a picture was decoded"):
+        distill(asked.replace(start="data", sampler="lcm", run_name="data"))

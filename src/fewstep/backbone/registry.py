@@ -29,6 +29,10 @@ class Abilities(Protocol):
         """Picture uint8 [H, W, 3] and caption number `index` of the base's own endless data."""
         ...
 
+    def training_caption(self, seed: int, index: int) -> str:
+        """That caption, without the work of drawing."""
+        ...
+
     def reference_pictures(self, prompts: list[str], per_prompt: int, seed: int) -> np.ndarray:
         """`per_prompt` right pictures for each prompt, uint8 [len(prompts) * per_prompt, H, W, 3]."""
         ...

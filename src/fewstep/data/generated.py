@@ -25,6 +25,10 @@ class DrawsPictures(Protocol):
         """Picture number `index`, uint8 [H, W, 3] RGB, and its caption."""
         ...
 
+    def training_caption(self, seed: int, index: int) -> str:
+        """That caption alone."""
+        ...
+
 
 class GeneratedPictures:
     """As many pictures as anyone asks for, drawn when they are asked for."""
@@ -42,14 +46,10 @@ class GeneratedPictures:
 
     def item(self, index: int) -> tuple[np.ndarray, tuple[str, ...]]:
         pixels, caption = self._artist.training_item(self._seed, index)
-        try:
-            caption = captions.clean(caption)
-        except captions.CaptionError as error:
-            raise DataError(f"drawing {index} of the base came with a bad caption: {error}; repair the base") from error
-        return square_pixels(Image.fromarray(pixels), self._resolution), (caption,)
+        return square_pixels(Image.fromarray(pixels), self._resolution), _cleaned(caption, index)
 
     def captions(self, index: int) -> tuple[str, ...]:
-        return self.item(index)[1]  # what is drawn is what the caption says: one does not come without the other
+        return _cleaned(self._artist.training_caption(self._seed, index), index)
 
     def fingerprint(self) -> str:
         """Tells what is drawn by drawing the first few."""
@@ -58,3 +58,10 @@ class GeneratedPictures:
             pixels, caption = self.item(index)
             add_to_fingerprint(digest, hashlib.blake2b(pixels.tobytes()).hexdigest(), str(pixels.size), caption)
         return digest.hexdigest()
+
+
+def _cleaned(caption: str, index: int) -> tuple[str]:
+    try:
+        return (captions.clean(caption),)
+    except captions.CaptionError as error:
+        raise DataError(f"drawing {index} of the base came with a bad caption: {error}; repair the base") from error

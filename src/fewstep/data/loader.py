@@ -13,7 +13,7 @@ repetition, and each one is named in the batch. More of them than the scan's all
 from __future__ import annotations
 
 import signal
-from collections.abc import Callable, Iterator, Set
+from collections.abc import Callable, Container, Iterator
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
@@ -148,7 +148,7 @@ class Batches:
         allowance: int = 0,
         workers: int = 0,
         skip: Callable[[int, int], bool] = lambda _first, _count: False,
-        spared: Set[int] = frozenset(),
+        spared: Container[int] = frozenset(),
     ) -> None:
         """Nothing is loaded yet.
 
@@ -245,7 +245,7 @@ class _Source(Dataset["_Loaded | FewstepError"]):
     data: PictureData
     slices: Slices
     seed: int
-    spared: Set[int]
+    spared: Container[int]
 
     def __getitem__(self, key: tuple[int, int]) -> _Loaded | FewstepError:
         update, micro = key

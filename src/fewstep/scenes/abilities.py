@@ -41,8 +41,12 @@ class SceneAbilities:
 
     def training_item(self, seed: int, index: int) -> tuple[np.ndarray, str]:
         """Drawing `index` of a training stream: uint8 [128, 128, 3] and its caption."""
-        drawing = numbered_drawing(seed + TRAINING_STREAM, index)
-        return drawing.pixels, random_caption(np.random.default_rng((seed, index, 4)), drawing.attributes)
+        return numbered_drawing(seed + TRAINING_STREAM, index).pixels, self.training_caption(seed, index)
+
+    def training_caption(self, seed: int, index: int) -> str:
+        """The caption of that drawing, which need not be drawn for it."""
+        attributes = numbered_attributes(seed + TRAINING_STREAM, index)
+        return random_caption(np.random.default_rng((seed, index, 4)), attributes)
 
     def reference_pictures(self, prompts: list[str], per_prompt: int, seed: int) -> np.ndarray:
         """Drawings of the same captions, prompt by prompt: uint8 [len(prompts) · per_prompt, 128, 128, 3].
