@@ -82,8 +82,9 @@ def measure_distributions(plan: Plan, evaluations: Mapping[str, Evaluation], rep
             _variety(pictures, teacher),
         )
 
-    with reporter.progress("distances", len(drawn)) as bar, ThreadPoolExecutor() as pool:
-        # In threads: these matrices are too small for one of them to keep a processor busy.
+    # A thread an arm, each computing alone: these matrices are too small to be shared out.
+    threads = ThreadPoolExecutor(torch.get_num_threads(), initializer=torch.set_num_threads, initargs=(1,))
+    with reporter.progress("distances", len(drawn)) as bar, threads as pool:
         for name, (frechet, distances, variety) in zip(drawn, pool.map(measure, drawn.values()), strict=True):
             if frechet is not None:
                 result.frechet[name] = frechet
