@@ -54,7 +54,8 @@ def test_preference_and_features_by_name(base: Backbone, tmp_path: Path) -> None
 def test_what_is_not_at_hand_is_named_in_the_report(base: Backbone, tmp_path: Path) -> None:
     notes = Notes()
     asked = settings(
-        tmp_path, steps=(1,), compare_baseline=False, preference_model="nobody/no-pick", feature_model="nobody/no-dino"
+        tmp_path, steps=(1,), compare_baseline=False, timing_repeats=5,  # fewer are warned of
+        preference_model="nobody/no-pick", feature_model="nobody/no-dino",
     )  # fmt: skip
     result = benchmark(asked, reporter=notes, backbone=base)
     assert len(notes.warned) == 2
@@ -74,8 +75,9 @@ def test_inception_without_its_libraries_is_named_with_the_fix(
 ) -> None:
     monkeypatch.setitem(sys.modules, "torch_fidelity", None)
     result = benchmark(
-        settings(tmp_path, steps=(1,), compare_baseline=False, feature_model="inception"), backbone=base
-    )  # fmt: skip
+        settings(tmp_path, steps=(1,), compare_baseline=False, timing_repeats=5, feature_model="inception"),
+        backbone=base,
+    )
     (warned,) = result.record.warnings
     assert "feature_model 'inception' was asked for and is not at hand" in warned and "fewstep[fid]" in warned
     assert "over the base's own features instead" in warned
