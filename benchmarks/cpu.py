@@ -13,8 +13,6 @@ import json
 import statistics
 import subprocess
 import sys
-import time
-from collections.abc import Callable
 
 import torch
 
@@ -23,6 +21,7 @@ from fewstep.allocator import keep_freed_memory
 from fewstep.backbone import load_backbone
 from fewstep.lora import folding
 from fewstep.solver import Denoiser
+from fewstep.timing import measure
 
 PICTURES, LEARNT = 40, 16
 ATTENTION = ["to_q", "to_k", "to_v", "to_out.0"]
@@ -72,8 +71,8 @@ def measured(*, kept: bool) -> dict[str, float]:
     teacher = backbone.denoiser(adapter=False)
     with torch.no_grad():
         found = {
-            "UNet forward, 80 samples": timed(lambda: teacher(x_t, t, cond)) / len(x_t),
-            "decoding, 40 pictures": timed(lambda: backbone.decode(x_t[:PICTURES])) / PICTURES,
+            "UNet forward, 80 samples": 1000 * measure(lambda: teacher(x_t, t, cond)).median / len(x_t),
+            "decoding, 40 pictures": 1000 * measure(lambda: backbone.decode(x_t[:PICTURES])).median / PICTURES,
         }
     for rank, targets in ADAPTERS.items():
         parameters = lora.attach(backbone.unet, rank, 8 * rank, targets, seed=0)
@@ -98,20 +97,9 @@ def steps_in_turn(
     for _ in range(3):
         for folded, times in taken.items():
             folding.folding_pays = rule if folded else lambda *_: False
-            times.append(timed(step, runs=2))
+            times.append(1000 * measure(step, repeats=2).median)
     folding.folding_pays = rule
     return taken
-
-
-def timed(work: Callable[[], object], runs: int = 5) -> float:
-    """The median of `runs` in milliseconds, after one that is not counted."""
-    work()
-    taken = []
-    for _ in range(runs):
-        started = time.perf_counter()
-        work()
-        taken.append(1000 * (time.perf_counter() - started))
-    return statistics.median(taken)
 
 
 if __name__ == "__main__":

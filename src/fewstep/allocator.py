@@ -14,8 +14,8 @@ TRIM_THRESHOLD, TOP_PAD, MMAP_THRESHOLD = -1, -2, -3
 """Parameters of mallopt(3)."""
 
 NEVER = 2**31 - 1
-LARGEST = 64 * 2**20
-"""Bytes above which a tensor is mapped all the same: the most that glibc takes."""
+LARGEST = 32 * 2**20
+"""Bytes above which a tensor is mapped all the same: the most that mallopt(3) allows."""
 AHEAD = 256 * 2**20
 """Bytes asked of the system at once."""
 

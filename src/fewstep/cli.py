@@ -20,6 +20,7 @@ from typing import Annotated, Any, Literal
 from cyclopts import App, CycloptsError, Group, MissingArgumentError, Parameter, UnusedCliTokensError
 
 from fewstep import __version__
+from fewstep.allocator import keep_freed_memory
 from fewstep.config import (
     BenchSettings,
     CacheSettings,
@@ -191,7 +192,6 @@ def _metavar(kind: str) -> str:
 
 
 def _call(command: Command, settings: Checked) -> None:
-    from fewstep.allocator import keep_freed_memory
     from fewstep.ui import ConsoleReporter
 
     keep_freed_memory()

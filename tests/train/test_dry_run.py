@@ -58,6 +58,14 @@ def test_the_parts_of_memory_are_counted(found: DryRun, whole: DistillResult, sa
     assert any(line.startswith("memory, counted: base ") and "at batch 2" in line for line in said.said)
 
 
+def test_without_folded_layers_all_that_is_kept_grows_with_the_batch(
+    asked: TrainSettings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("fewstep.lora.folding.folding_pays", lambda *_: False)
+    plain = rehearse(asked)
+    assert plain.two.activations == pytest.approx(2 * plain.one.activations, rel=0.01)
+
+
 def test_times_are_those_of_the_settings_batch(found: DryRun, asked: TrainSettings) -> None:
     assert found.one.teacher_seconds > 0 and found.one.student_seconds > 0
     one = Trial(teacher_seconds=2.0, student_seconds=1.0, activations=10, peak=None)

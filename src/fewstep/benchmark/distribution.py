@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from fewstep.benchmark.drawing import features_among, looks_of
+from fewstep.benchmark.drawing import features_among, features_of, looks_of
 from fewstep.benchmark.plan import Plan
 from fewstep.benchmark.real import through_vae
 from fewstep.metrics.frechet import frechet_distance
@@ -126,7 +126,7 @@ def _references(plan: Plan, reporter: Reporter) -> _Pictures | None:
         for start in range(0, len(ids), settings.batch_size):
             some = ids[start : start + settings.batch_size]
             pixels = real.reference(some)
-            raw.append(features_among(looks_of(plan, pixels)))
+            raw.append(features_of(plan, pixels))
             found.append(looks_of(plan, through_vae(plan.backbone, pixels)))
             bar.advance(len(some))
     looks = {name: torch.cat([one[name] for one in found]) for name in found[0]}

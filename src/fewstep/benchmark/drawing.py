@@ -96,6 +96,14 @@ def features_among(looks: Mapping[str, Tensor]) -> Tensor:
     return looks["features"] if "features" in looks else looks["embedding"]
 
 
+def features_of(plan: Plan, pixels: Tensor) -> Tensor:
+    """`features_among` the looks of pixels uint8 [B, 3, H, W], and no other look."""
+    if plan.features is not None:
+        return plan.features(pixels)
+    assert plan.alignment is not None, "without either there is nothing to take distances between"
+    return plan.alignment.images(pixels)
+
+
 def _real_batch(plan: Plan, real: RealPictures, ids: Ids, on_step: OnStep) -> PictureBatch:
     """Real pictures as if they had been drawn, in no time."""
     pixels = real.shown(ids)
@@ -107,7 +115,7 @@ def _real_batch(plan: Plan, real: RealPictures, ids: Ids, on_step: OnStep) -> Pi
 def _others(plan: Plan, real: RealPictures, batch: PictureBatch) -> dict[str, Tensor]:
     """`looks_of` other real pictures after the VAE, and "raw", their features before it."""
     pixels = real.others(batch.ids)
-    raw = features_among(looks_of(plan, pixels))
+    raw = features_of(plan, pixels)
     known = batch.latents if torch.equal(pixels, batch.pixels) else None  # they may be the very same ones
     return looks_of(plan, through_vae(plan.backbone, pixels, known)) | {"raw": raw}
 

@@ -13,6 +13,5 @@ take as many steps, with larger batches.
 from __future__ import annotations
 
 from fewstep.pretrain.run import PretrainResult, pretrain
-from fewstep.pretrain.sizes import SIZES, STAGES, Sizes
 
-__all__ = ["SIZES", "STAGES", "PretrainResult", "Sizes", "pretrain"]
+__all__ = ["PretrainResult", "pretrain"]

@@ -58,7 +58,7 @@ def fill(
         end=places // slices.global_batch,
         allowance=opened.allowance,
         workers=start.loading_workers(backbone.device, processes.num_processes),
-        spared=cache.items(),
+        spared=teacher.spared(),
     )
     cache.embed([""])
     with reporter.progress("cache", len(batches)) as bar:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 
@@ -15,9 +14,6 @@ from fewstep.reporting import Reporter
 from fewstep.telemetry import Throughput
 from fewstep.train import start
 from fewstep.train.rollouts import Lesson, RolloutStore, Teacher, kept_lessons
-
-EVERY_ITEM = range(sys.maxsize)
-"""Of any data: where no picture is noised, the captions alone are wanted."""
 
 
 def open_lessons(
@@ -52,7 +48,7 @@ def open_lessons(
         seed=settings.seed,
         allowance=opened.allowance,
         workers=start.loading_workers(backbone.device, processes.num_processes),
-        spared=teacher.encoder.items() if teacher.start == "data" else EVERY_ITEM,
+        spared=teacher.spared(),
     )
     if not settings.keeps_rollouts:
         return map(teacher, speed.waiting(batches(start=begin, end=settings.max_steps)))

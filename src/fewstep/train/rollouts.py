@@ -12,7 +12,8 @@ With `pairs_per_visit` an update learns from few pairs of many rollouts instead 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+import sys
+from collections.abc import Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -105,6 +106,10 @@ class Teacher:
             replaced=batch.replaced,
             forwards=teacher.samples,
         )
+
+    def spared(self) -> Container[int]:
+        """Numbers of the data's items whose captions alone are wanted: encoded already, or no picture is noised."""
+        return self.encoder.items() if self.start == "data" else range(sys.maxsize)
 
     def prepare(self, batch: Batch) -> None:
         """Ask the encoder for all that the batch's lesson will ask of it."""
