@@ -1,7 +1,7 @@
 """The C library's memory: kept for the next forward instead of given back to the system after each.
 
 A forward on a CPU asks for the same tensors of some megabytes again and again. glibc maps each of them anew, and every
-page of it is a fault into the system: a tenth of the time of a small network.
+page of it is a fault into the system: about a tenth of the time that a small network draws in.
 """
 
 from __future__ import annotations
