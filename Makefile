@@ -18,7 +18,7 @@ demo: $(STAMP)
 # One thread in each of two processes: two cores, and the same arithmetic on every machine.
 test: $(STAMP)
 	$(BIN)/ruff check .
-	$(BIN)/mypy
+	$(BIN)/mypy --num-workers 2
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist worksteal $(ARGS)
 
 # What a run survives: kills, full disks, damaged files, any bytes. Mounting small disks takes root, or sudo.

@@ -11,7 +11,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch import Tensor
 
 
 @dataclass(frozen=True)
@@ -74,17 +73,40 @@ def measure(
     return Timing(tuple(seconds))
 
 
+BEST_OF, LONGEST = 10, 4.0
+"""Products that are timed for a matrix rate, and how many seconds they may take on a CPU."""
+
+
 @torch.no_grad()
 def matrix_rate(device: torch.device, dtype: torch.dtype, side_on_cpu: int = 1536) -> float:
-    """Operations a second of one large square matrix product, the best of ten: what the machine can do at all."""
-    side = side_on_cpu if device.type == "cpu" else 8192
+    """Operations a second of one large square matrix product, the best of ten: what the machine can do at all.
+
+    On a CPU that has no units for a precision the large product would take minutes: it is a smaller one there.
+    """
+    side = 8192
+    if device.type == "cpu":
+        seconds = min(_products(_PROBE, device, dtype, repeats=2))
+        side = affordable_side(side_on_cpu, seconds)
+    return 2 * side**3 / min(_products(side, device, dtype, repeats=BEST_OF))
+
+
+_PROBE = 384
+"""Side of a product that takes no time at all, or a little where the precision is slow."""
+
+
+def affordable_side(wanted: int, seconds: float) -> int:
+    """`wanted`, halved until its products can be afforded; `seconds` is what one of side 384 took."""
+    side = wanted
+    while side > _PROBE and (BEST_OF + WARMUP) * seconds * (side / _PROBE) ** 3 > LONGEST:
+        side //= 2
+    return side
+
+
+def _products(side: int, device: torch.device, dtype: torch.dtype, repeats: int) -> tuple[float, ...]:
+    """Seconds of each product."""
     a, b = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
     out = torch.empty_like(a)
-
-    def product() -> Tensor:
-        return torch.mm(a, b, out=out)
-
-    return 2 * side**3 / min(measure(product, repeats=10, warmup=3, device=device).seconds)
+    return measure(lambda: torch.mm(a, b, out=out), repeats=repeats, warmup=WARMUP, device=device).seconds
 
 
 @cache

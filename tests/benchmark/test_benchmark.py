@@ -13,13 +13,14 @@ import torch
 from PIL import Image
 
 from fewstep import lora
+from fewstep.arithmetic import flops
 from fewstep.arms import base_arm, solver_arm, student_arm, teacher_arm
 from fewstep.backbone import Backbone
 from fewstep.benchmark import BenchmarkResult, benchmark
 from fewstep.config import BenchSettings, load_toml
 from fewstep.errors import CheckpointError, InputError
 from fewstep.metrics.alignment import CLIPAlignment
-from fewstep.pictures import draw_latents, encode_prompts
+from fewstep.pictures import Conditioning, draw_latents, encode_prompts
 from fewstep.records import BenchmarkRecord
 from fewstep.report import picture_path
 from tests.benchmark.fakes import PROMPTS, Notes, make_adapter
@@ -139,6 +140,20 @@ def test_timing_has_a_row_an_arm_and_batch_size(run: tuple[BenchmarkResult, Note
         )
     teacher = rows[0]
     assert (teacher["unet_calls"], teacher["network_evaluations_per_image"]) == ("5", "10")
+
+
+@pytest.mark.parametrize("name", ["teacher-5", "dpmpp-3", "student-1", "student-2", "base-2"])
+def test_operations_are_those_of_a_whole_picture(run: tuple[BenchmarkResult, Notes], base: Backbone, name: str) -> None:
+    arm = next(one.arm for one in run[0].arms if one.arm.id == name)
+    lora.load_adapter(base, lora.locate(base.abilities.adapter()))  # type: ignore[union-attr]
+
+    def draw() -> None:
+        uncond = base.embed([""]) if arm.guided else torch.zeros(1)
+        text = Conditioning((PROMPTS[0],), base.embed(PROMPTS[:1]), uncond)
+        base.decode(draw_latents(base, arm, text, [(0, 0)], seed=0, resolution=base.resolution))
+
+    one, two = next(found for found in run[0].arms if found.arm.id == name).timings
+    assert one.flops == flops(draw) and two.flops == 2 * one.flops
 
 
 def test_the_record_is_the_json_and_agrees_with_the_table(run: tuple[BenchmarkResult, Notes]) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -51,11 +52,24 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 
 @pytest.fixture(scope="module")
-def whole(shared_base: Backbone, tmp_path_factory: pytest.TempPathFactory) -> BenchmarkResult:
-    """Seven arms and the real pictures, three batches each, never stopped."""
-    result = benchmark(small(tmp_path_factory.mktemp("whole")), backbone=shared_base)
+def places(shared_base: Backbone, tmp_path_factory: pytest.TempPathFactory) -> tuple[BenchmarkResult, int]:
+    """Seven arms and the real pictures, three batches each, never stopped; and how many stops there might have been."""
+    counting = Stumbling()
+    result = benchmark(small(tmp_path_factory.mktemp("whole")), backbone=shared_base, reporter=counting)
     lora.detach(shared_base.unet)
-    return result
+    return result, counting.passed
+
+
+@pytest.fixture(scope="module")
+def whole(places: tuple[BenchmarkResult, int]) -> BenchmarkResult:
+    return places[0]
+
+
+@pytest.fixture
+def finished(whole: BenchmarkResult, tmp_path: Path) -> Path:
+    """A copy of it in `tmp_path`, to go on with or to damage."""
+    shutil.copytree(whole.outdir, tmp_path / "out")
+    return tmp_path / "out"
 
 
 def stopping(base: Backbone, after: int, error: type[BaseException] = KeyboardInterrupt) -> Backbone:
@@ -76,12 +90,12 @@ def stopping(base: Backbone, after: int, error: type[BaseException] = KeyboardIn
     return replace(base, abilities=Stopping(own.clip, own.shipped))  # type: ignore[attr-defined]
 
 
-@pytest.mark.parametrize("places", [(0, 5, 9), (1, 2, 3), (11, 13, 22)])
+@pytest.mark.parametrize("batches", [(0, 5, 9), (1, 2, 3), (11, 13, 22)])
 def test_stopped_at_three_places_and_resumed_it_is_the_same_benchmark(
-    base: Backbone, whole: BenchmarkResult, tmp_path: Path, places: tuple[int, ...]
+    base: Backbone, whole: BenchmarkResult, tmp_path: Path, batches: tuple[int, ...]
 ) -> None:
     done = 0
-    for place in places:
+    for place in batches:
         with pytest.raises(Interrupted, match="go on with --resume"):
             benchmark(
                 small(tmp_path, resume=True), backbone=stopping(base, place - done)
@@ -118,21 +132,18 @@ class Stumbling:
         yield _Bar()
 
 
-def test_stopped_anywhere_it_goes_on(base: Backbone, whole: BenchmarkResult, tmp_path: Path) -> None:
+def test_stopped_anywhere_it_goes_on(base: Backbone, places: tuple[BenchmarkResult, int], tmp_path: Path) -> None:
     """In three random places out of all, whether it draws, times, measures or writes; none is ever lost."""
-    counting = Stumbling()
-    benchmark(small(tmp_path, outdir=tmp_path / "count"), backbone=base, reporter=counting)
-    lora.detach(base.unet)
-    random = Random(time.time_ns())
-    places = sorted(random.sample(range(1, counting.passed + 1), 3))
-    for place in places:
+    whole, count = places
+    stops = sorted(Random(time.time_ns()).sample(range(1, count + 1), 3))
+    for place in stops:
         # Later ones come sooner, for what was done is not done again: any of them is as good.
         with suppress(Interrupted):
             benchmark(small(tmp_path, resume=True), backbone=base, reporter=Stumbling(place))
         lora.detach(base.unet)
     result = benchmark(small(tmp_path, resume=True), backbone=base)
-    assert without_times(result.outdir / "results.csv") == without_times(whole.outdir / "results.csv"), places
-    assert contents(result.outdir) == contents(whole.outdir), places
+    assert without_times(result.outdir / "results.csv") == without_times(whole.outdir / "results.csv"), stops
+    assert contents(result.outdir) == contents(whole.outdir), stops
 
 
 @pytest.mark.parametrize("phase", ["timing student-2", "distances", "grids"])
@@ -153,10 +164,12 @@ def test_stopped_after_the_drawing_it_is_resumable_too(base: Backbone, tmp_path:
     benchmark(small(tmp_path, resume=True), backbone=stopping(base, 0))
 
 
-def test_a_finished_one_is_drawn_no_more_and_may_grow(base: Backbone, tmp_path: Path) -> None:
-    first = benchmark(small(tmp_path), backbone=base)
+def test_a_finished_one_is_drawn_no_more_and_may_grow(
+    base: Backbone, whole: BenchmarkResult, finished: Path, tmp_path: Path
+) -> None:
+    first = whole
     again = benchmark(small(tmp_path, resume=True), backbone=stopping(base, 0))
-    assert again.rows == first.rows
+    assert again.rows == first.rows and again.outdir == finished
     more = small(tmp_path, resume=True, steps=(1, 2, 4))
     grown = benchmark(more, backbone=stopping(base, 6))  # student-4 and base-4
     assert {arm.arm.id for arm in grown.arms} == {arm.arm.id for arm in first.arms} | {"student-4", "base-4"}
@@ -164,9 +177,10 @@ def test_a_finished_one_is_drawn_no_more_and_may_grow(base: Backbone, tmp_path: 
         assert grown.record.summary[name] == arm
 
 
-def test_a_cell_that_is_not_whole_is_drawn_again(base: Backbone, whole: BenchmarkResult, tmp_path: Path) -> None:
-    benchmark(small(tmp_path), backbone=base)
-    broken = tmp_path / "out" / "cells" / "student-2" / "000001.safetensors"
+def test_a_cell_that_is_not_whole_is_drawn_again(
+    base: Backbone, whole: BenchmarkResult, finished: Path, tmp_path: Path
+) -> None:
+    broken = finished / "cells" / "student-2" / "000001.safetensors"
     broken.write_bytes(broken.read_bytes()[:100])
     result = benchmark(small(tmp_path, resume=True), backbone=stopping(base, 1))
     assert without_times(result.outdir / "results.csv") == without_times(whole.outdir / "results.csv")

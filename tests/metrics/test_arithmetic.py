@@ -13,7 +13,7 @@ from torch import nn
 from fewstep import sd15
 from fewstep.arithmetic import flops, peak_memory, peak_so_far
 from fewstep.backbone import random_backbone
-from fewstep.timing import matrix_rate, quick_matrix_rate
+from fewstep.timing import affordable_side, matrix_rate, quick_matrix_rate
 
 
 def test_products_convolutions_and_attention_are_counted() -> None:
@@ -56,6 +56,15 @@ def test_the_rate_is_one_a_machine_can_have() -> None:
     assert 1e8 < matrix_rate(cpu, torch.float32) < 1e15
     quick = quick_matrix_rate(cpu, torch.float32)
     assert 1e8 < quick == quick_matrix_rate(cpu, torch.float32), "measured once"
+
+
+@pytest.mark.parametrize(
+    ("wanted", "rate", "side"),
+    # A core in fp32 at 70 GFLOP/s; without units for bf16 at 0.7; and whatever comes, not below the probe's own.
+    [(1536, 70e9, 1536), (768, 70e9, 768), (1536, 0.7e9, 384), (768, 0.7e9, 384), (1536, 1e3, 384)],
+)
+def test_a_rate_is_measured_in_seconds_not_minutes(wanted: int, rate: float, side: int) -> None:
+    assert affordable_side(wanted, 2 * 384**3 / rate) == side
 
 
 def test_peak_memory_sees_what_is_gone_again() -> None:

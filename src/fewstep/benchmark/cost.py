@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import cache
 
 import torch
@@ -24,19 +25,41 @@ _matrix_rate = cache(matrix_rate)
 """Of a machine that stays the same."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class Operations:
+    """Floating point operations for one picture: reading one text, one forward of the UNet, decoding."""
+
+    text: int
+    forward: int
+    decoding: int
+
+    @classmethod
+    def of(cls, plan: Plan, backbone: Backbone, arm: Arm) -> Operations:
+        """Counted once in this thread; the same for all arms that draw with the same networks."""
+        latents = torch.zeros(1, *backbone.latent_shape(plan.settings.resolution), device=backbone.device)
+        cond, t = backbone.embed(plan.prompts[:1]), torch.full((1,), arm.timesteps[0], device=backbone.device)
+        denoise = backbone.denoiser(adapter=arm.adapter)
+        return cls(
+            text=flops(lambda: backbone.embed(plan.prompts[:1])),
+            forward=flops(lambda: denoise(latents, t, cond)),
+            decoding=flops(lambda: backbone.decode(latents)),
+        )
+
+
 def runs_of(plan: Plan) -> int:
     """How often something is run to time an arm at one batch size."""
     return PARTS * (WARMUP + plan.settings.timing_repeats)
 
 
 @torch.no_grad()
-def time_arm(plan: Plan, backbone: Backbone, arm: Arm, batch_size: int, bar: Bar) -> ArmTiming:
+def time_arm(plan: Plan, backbone: Backbone, arm: Arm, operations: Operations, batch_size: int, bar: Bar) -> ArmTiming:
     """What a batch of ``batch_size`` pictures costs, end to end and part by part.
 
     Args:
         plan: of the benchmark.
         backbone: the base as the arm draws with it.
         arm: what is timed.
+        operations: that its networks do for one picture.
         batch_size: pictures at once.
         bar: advanced after each of `runs_of` a batch size.
     """
@@ -55,17 +78,13 @@ def time_arm(plan: Plan, backbone: Backbone, arm: Arm, batch_size: int, bar: Bar
         return as_bytes(backbone.decode(latents))
 
     # One forward as the sampler makes it: twice the batch under guidance.
-    rows = batch_size * (2 if arm.guided else 1)
+    texts_a_picture = 2 if arm.guided else 1
+    rows = batch_size * texts_a_picture
+    a_picture = texts_a_picture * operations.text + arm.evaluations * operations.forward + operations.decoding
     latents = torch.zeros(rows, *backbone.latent_shape(resolution), device=backbone.device)
     cond = encode().cond[:1].expand(rows, -1, -1).contiguous()
     t = torch.full((rows,), arm.timesteps[0], device=backbone.device)
     denoise = backbone.denoiser(adapter=arm.adapter)
-
-    # Operations of one batch: a picture's text, forwards and decoding, each counted once in this thread.
-    one = slice(0, 1)
-    text_flops = flops(lambda: backbone.embed(texts[:1])) * batch_size * (2 if arm.guided else 1)
-    unet_flops = flops(lambda: denoise(latents[one], t[one], cond[one])) * batch_size * arm.evaluations
-    decode_flops = flops(lambda: backbone.decode(latents[one])) * batch_size
 
     def timed(work: Callable[[], object]) -> Spread:
         timing = measure(work, repeats=settings.timing_repeats, device=backbone.device, on_run=bar.advance)
@@ -78,8 +97,8 @@ def time_arm(plan: Plan, backbone: Backbone, arm: Arm, batch_size: int, bar: Bar
         unet_forward=timed(lambda: denoise(latents, t, cond)),
         decode=timed(lambda: as_bytes(backbone.decode(latents[:batch_size]))),
         unet_calls=arm.steps,
-        flops=text_flops + unet_flops + decode_flops,
-        decode_flops=decode_flops,
+        flops=batch_size * a_picture,
+        decode_flops=batch_size * operations.decoding,
         peak_memory_bytes=_peak_memory(draw, backbone, plan.backbone),
         precision=str(backbone.dtype).removeprefix("torch."),
         matrix_rate=_matrix_rate(backbone.device, backbone.dtype),

@@ -13,7 +13,7 @@ from accelerate import PartialState
 from fewstep.arms import Arm
 from fewstep.backbone import Backbone
 from fewstep.benchmark.cells import CELLS, ArmCells, Cells, make_room
-from fewstep.benchmark.cost import runs_of, time_arm
+from fewstep.benchmark.cost import Operations, runs_of, time_arm
 from fewstep.benchmark.distribution import measure_distributions
 from fewstep.benchmark.drawing import draw, judges_of, replacing
 from fewstep.benchmark.plan import Plan, make_plan
@@ -186,6 +186,7 @@ def _time(plan: Plan, kept: Mapping[str, ArmCells], reporter: Reporter) -> dict[
     """What each arm costs, by batch size from the smallest on."""
     settings, timings = plan.settings, dict[str, tuple[ArmTiming, ...]]()
     sizes = sorted(settings.batch_sizes or {1, settings.batch_size})
+    counted = dict[tuple[bool, str | None, str | None], Operations]()  # by which networks draw
     for arm in plan.arms:
         if not arm.is_drawn:
             timings[arm.id] = ()
@@ -195,8 +196,11 @@ def _time(plan: Plan, kept: Mapping[str, ArmCells], reporter: Reporter) -> dict[
             if known is not None:
                 bar.advance(len(sizes) * runs_of(plan))
             else:
+                networks = arm.adapter, arm.source, arm.option
                 with plan.painter(arm) as painter:
-                    known = tuple(time_arm(plan, painter, arm, size, bar) for size in sizes)
+                    if networks not in counted:
+                        counted[networks] = Operations.of(plan, painter, arm)
+                    known = tuple(time_arm(plan, painter, arm, counted[networks], size, bar) for size in sizes)
                 kept[arm.id].put_timings(known)
         timings[arm.id] = known
     return timings

@@ -196,7 +196,7 @@ class RolloutStore:
                 first = int(path.stem)
                 with opened(path) as file:
                     count = len(json.loads(file.metadata()["captions"]))
-                    whole = set(KEPT) <= set(file.keys())
+                    whole = set(KEPT) <= set(file.keys()) and len(json.loads(file.metadata()["sums"])) == count
             except (TypeError, KeyError, ValueError, RecursionError):
                 whole = False
             if not whole:
@@ -222,10 +222,13 @@ class RolloutStore:
             "weight": pairs.weight.cpu(),
             "cond": lesson.cond.cpu().contiguous(),
         }
-        captions = json.dumps(lesson.captions)
         path = self.folder / f"{first:08d}.safetensors"
-        known = str(checksum(f"{path.stem} {captions}", list(tensors.values())))
-        write_bytes_atomic(path, save(tensors, {"captions": captions, "sum": known}))
+        sums = [
+            _checksum(path, caption, _rollout(tensors, lesson.cond[row].cpu(), row))
+            for row, caption in enumerate(lesson.captions)
+        ]
+        about = {"captions": json.dumps(lesson.captions), "sums": json.dumps(sums)}
+        write_bytes_atomic(path, save(tensors, about))
 
     def get(self, numbers: list[int], device: torch.device) -> Lesson:
         """What the rollouts `numbers` teach, in that order.
@@ -243,14 +246,13 @@ class RolloutStore:
                 )
             path, row = self._where[number]
             with opened(path) as file:
-                whole = {name: file.get_tensor(name) for name in KEPT}
-                about = file.metadata()
-            if about.get("sum") != str(checksum(f"{path.stem} {about['captions']}", list(whole.values()))):
+                kept = {name: file.get_tensor(name) for name in KEPT if name != "cond"}
+                part, about = _rollout(kept, file.get_slice("cond")[row], row), file.metadata()
+            caption = json.loads(about["captions"])[row]
+            if _checksum(path, caption, part) != json.loads(about["sums"])[row]:
                 raise damaged(path, f"rollout {number}")
-            captions.append(json.loads(about["captions"])[row])
-            embeddings.append(whole.pop("cond")[row])
-            mine = (whole.pop("rows") == row).nonzero().squeeze(1)
-            part = {name: value[mine] for name, value in whole.items()}
+            captions.append(caption)
+            embeddings.append(part.pop("cond"))
             parts.append(part | {"rows": torch.full_like(part["t"], place)})
         joined = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
         pairs = Pairs(
@@ -262,6 +264,16 @@ class RolloutStore:
         )
         cond = torch.stack(embeddings).to(device)
         return Lesson(pairs=pairs, cond=cond, captions=tuple(captions), items=tuple(numbers))
+
+
+def _rollout(kept: Mapping[str, Tensor], cond: Tensor, row: int) -> dict[str, Tensor]:
+    """What is kept of one rollout of a file; `cond` is that of its caption."""
+    mine = (kept["rows"] == row).nonzero().squeeze(1)
+    return {name: kept[name][mine] for name in ("x_t", "target", "t", "weight")} | {"cond": cond}
+
+
+def _checksum(path: Path, caption: str, rollout: Mapping[str, Tensor]) -> int:
+    return checksum(f"{path.stem} {caption}", [rollout[name] for name in sorted(rollout)])
 
 
 def numbers_of(slices: Slices, update: int, micro: int, count: int, seed: int) -> list[int]:
