@@ -28,7 +28,7 @@ def pictures(backbone: Backbone, prompts: list[str], seed: int, arm: Arm | None 
     ids = picture_ids(len(prompts), 1)
     conditioning = encode_prompts(backbone, prompts)
     return make_pictures(
-        backbone, arm or student_arm(STEPS, sampler="ddim"), conditioning, ids, seed=seed, batch_size=16
+        backbone, arm or student_arm(STEPS, sampler="ddim"), conditioning, ids, seed=seed, batch_size=48
     ).pixels
 
 

@@ -75,6 +75,21 @@ def test_halves_are_of_prompts_and_the_same_each_time() -> None:
     assert halves == half_samples([0, 0, 1, 1, 2, 2, 3, 3]) and {len(half) for half in halves} == {2}
 
 
+def test_a_half_that_comes_again_is_measured_once() -> None:
+    """Four prompts have six halves, and each of a hundred is one of these."""
+    prompts, a, b = [0, 0, 1, 1, 2, 2, 3, 3], normal(8, 3, 1), normal(8, 3, 2)
+    halves, measured = half_samples(prompts), list[tuple[int, ...]]()
+
+    def distance(mine: torch.Tensor, theirs: torch.Tensor) -> float:
+        measured.append(tuple(theirs.shape))
+        return frechet_distance(mine, theirs)
+
+    found = half_sample_distances(a, prompts, b, prompts, halves, distance)
+    rows = [[2 * prompt + picture for prompt in sorted(half) for picture in (0, 1)] for half in halves]
+    assert found == [frechet_distance(a[some], b[some]) for some in rows] and len(set(found)) == 6
+    assert measured == [(4, 3)] * 6
+
+
 @pytest.mark.parametrize(
     ("a", "b"),
     [(normal(1, 4), normal(9, 4)), (normal(9, 4), normal(9, 3)), (normal(9, 4)[0], normal(9, 4))],

@@ -47,14 +47,14 @@ def half_sample_distances(
     Empty where a half has fewer pictures than the `least` that the distance takes.
     """
     drawn, real = torch.tensor(list(prompts)), torch.tensor(list(reference_prompts))
-    distances = []
-    for half in halves:
+    distances = dict[frozenset[int], Found]()  # of few prompts there are few halves, and each comes many times
+    for half in set(halves):
         chosen = torch.tensor(sorted(half))
         mine, theirs = features[torch.isin(drawn, chosen)], reference[torch.isin(real, chosen)]
         if min(len(mine), len(theirs)) < least:
             return []
-        distances.append(distance(mine, theirs))
-    return distances
+        distances[half] = distance(mine, theirs)
+    return [distances[half] for half in halves]
 
 
 def with_spread(value: float, distances: Sequence[float]) -> Interval:
