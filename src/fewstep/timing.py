@@ -73,6 +73,9 @@ def measure(
     return Timing(tuple(seconds))
 
 
+_PROBE = 384
+"""Side of a product that takes no time at all, or a little where the precision is slow."""
+
 BEST_OF, LONGEST = 10, 4.0
 """Products that are timed for a matrix rate, and how many seconds they may take on a CPU."""
 
@@ -88,10 +91,6 @@ def matrix_rate(device: torch.device, dtype: torch.dtype, side_on_cpu: int = 153
         seconds = min(_products(_PROBE, device, dtype, repeats=2))
         side = affordable_side(side_on_cpu, seconds)
     return 2 * side**3 / min(_products(side, device, dtype, repeats=BEST_OF))
-
-
-_PROBE = 384
-"""Side of a product that takes no time at all, or a little where the precision is slow."""
 
 
 def affordable_side(wanted: int, seconds: float) -> int:

@@ -46,7 +46,7 @@ def make_tiny_vae(folder: Path, *, latent_channels: int = 4, blocks: int = 4) ->
 
 def asked(folder: Path, **changes: object) -> BenchSettings:
     plain: dict[str, object] = {"steps": (2,), "baseline_steps": 2, "solver_steps": 0, "frechet_images": 0}
-    return settings(folder, **(plain | {"timing_repeats": 1, "batch_size": 8, "batch_sizes": (8,)} | changes))
+    return settings(folder, **(plain | {"timing_repeats": 1, "batch_size": 8} | changes))
 
 
 def pictures(result: BenchmarkResult, arm: str) -> np.ndarray:

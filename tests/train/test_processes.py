@@ -87,10 +87,7 @@ def stable_diffusion() -> Backbone:
 
 @pytest.mark.slow
 def test_sd15s_own_architecture_takes_a_step(pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def instead_of_weights(*args: object, **kwargs: object) -> Backbone:
-        return stable_diffusion()
-
-    monkeypatch.setattr("fewstep.train.start.load_backbone", instead_of_weights)
+    monkeypatch.setattr("fewstep.train.start.load_backbone", lambda *_, **__: stable_diffusion())
     heard = Heard()
     result = distill(
         TrainSettings(

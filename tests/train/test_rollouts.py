@@ -15,7 +15,7 @@ from fewstep.data import Slices
 from fewstep.errors import CheckpointError, InputError, Interrupted
 from fewstep.methods.kstep import Pairs
 from fewstep.train import DistillResult, distill
-from fewstep.train.rollouts import RolloutStore, numbers_of, turns_of
+from fewstep.train.rollouts import KEPT, RolloutStore, numbers_of, turns_of
 from tests.train.conftest import Heard
 
 
@@ -209,6 +209,15 @@ def test_a_rollout_that_is_not_as_it_was_written_is_named(settings: TrainSetting
         distill(few.replace(run_name="second"))
     second.unlink()
     distill(few.replace(run_name="third"))
+
+
+@pytest.mark.parametrize("sums", [None, "[1]", "7", "["])
+def test_a_file_without_a_sum_a_rollout_is_named(tmp_path: Path, sums: str | None) -> None:
+    tensors = {name: torch.zeros(2, 1) for name in KEPT}
+    about = {"captions": '["a", "b"]'} | ({} if sums is None else {"sums": sums})
+    save_file(tensors, tmp_path / "00000000.safetensors", about)
+    with pytest.raises(CheckpointError, match=r"00000000\.safetensors' is no file of rollouts; remove it"):
+        RolloutStore(tmp_path, {}, writes_key=True)
 
 
 @pytest.mark.parametrize("count", [8, 24, 64])

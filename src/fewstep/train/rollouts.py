@@ -269,7 +269,7 @@ class RolloutStore:
 def _rollout(kept: Mapping[str, Tensor], cond: Tensor, row: int) -> dict[str, Tensor]:
     """What is kept of one rollout of a file; `cond` is that of its caption."""
     mine = (kept["rows"] == row).nonzero().squeeze(1)
-    return {name: kept[name][mine] for name in ("x_t", "target", "t", "weight")} | {"cond": cond}
+    return {name: kept[name][mine] for name in KEPT if name not in ("rows", "cond")} | {"cond": cond}
 
 
 def _checksum(path: Path, caption: str, rollout: Mapping[str, Tensor]) -> int:
