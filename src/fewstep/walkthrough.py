@@ -21,9 +21,6 @@ TRAINING, BENCHMARK = "training", "benchmark"
 AT_ONCE = 40
 """Pictures drawn at once for the benchmark: faster than the training's batch, and the pictures are the same."""
 
-TIMED = 3
-"""How often each part of an arm is timed: its median needs no more, and fifty steps take a while each time."""
-
 ORACLE = 8
 """Pictures of the perfect student."""
 
@@ -129,7 +126,6 @@ def _measuring(settings: DemoSettings, adapter: Path) -> BenchSettings:
         solver_steps=settings.solver_steps,
         solver_karras=False,  # on scenes they are the worse ones
         batch_sizes=(1,),
-        timing_repeats=TIMED,
         resume=True,
     )
 
