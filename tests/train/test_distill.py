@@ -6,6 +6,7 @@ import json
 import math
 import shutil
 import tomllib
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ import torch
 from accelerate.optimizer import AcceleratedOptimizer
 from PIL import Image
 from safetensors.torch import load_file
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from fewstep import lora
 from fewstep.arms import base_arm, student_arm
@@ -25,9 +27,10 @@ from fewstep.errors import CheckpointError, DataError, InputError, Interrupted
 from fewstep.methods.kstep import KStep
 from fewstep.pictures import encode_prompts, make_pictures
 from fewstep.randomness import generator
-from fewstep.train import DistillResult, distill, learning_rate, resuming, start
-from fewstep.train.loop import MOST_SKIPPED
-from fewstep.train.update import MOST_OVERFLOWS, take_back_overflows
+from fewstep.train import DistillResult, distill, engine, learning_rate, resuming, start
+from fewstep.train.books import MOST_SKIPPED
+from fewstep.train.rollouts import Lesson
+from fewstep.train.update import MOST_OVERFLOWS, Made, Updater, take_back_overflows
 from tests.train.conftest import MEASURED, Heard, without_speed
 
 WEIGHTS = "pytorch_lora_weights.safetensors"
@@ -505,9 +508,11 @@ def test_a_loss_that_is_not_finite_ends_the_run_before_anything_is_saved(
     assert not (tmp_path / "whole" / "lora").exists()
 
 
+@pytest.mark.parametrize("fused", [False, True])
 def test_an_update_that_is_not_finite_is_skipped_and_named(
-    settings: TrainSettings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    settings: TrainSettings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fused: bool
 ) -> None:
+    monkeypatch.setattr(engine, "fuses", lambda settings, device: fused)
     honest, calls = KStep.loss, []
 
     def broken_once(self: KStep, *inputs: torch.Tensor) -> torch.Tensor:
@@ -523,13 +528,38 @@ def test_an_update_that_is_not_finite_is_skipped_and_named(
     assert [row["skipped_updates"] for row in result.history] == [0, 1, 0]
     assert ["loss" in row for row in result.history] == [True, False, True]
     assert all(math.isfinite(value) for row in result.history for value in row.values())
-    first, second, third = (
-        saved_state(result.folder / "lora" / f"checkpoint-{step}", "adapter", "optimizer")["adapter"]
-        for step in (1, 2, 3)
-    )
+    states = [saved_state(result.folder / "lora" / f"checkpoint-{step}", "adapter", "optimizer") for step in (1, 2, 3)]
+    first, second, third = (state["adapter"] for state in states)
     kept = [torch.equal(first[name], second[name]) for name in first]
     moved = [torch.equal(third[name], second[name]) for name in first]
     assert all(kept) and not all(moved)
+    moments = [list(state["optimizer"]["state"].values()) for state in states]
+    for before, after in zip(moments[0], moments[1], strict=True):
+        assert all(torch.equal(before[name], after[name]) for name in ("step", "exp_avg", "exp_avg_sq"))
+    assert {float(moment["step"]) for moment in moments[2]} == {2.0}, "one that is skipped does not count"
+
+
+@pytest.mark.parametrize("fused", [True, False])
+def test_no_update_waits_for_what_a_fused_optimizer_finds_out(
+    settings: TrainSettings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fused: bool
+) -> None:
+    """Reading a scalar is what makes a host wait for its GPU; on a CPU the same operation is called."""
+    monkeypatch.setattr(engine, "fuses", lambda settings, device: fused)
+    honest, waits = Updater.__call__, []
+
+    class Reads(TorchDispatchMode):
+        def __torch_dispatch__(self, call: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            waits[-1] += call is torch.ops.aten._local_scalar_dense.default
+            return call(*args, **(kwargs or {}))
+
+    def watched(self: Updater, number: int, lessons: Sequence[Lesson]) -> Made:
+        waits.append(0)
+        with Reads():
+            return honest(self, number, lessons)
+
+    monkeypatch.setattr(Updater, "__call__", watched)
+    distill(few_updates(settings, tmp_path))
+    assert len(waits) == 3 and [count > 0 for count in waits] == [not fused] * 3
 
 
 def test_half_precision_trains_fp32_weights_on_a_half_base(settings: TrainSettings, tmp_path: Path) -> None:

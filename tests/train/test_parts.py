@@ -21,6 +21,7 @@ from fewstep.oracle import describe, measure_oracle
 from fewstep.previews import LABEL_HEIGHT, labelled_grid
 from fewstep.sampling import PictureNoise, lcm_sample
 from fewstep.telemetry import LoggedReporter, LossByTimestep, Telemetry, Throughput, read_metrics
+from fewstep.train.answers import AnyProcess
 from fewstep.train.progress import Progress
 from tests.train.conftest import Heard
 
@@ -145,6 +146,21 @@ def test_each_process_goes_on_with_its_own_losses(sums: list[list[float]]) -> No
         progress.load_state_dict(saved)
         assert losses.sums().tolist() == [mine]
         assert (progress.skipped_in_a_row, progress.skipped_since_logged) == (2, 5)
+
+
+def test_processes_stop_together_and_nobody_waits_for_the_others() -> None:
+    elsewhere = iter([0.0, 1.0, 0.0])
+    among: Any = SimpleNamespace(
+        num_processes=2, device=torch.device("cpu"), reduce=lambda mine: mine + next(elsewhere)
+    )  # fmt: skip
+    in_any = AnyProcess(among)
+    assert [in_any(False), in_any(False), in_any(False)] == [False, False, True]
+    elsewhere = iter([0.0, 0.0])
+    in_any = AnyProcess(among)
+    assert [in_any(True), in_any(False)] == [False, True]
+    among.num_processes = 1
+    alone = AnyProcess(among)
+    assert [alone(True), alone(False)] == [True, False]
 
 
 def test_loss_by_timestep_is_the_mean_over_all_samples_of_it() -> None:

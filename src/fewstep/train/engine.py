@@ -32,6 +32,15 @@ class AdamW(torch.optim.AdamW):
         groups = [{**group, **own} for group in state_dict["param_groups"]]
         super().load_state_dict({**state_dict, "param_groups": groups})
 
+    @property
+    def fused(self) -> bool:
+        """Whether a step is one kernel, which may leave itself out."""
+        return bool(self.defaults["fused"])
+
+    def skip_where(self, broken: Tensor) -> None:
+        """Let the next step, a fused one, change nothing where `broken`, a bool scalar on the device, is true."""
+        self.found_inf = broken.float()  # how torch's own gradient scaler tells it
+
 
 def fuses(settings: TrainSettings, device: torch.device) -> bool:
     """Whether the optimizer's update is one kernel: on CUDA, where each of the plain one's has to be launched.

@@ -12,22 +12,21 @@ alone.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 
-import torch
 from accelerate import Accelerator
-from accelerate.utils import GradientAccumulationPlugin, gather_object
+from accelerate.utils import GradientAccumulationPlugin
 
 from fewstep import checkpoint, lora
 from fewstep.arithmetic import peak_so_far
 from fewstep.config import TrainSettings, settings_toml
 from fewstep.data import open_data
 from fewstep.ema import EMA
-from fewstep.errors import InputError, Interrupted
+from fewstep.errors import Interrupted
 from fewstep.files import remove_leftovers, write_text_atomic
 from fewstep.locks import alone_in
 from fewstep.oracle import Oracle, describe, measure_oracle
@@ -36,19 +35,18 @@ from fewstep.processes import join_processes, noticing_losses, own_device
 from fewstep.reporting import SILENT, Reporter
 from fewstep.telemetry import LoggedReporter, LossByTimestep, Telemetry
 from fewstep.train import announcing, engine, resuming, start
+from fewstep.train.answers import AnyProcess
+from fewstep.train.books import Books
 from fewstep.train.keeping import Keeper, Looks
 from fewstep.train.lessons import open_lessons
 from fewstep.train.progress import Progress
-from fewstep.train.rollouts import Lesson, Teacher
+from fewstep.train.rollouts import Teacher
 from fewstep.train.update import Updater, learning_rate
 from fewstep.train.watch import Watch
 from fewstep.validation import open_validation
 
 PREVIEW_PROMPTS = 4
 """Rows of a grid of previews."""
-
-MOST_SKIPPED = 8
-"""Updates in a row without a finite gradient, after which the run ends."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -209,6 +207,8 @@ def distill(
         update = Updater(
             accelerator, optimizer, parameters, settings, method=method, student=quick.denoiser(), watch=watch
         )
+        books = Books(ema, losses, progress, reporter.warn, settings.run_dir)
+        in_any = AnyProcess(accelerator)
         keeper = Keeper(settings, backbone, method, parameters, ema, encoder, progress, identity=identity, main=main)
         looks = Looks(settings, ema, keeper, telemetry, previews=previews, validation=validation)
 
@@ -220,21 +220,12 @@ def distill(
                     looks.take(step)
             while step < settings.max_steps and not stopping:
                 taught = list(islice(lessons, settings.gradient_accumulation_steps))
+                books.close()  # of the update before: a GPU has these lessons to make while it is asked for its result
                 made = update(step, taught)
                 step += 1
+                books.open(step, made, taught)
                 if check_folder is not None:
                     check_folder()
-
-                # It moved the weights, or its gradient was not finite: the data goes on all the same.
-                if made.moved:
-                    ema.update(step)
-                    for t, values in made.losses:
-                        losses.add(t, values)
-                progress.count(moved=made.moved)
-                if not made.moved:
-                    reporter.warn(_skipped(step, taught, progress.skipped_in_a_row))
-                if progress.skipped_in_a_row == MOST_SKIPPED:
-                    raise _not_finite(step, checkpoint.checkpoints(settings.run_dir))
                 speed.add(
                     pictures=sum(len(lesson.items) for lesson in taught),
                     pairs=sum(len(lesson.pairs.t) for lesson in taught),
@@ -247,6 +238,7 @@ def distill(
 
                 shown: dict[str, float] = {}
                 if step % settings.log_every == 0 or step == settings.max_steps:
+                    books.close()
                     shown = losses.means(accelerator.reduce)
                     shown |= {"gradient_norm": float(made.norm)} if made.moved else {}
                     shown |= {"learning_rate": learning_rate(settings, step - 1)}
@@ -257,15 +249,21 @@ def distill(
                     watch.losses(step, shown)
                     telemetry.record(step, shown)
                 beside = {key: shown[key] for key in ("loss", "pictures_per_second") if key in shown}
-                stopping = _any_process(accelerator, start.asked_to_stop(bar, should_stop, **beside))
+                stopping = in_any(start.asked_to_stop(bar, should_stop, **beside))
 
                 last = step == settings.max_steps
-                with speed.paused():
-                    if looks.due(step) and (last or not stopping):
-                        looks.take(step)  # before the checkpoint: a run that goes on from there has had it
-                    if last or stopping or (settings.checkpoint_every and step % settings.checkpoint_every == 0):
-                        keeper.save(f"checkpoint-{step}", step, stateful)
-                    processes.wait_for_everyone()
+                looks_now = looks.due(step) and (last or not stopping)
+                saves_now = (
+                    last or stopping or (settings.checkpoint_every > 0 and step % settings.checkpoint_every == 0)
+                )
+                if looks_now or saves_now:
+                    books.close()
+                    with speed.paused():
+                        if looks_now:
+                            looks.take(step)  # before the checkpoint: a run that goes on from there has had it
+                        if saves_now:
+                            keeper.save(f"checkpoint-{step}", step, stateful)
+                        processes.wait_for_everyone()
 
         if step < settings.max_steps:
             raise Interrupted(
@@ -285,26 +283,3 @@ def distill(
             oracle=oracle,
             history=telemetry.history,
         )
-
-
-def _any_process(accelerator: Accelerator, here: bool) -> bool:
-    """Whether it is so in any process: they stop together or not at all."""
-    if accelerator.num_processes == 1:
-        return here
-    return bool(accelerator.reduce(torch.tensor(float(here), device=accelerator.device)).item())
-
-
-def _skipped(step: int, taught: Sequence[Lesson], in_a_row: int) -> str:
-    items = " ".join(map(str, gather_object([item for lesson in taught for item in lesson.items])))
-    return (
-        f"update {step} is skipped: its gradient is not finite; {in_a_row} in a row, {MOST_SKIPPED} end the run; it was"
-        f" made from items {items}"
-    )
-
-
-def _not_finite(step: int, saved: Sequence[Path]) -> InputError:
-    way = f"; the last checkpoint is {saved[0]}" if saved else ""
-    return InputError(
-        f"the loss or its gradient is not finite at step {step}, nor before; allowed is training that converges; lower "
-        f"--learning_rate, or use --mixed_precision bf16 or no{way}"
-    )

@@ -14,6 +14,8 @@ from torch import Tensor, nn
 from fewstep.config import TrainSettings
 from fewstep.methods.kstep import KStep
 from fewstep.solver import Denoiser
+from fewstep.train.answers import Answer
+from fewstep.train.engine import AdamW
 from fewstep.train.rollouts import Lesson
 from fewstep.train.watch import Watch
 
@@ -23,15 +25,15 @@ MOST_OVERFLOWS = 24
 
 @dataclass(frozen=True, kw_only=True)
 class Made:
-    """An update that is done.
+    """An update that is done, or will be when the device gets there.
 
     Attributes:
-        moved: whether it changed the weights; False where its gradient was not finite.
+        moved: whether it changed the weights, or its gradient was not finite.
         norm: the gradient's, before it was clipped: a scalar on the device.
         losses: of each micro-batch, the timesteps int64 [P] and the loss of each of its pairs [P], without gradient.
     """
 
-    moved: bool
+    moved: Answer
     norm: Tensor
     losses: Sequence[tuple[Tensor, Tensor]]
 
@@ -40,7 +42,7 @@ class Updater:
     """Makes updates of the student's parameters, the same ones in every process.
 
     Args:
-        optimizer: over `parameters`, prepared by the accelerator: it unscales and skips under fp16.
+        optimizer: an `AdamW` over `parameters`, prepared by the accelerator: it unscales and skips under fp16.
         method: has the loss.
         student: the adapted network.
         watch: is shown the gradients.
@@ -68,21 +70,24 @@ class Updater:
         """
         for group in self._optimizer.param_groups:
             group["lr"] = learning_rate(self._settings, number)
-        scaler = self._accelerator.scaler
+        scaler, adamw = self._accelerator.scaler, self._optimizer.optimizer
+        assert isinstance(adamw, AdamW)
         for _ in range(MOST_OVERFLOWS + 1):
             losses = [self._backward(lesson) for lesson in lessons]
             _average_gradients(self._accelerator, self._parameters)
             norm = self._accelerator.clip_grad_norm_(self._parameters, self._settings.max_grad_norm)  # unscales first
             self._watch.gradients()
-            # The scaler skips by itself under fp16. Else this is the one number that is waited for.
-            moved = scaler is not None or math.isfinite(float(norm))
-            if moved:
+            finite = torch.isfinite(norm)
+            if adamw.fused:
+                adamw.skip_where(~finite)  # a kernel looks for itself, and nothing waits for the device
+            if adamw.fused or scaler is not None or finite:  # a scaler looks for itself, too
                 self._optimizer.step()
             self._optimizer.zero_grad()
-            if not (moved and self._optimizer.step_was_skipped):
-                return Made(moved=moved, norm=norm, losses=losses)
+            if not self._optimizer.step_was_skipped:
+                moved = finite if scaler is None else torch.tensor(True)
+                return Made(moved=Answer(moved), norm=norm, losses=losses)
         take_back_overflows(scaler, MOST_OVERFLOWS + 1)  # so many in a row: it is not the scale
-        return Made(moved=False, norm=norm, losses=losses)
+        return Made(moved=Answer(torch.tensor(False)), norm=norm, losses=losses)
 
     def _backward(self, lesson: Lesson) -> tuple[Tensor, Tensor]:
         with self._accelerator.accumulate():
