@@ -52,3 +52,22 @@ class _Silence:
 
 SILENT: Reporter = _Silence()
 """What procedures report to when they are given no reporter."""
+
+
+class Wordless:
+    """For a process beside the one that speaks for all: nothing is said, and its bars are where it may be stopped.
+
+    Args:
+        reporter: whose bars they are; a quiet one that holds signals back until a bar advances, or none that shows.
+    """
+
+    def __init__(self, reporter: Reporter) -> None:
+        self._reporter = reporter
+
+    def say(self, text: str) -> None: ...
+
+    def warn(self, text: str) -> None: ...
+
+    def progress(self, name: str, total: int) -> AbstractContextManager[Bar]:
+        """The reporter's own."""
+        return self._reporter.progress(name, total)

@@ -115,8 +115,9 @@ class ConsoleReporter:
             if not self._open_bars:
                 raise StopAsked
             self._stop_wanted = True
-            # print() may be what the signal came into the middle of; writing to the descriptor is always allowed.
-            os.write(2, b"\nstopping after this step; once more stops at once\n")
+            if not self._err.quiet:
+                # print() may be what the signal came into the middle of; writing to the descriptor is always allowed.
+                os.write(2, b"\nstopping after this step; once more stops at once\n")
 
         if threading.current_thread() is not threading.main_thread():  # Python allows handlers in the main thread alone
             yield

@@ -32,7 +32,7 @@ from fewstep.locks import alone_in
 from fewstep.oracle import Oracle, describe, measure_oracle
 from fewstep.previews import Previews
 from fewstep.processes import join_processes, noticing_losses, own_device
-from fewstep.reporting import SILENT, Reporter
+from fewstep.reporting import SILENT, Reporter, Wordless
 from fewstep.telemetry import LoggedReporter, LossByTimestep, Telemetry
 from fewstep.train import announcing, engine, resuming, start
 from fewstep.train.answers import AnyProcess
@@ -94,7 +94,7 @@ def distill(
         # ---- Processes: each has a device of its own; the first one speaks, measures and writes for all.
         processes = join_processes(settings.device)
         main = processes.is_main_process
-        reporter = reporter if main else SILENT
+        reporter = reporter if main else Wordless(reporter)
         if settings.log_file is not None and main:
             reporter = cleanup.enter_context(LoggedReporter(reporter, settings.log_file))
         found = resuming.state_of(settings.run_dir)
