@@ -237,8 +237,8 @@ def main() -> None:
             store.refresh()
             slices = Slices(batch_size=count)
             for _ in range(args.epochs):
-                for lesson in kept_lessons(store, backbone.device, slices, count=count, seed=0, start=0, end=1):
-                    learn(job, lesson)
+                for lesson in kept_lessons(store, slices, count=count, seed=0, start=0, end=1):
+                    learn(job, lesson.on(backbone.device))
 
         # Form, samples an update, pairs an update.
         reused = replace(method, pairs_per_rollout=4)

@@ -22,7 +22,7 @@ LAYERS = [
         # 0: settings, errors, and what everybody may use; no torch
         "allocator config errors files hiding hub pickles reporting",
         # 1: the mathematics
-        "losses randomness schedule timesteps",
+        "losses randomness schedule timesteps transfer",
         # 2: plain functions over a denoiser, and the shapes of what goes in and comes out
         "arms records sampling solver",
         # 3: one concept a module

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from fewstep.errors import InputError
 from fewstep.schedule import NoiseSchedule
+from fewstep.transfer import upload
 
 TeacherSolver = Literal["ddim", "dpmpp"]
 """How the teacher gets from one timestep to the next: by DDIM, or by DPM-Solver++(2M), which from the second step on
@@ -160,13 +161,13 @@ def rollout(
     Returns:
         The latents [B, C, H, W] at `grids[:, -1]`; gradients flow through all steps unless the caller forbids it.
     """
-    columns = grids.to(x_t.device).T
+    columns = upload(grids, x_t.device).T
     x0, t_before = x_t, columns[0]
     for place, (t, t_next) in enumerate(pairwise(columns)):
         guided = None
         if interval is not None:
             inside = (interval[0] <= grids[:, place]) & (grids[:, place] <= interval[1])
-            guided = inside.nonzero().squeeze(1).to(x_t.device)
+            guided = upload(inside.nonzero().squeeze(1), x_t.device)
         if visited is not None:
             visited.append(x_t)
         output = guided_output(denoiser, x_t, t, cond, uncond, guidance, guided)

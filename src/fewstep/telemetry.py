@@ -20,6 +20,7 @@ from fewstep.errors import CheckpointError, InputError
 from fewstep.files import write_text_atomic
 from fewstep.hiding import without_secrets
 from fewstep.reporting import Bar, Reporter
+from fewstep.transfer import upload
 
 ItemT = TypeVar("ItemT")
 
@@ -159,7 +160,7 @@ class LossByTimestep:
     @torch.no_grad()
     def add(self, t: Tensor, losses: Tensor) -> None:
         """Add the losses [B] of samples at timesteps `t`, int64 [B] on the CPU."""
-        rows = torch.tensor([self._number[one] for one in t.tolist()]).to(self._sums.device, non_blocking=True)
+        rows = upload(torch.tensor([self._number[one] for one in t.tolist()]), self._sums.device)
         values = losses.detach().to(self._sums.dtype)
         self._sums.index_add_(0, rows, torch.stack([values, torch.ones_like(values)], dim=1))
 

@@ -20,7 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from fewstep import lora
 from fewstep.arms import base_arm, student_arm
-from fewstep.backbone import load_backbone
+from fewstep.backbone import Backbone, load_backbone
 from fewstep.checkpoint import load, verify
 from fewstep.config import TrainSettings
 from fewstep.errors import CheckpointError, DataError, InputError, Interrupted
@@ -537,6 +537,24 @@ def test_an_update_that_is_not_finite_is_skipped_and_named(
     for before, after in zip(moments[0], moments[1], strict=True):
         assert all(torch.equal(before[name], after[name]) for name in ("step", "exp_avg", "exp_avg_sq"))
     assert {float(moment["step"]) for moment in moments[2]} == {2.0}, "one that is skipped does not count"
+
+
+@pytest.mark.parametrize(
+    ("changes", "idle"),
+    [({}, []), ({"start": "teacher"}, ["vae"]), ({"teacher_rollouts": 4}, ["vae", "text_encoder"])],
+    ids=["all", "captions", "kept"],
+)
+def test_a_network_that_only_looks_need_rests_between_them(
+    settings: TrainSettings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any], idle: list[str]
+) -> None:
+    rested: list[str] = []
+
+    def rest(self: Backbone, network: torch.nn.Module) -> None:
+        rested.extend(name for name in ("unet", "vae", "text_encoder") if getattr(self, name) is network)
+
+    monkeypatch.setattr(Backbone, "rest", rest)
+    distill(few_updates(settings, tmp_path).replace(max_steps=2, validate_every=1, validate_images=0, **changes))
+    assert rested == 3 * idle, "before the first update, and after each of two looks"
 
 
 @pytest.mark.parametrize("fused", [True, False])

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..quiet import quiet_libraries
+from ..transfer import upload
 from .compiled import UNetCall, eager
 from .threads import in_parts, is_small, whole
 
@@ -88,7 +89,7 @@ class Backbone:
         tokens = self.tokenizer(
             list(prompts), padding="max_length", max_length=self.max_tokens, truncation=True, return_tensors="pt"
         )
-        embeddings: Tensor = self.text_encoder(tokens.input_ids.to(self.device))[0]
+        embeddings: Tensor = self.text_encoder(upload(tokens.input_ids, self.device))[0]
         return embeddings.float()
 
     def token_overflow(self, prompts: Sequence[str]) -> list[int]:

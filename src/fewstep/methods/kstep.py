@@ -37,6 +37,7 @@ from fewstep.randomness import generator
 from fewstep.schedule import NoiseSchedule
 from fewstep.solver import Denoiser, TeacherSolver, rollout
 from fewstep.timesteps import promised_points, rollout_grid, rollout_grids
+from fewstep.transfer import upload
 
 StudentSampler = Literal["lcm", "ddim"]
 """How a student is going to be sampled: what `arms.Arm` calls its sampler."""
@@ -214,14 +215,14 @@ class KStep:
 
         def noise(rows: Sequence[int]) -> Tensor:
             drawn = [torch.randn(draws.noise.shape[1:], generator=sources[row]) for row in rows]
-            return torch.stack(drawn).to(cond.device)
+            return upload(torch.stack(drawn), cond.device)
 
         states = noise(range(len(ways)))
         for jump in range(max(map(len, ways)) - 1):
             rows = [row for row, way in enumerate(ways) if jump + 1 < len(way)]
-            here = torch.tensor(rows).to(cond.device)
-            t = torch.tensor([ways[row][jump] for row in rows]).to(cond.device)
-            t_next = torch.tensor([ways[row][jump + 1] for row in rows]).to(cond.device)
+            here = upload(torch.tensor(rows), cond.device)
+            t = upload(torch.tensor([ways[row][jump] for row in rows]), cond.device)
+            t_next = upload(torch.tensor([ways[row][jump + 1] for row in rows]), cond.device)
             x_t = states[here]
             states.index_copy_(0, here, self._step(student(x_t, t, cond[here]), x_t, t, t_next, noise(rows)))
         return states
@@ -236,7 +237,7 @@ class KStep:
 
     def start(self, x0: Tensor, draws: Draws) -> Tensor:
         """x_t [B, C, H, W] on the device of the clean latents `x0` [B, C, H, W]."""
-        t, noise, pure = (part.to(x0.device) for part in (draws.t, draws.noise, draws.pure))
+        t, noise, pure = (upload(part, x0.device) for part in (draws.t, draws.noise, draws.pure))
         return torch.where(pure[:, None, None, None], noise, self.schedule.add_noise(x0, noise, t))
 
     @torch.no_grad()
@@ -259,10 +260,11 @@ class KStep:
         grids, visited = self._grids(draws.t), list[Tensor]()
         end = self._rollout(teacher, x_t, grids, cond, uncond, visited)
         rows, steps = self._learnt_from(grids, draws.order)
-        states = torch.stack(visited)[steps.to(x_t.device), rows.to(x_t.device)]
+        rows_there = upload(rows, x_t.device)
+        states = torch.stack(visited)[upload(steps, x_t.device), rows_there]
         t = grids[rows, steps]
-        weight = torch.tensor([self._weights[one] for one in t.tolist()], device=x_t.device)
-        return Pairs(states, t, rows, weight, end[rows.to(x_t.device)])
+        weight = upload(torch.tensor([self._weights[one] for one in t.tolist()]), x_t.device)
+        return Pairs(states, t, rows, weight, end[rows_there])
 
     def _rollout(
         self,
@@ -342,7 +344,7 @@ class KStep:
 
     def loss(self, student: Denoiser, x_t: Tensor, t: Tensor, cond: Tensor, target: Tensor) -> Tensor:
         """One forward of the student, its x0 against the `target`: a loss a sample, [B] fp32, with gradient."""
-        t = t.to(x_t.device)
+        t = upload(t, x_t.device)
         x0 = self._student_x0(student(x_t, t, cond), x_t, t)
         return LOSSES[self.criterion](x0, target, WEIGHTINGS[self.weighting](self.schedule.alpha_bar(t)))
 

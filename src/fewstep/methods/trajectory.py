@@ -33,6 +33,7 @@ from fewstep.errors import InputError
 from fewstep.methods.kstep import Draws, KStep, Pairs, StudentSampler
 from fewstep.solver import Denoiser, ddim_step, guided_output, solver_step
 from fewstep.timesteps import rollout_grid
+from fewstep.transfer import upload
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -92,7 +93,7 @@ class Trajectory(KStep):
         t = grids[rows, steps]
         lowest = draws.t.scatter_reduce(0, rows, self._landings_of(t), "amin")
         path = self._path(teacher, x_t, draws.t, lowest, cond, uncond)
-        weight = torch.tensor([self._weights[one] for one in t.tolist()], device=x_t.device)
+        weight = upload(torch.tensor([self._weights[one] for one in t.tolist()]), x_t.device)
         return Pairs(self._at(path, t, rows), t, rows, weight, self._aim(path, t, rows))
 
     def _grids(self, t: Tensor) -> Tensor:
@@ -113,9 +114,9 @@ class Trajectory(KStep):
             starts, ends: int64 [B], timesteps of the fine grid; best on the CPU: no device need be waited for then.
         """
         starts, ends, x = starts.cpu(), ends.cpu(), x_t
-        path, x0, t_before = [x], x, starts.to(x.device)
+        path, x0, t_before = [x], x, upload(starts, x.device)
         for here, below in pairwise(self.fine_grid):
-            rows = ((starts >= here) & (here > ends)).nonzero().squeeze(1).to(x.device)
+            rows = upload(((starts >= here) & (here > ends)).nonzero().squeeze(1), x.device)
             if len(rows):
                 on_way = rows if len(rows) < len(x) else slice(None)
                 t = torch.full((len(rows),), here, device=x.device)
@@ -141,13 +142,13 @@ class Trajectory(KStep):
     def _at(self, path: Tensor, t: Tensor, rows: Tensor) -> Tensor:
         """Where the paths of samples `rows` are at timesteps t, [N, C, H, W]."""
         steps = torch.tensor([self.fine_grid.index(one) for one in t.tolist()])
-        return path[steps.to(path.device), rows.to(path.device)]
+        return path[upload(steps, path.device), upload(rows, path.device)]
 
     def _aim(self, path: Tensor, t: Tensor, rows: Tensor) -> Tensor:
         """The x0 [N, C, H, W] with which one step from where the paths of `rows` are at t lands on them again."""
         landings = self._landings_of(t)
         here, there = self._at(path, t, rows), self._at(path, landings, rows)
-        return self.schedule.jump_x0(here, there, t.to(path.device), landings.to(path.device))
+        return self.schedule.jump_x0(here, there, upload(t, path.device), upload(landings, path.device))
 
     def _step(self, output: Tensor, x_t: Tensor, t: Tensor, t_next: Tensor, noise: Tensor) -> Tensor:
         return ddim_step(self.schedule, output, x_t, t, t_next)

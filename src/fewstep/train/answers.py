@@ -15,7 +15,7 @@ class Answer:
     """
 
     def __init__(self, question: Tensor) -> None:
-        self._value = question.detach().to("cpu", non_blocking=True)  # into pinned memory, from a GPU
+        self._value = question.detach().to("cpu", non_blocking=question.is_cuda)  # into pinned memory then
         self._arrived = torch.cuda.current_stream(question.device).record_event() if question.is_cuda else None
 
     def __bool__(self) -> bool:

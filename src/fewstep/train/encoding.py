@@ -30,6 +30,7 @@ from fewstep.data.loader import to_pixels
 from fewstep.errors import CheckpointError, InputError
 from fewstep.files import write_bytes_atomic
 from fewstep.train.keyed import checksum, claim, damaged, opened
+from fewstep.transfer import upload
 
 KEY = "cache.json"
 SHARD = 1024
@@ -72,7 +73,7 @@ class Fresh:
         return self._backbone.embed(captions)
 
     def encode(self, batch: Batch, rows: Sequence[int]) -> Tensor:
-        return self._backbone.encode(to_pixels(batch.pictures[list(rows)].to(self.device)))
+        return self._backbone.encode(to_pixels(upload(batch.pictures[list(rows)], self.device)))
 
     def items(self) -> frozenset[int]:
         return frozenset()
@@ -101,7 +102,7 @@ class Cached:
         self._backbone, self._fresh = backbone, Fresh(backbone)
         self.device = backbone.device
         try:
-            claim(folder / KEY, key, held="cache_dir {} holds encodings", of="base", writes=writes_key)
+            claim(folder / KEY, key, held="cache_dir {} holds encodings", of="base")
         except OSError as error:
             raise _unwritten(folder, error) from None
         self._latents, self._captions = Shards(folder, "latents"), Shards(folder, "captions")
@@ -225,7 +226,7 @@ class Shards:
             CheckpointError: one is not as it was written.
         """
         values = [self._new[key] if key in self._new else self._read(key) for key in keys]
-        return torch.stack(values).to(device).float()
+        return upload(torch.stack(values), device).float()
 
     def _read(self, key: str) -> Tensor:
         entry = self._where[key]

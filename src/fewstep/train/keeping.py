@@ -108,6 +108,7 @@ class Looks:
     def __init__(
         self,
         settings: TrainSettings,
+        backbone: Backbone,
         ema: EMA,
         keeper: Keeper,
         telemetry: Telemetry,
@@ -116,6 +117,7 @@ class Looks:
         validation: Validation | None,
     ) -> None:
         self._settings, self._ema, self._keeper, self._telemetry = settings, ema, keeper, telemetry
+        self._backbone = backbone
         self._previews, self._validation = previews, validation
         self._best = settings.run_dir / "lora" / checkpoint.BEST
 
@@ -131,6 +133,12 @@ class Looks:
             if self._validation.prefers(figures, checkpoint.recorded(self._best)):
                 self._keeper.save(checkpoint.BEST, step, more={MEASURE: self._validation.measure, **figures})
             self._telemetry.record(step, figures)
+        self.rest()
+
+    def rest(self) -> None:
+        """Take the networks that updates have no use for off the device until the student is looked at again."""
+        for network in start.idle_in_training(self._settings, self._backbone):
+            self._backbone.rest(network)
 
     def due(self, step: int) -> bool:
         """Whether to look after update `step`."""

@@ -61,11 +61,8 @@ def open_lessons(
         start.keep_rollouts(store, teacher, missing, slices, reporter, should_stop)
         processes.wait_for_everyone()
     store.refresh()  # the other processes have put theirs
-    backbone.rest(backbone.vae)
-    backbone.rest(backbone.text_encoder)  # what it said of the captions is kept beside them
     kept = kept_lessons(
         store,
-        backbone.device,
         slices,
         count=count,
         seed=settings.seed,
@@ -73,4 +70,4 @@ def open_lessons(
         end=settings.max_steps,
         pairs_per_visit=settings.pairs_per_visit,
     )
-    return speed.waiting(kept)
+    return (lesson.on(backbone.device) for lesson in speed.waiting(kept))

@@ -210,9 +210,10 @@ def distill(
         books = Books(ema, losses, progress, reporter.warn, settings.run_dir)
         in_any = AnyProcess(accelerator)
         keeper = Keeper(settings, backbone, method, parameters, ema, encoder, progress, identity=identity, main=main)
-        looks = Looks(settings, ema, keeper, telemetry, previews=previews, validation=validation)
+        looks = Looks(settings, backbone, ema, keeper, telemetry, previews=previews, validation=validation)
 
         # ---- The loop.
+        looks.rest()
         stopping = False
         with reporter.progress("training", settings.max_steps - step) as bar:
             if resumed is not None and looks.left_undone(step):

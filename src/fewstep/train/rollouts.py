@@ -35,6 +35,7 @@ from fewstep.randomness import generator
 from fewstep.solver import Denoiser
 from fewstep.train.encoding import Encoder
 from fewstep.train.keyed import checksum, claim, damaged, opened
+from fewstep.transfer import upload
 
 KEY = "rollouts.json"
 """The file that says what the rollouts of a folder are of."""
@@ -66,9 +67,15 @@ class Lesson:
     def loss(self, method: KStep, student: Denoiser) -> tuple[Tensor, Tensor]:
         """The batch's loss, a mean over its B samples, and the loss of each pair [N]; both with gradient."""
         pairs = self.pairs
-        cond = self.cond[pairs.rows.to(self.cond.device)]
+        cond = self.cond[upload(pairs.rows, self.cond.device)]
         each = method.loss(student, pairs.x_t, pairs.t, cond, pairs.target)
         return (pairs.weight * each).sum() / len(self.cond), each
+
+    def on(self, device: torch.device) -> Lesson:
+        """The same lesson with what the networks are given on `device`; nothing waits for it."""
+        pairs = self.pairs
+        there = {name: upload(getattr(pairs, name), device) for name in ("x_t", "weight", "target")}
+        return replace(self, pairs=replace(pairs, **there), cond=upload(self.cond, device))
 
 
 @dataclass(frozen=True, eq=False)
@@ -140,10 +147,10 @@ class Teacher:
         rows = draws.noised
         if not rows:
             return x0
-        here = torch.tensor(rows).to(device)
+        here = upload(torch.tensor(rows), device)
         if self.start == "teacher":
             positions = [batch.positions[row] for row in rows]
-            origins = self.method.draw_origins(self.seed, batch.update, positions, self.shape).to(device)
+            origins = upload(self.method.draw_origins(self.seed, batch.update, positions, self.shape), device)
             with adapters_off(self.backbone.unet):
                 latents = self.method.own_pictures(teacher, origins, cond[here], self._uncond)
         else:
@@ -181,7 +188,7 @@ class RolloutStore:
         """
         self.folder = folder
         self._where: dict[int, tuple[Path, int]] = {}
-        claim(folder / KEY, key, held="teacher_cache {} holds rollouts", of="teacher", writes=writes_key)
+        claim(folder / KEY, key, held="teacher_cache {} holds rollouts", of="teacher")
         self.refresh()
 
     def refresh(self) -> None:
@@ -230,8 +237,8 @@ class RolloutStore:
         about = {"captions": json.dumps(lesson.captions), "sums": json.dumps(sums)}
         write_bytes_atomic(path, save(tensors, about))
 
-    def get(self, numbers: list[int], device: torch.device) -> Lesson:
-        """What the rollouts `numbers` teach, in that order.
+    def get(self, numbers: list[int]) -> Lesson:
+        """What the rollouts `numbers` teach, in that order, in main memory.
 
         Raises:
             CheckpointError: one is not there, or not as it was written.
@@ -255,15 +262,8 @@ class RolloutStore:
             embeddings.append(part.pop("cond"))
             parts.append(part | {"rows": torch.full_like(part["t"], place)})
         joined = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
-        pairs = Pairs(
-            x_t=joined["x_t"].to(device),
-            t=joined["t"],
-            rows=joined["rows"],
-            weight=joined["weight"].to(device),
-            target=joined["target"].to(device),
-        )
-        cond = torch.stack(embeddings).to(device)
-        return Lesson(pairs=pairs, cond=cond, captions=tuple(captions), items=tuple(numbers))
+        cond = torch.stack(embeddings)
+        return Lesson(pairs=Pairs(**joined), cond=cond, captions=tuple(captions), items=tuple(numbers))
 
 
 def _rollout(kept: Mapping[str, Tensor], cond: Tensor, row: int) -> dict[str, Tensor]:
@@ -302,19 +302,18 @@ def turns_of(pairs: Pairs, numbers: Sequence[int], visits: Sequence[int], most: 
         chosen.append(mine[order[turn * most : (turn + 1) * most].sort().values])
         weights.append(torch.full((len(chosen[-1]),), float(turns)))
     index = torch.cat(chosen)
-    there = index.to(pairs.x_t.device)
+    there = upload(index, pairs.x_t.device)
     return Pairs(
         x_t=pairs.x_t[there],
         t=pairs.t[index],
         rows=pairs.rows[index],
-        weight=pairs.weight[there] * torch.cat(weights).to(there.device),
+        weight=pairs.weight[there] * upload(torch.cat(weights), there.device),
         target=pairs.target[there],
     )
 
 
 def kept_lessons(
     store: RolloutStore,
-    device: torch.device,
     slices: Slices,
     *,
     count: int,
@@ -323,11 +322,11 @@ def kept_lessons(
     end: int,
     pairs_per_visit: int | None = None,
 ) -> Iterator[Lesson]:
-    """The lessons of updates `start` to `end` from the first `count` rollouts of the store."""
+    """The lessons of updates `start` to `end` from the first `count` rollouts of the store, in main memory."""
     for update in range(start, end):
         for micro in range(slices.accumulation):
             numbers = numbers_of(slices, update, micro, count, seed)
-            lesson = store.get(numbers, device)
+            lesson = store.get(numbers)
             if pairs_per_visit is not None:
                 visits = [(update * slices.global_batch + place) // count for place in slices.positions(micro)]
                 lesson = replace(lesson, pairs=turns_of(lesson.pairs, numbers, visits, pairs_per_visit, seed))

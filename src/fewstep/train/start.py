@@ -152,6 +152,13 @@ def cache_of(folder: Path, settings: TrainSettings, backbone: Backbone, opened: 
     return Cached(folder, backbone, key, writes_key=main)
 
 
+def idle_in_training(settings: TrainSettings, backbone: Backbone) -> list[nn.Module]:
+    """The networks that updates have no use for, once rollouts that are kept are made: only looks at the student do."""
+    if settings.keeps_rollouts:  # what the text encoder said of the captions is kept beside them
+        return [backbone.vae, backbone.text_encoder]
+    return [] if settings.starts_from == "data" else [backbone.vae]
+
+
 def resolved(settings: TrainSettings, backbone: Backbone) -> TrainSettings:
     """The settings with all that was left to the base filled in: what is printed, saved and trained with."""
     oracle = 0 if backbone.abilities is None else ORACLE_PICTURES
