@@ -94,7 +94,7 @@ def main() -> None:
         asked = TrainSettings(batch_size=size, gradient_checkpointing=checkpointing, pure_noise_share=0)
         way = f"{'with' if checkpointing else 'without'} | {'off the device' if kept else 'on the device'}"
         with TemporaryDirectory() as folder:
-            encoder = Cached(Path(folder), backbone, {}, writes_key=True) if kept else Fresh(backbone)
+            encoder = Cached(Path(folder), backbone, {}) if kept else Fresh(backbone)
             try:
                 seconds, peak = measured(backbone, start.resolved(asked, backbone), encoder)
                 shown = "unknown" if peak is None else f"{peak / 1e9:.2f} GB"

@@ -217,8 +217,8 @@ def main() -> None:
     job = Job(backbone, method, batch, parameters, second)
 
     with TemporaryDirectory() as folder:
-        store = RolloutStore(Path(folder), {}, writes_key=True)
-        cache = Cached(Path(folder, "cache"), apart, {}, writes_key=True)
+        store = RolloutStore(Path(folder), {})
+        cache = Cached(Path(folder, "cache"), apart, {})
         shape = backbone.latent_shape(side)
         Teacher(backbone, cache, method, 0, shape).prepare(batch)
         cache.flush()

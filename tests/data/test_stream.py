@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import errno
+import multiprocessing
+import os
 import pickle
+import shutil
 import threading
 from collections import Counter
 from collections.abc import Iterator
@@ -14,6 +17,7 @@ from typing import Any
 
 import datasets
 import pytest
+from datasets import data_files
 
 from fewstep.benchmark.real import pictures_of_data
 from fewstep.config import BenchSettings, TrainSettings
@@ -42,11 +46,17 @@ class Server:
         """After how many bytes the next answers to GET break off."""
         self.heads, self.ranges = True, True
         """Whether HEAD and Range are known."""
+        self.versions = True
+        """Whether it says when a file was changed."""
         ours = self
 
         class Handler(SimpleHTTPRequestHandler):
             def log_message(self, *_: object) -> None:
                 pass
+
+            def send_header(self, keyword: str, value: str) -> None:
+                if ours.versions or keyword != "Last-Modified":
+                    super().send_header(keyword, value)
 
             def do_HEAD(self) -> None:
                 ours.asked.append(("HEAD", self.path, ""))
@@ -117,6 +127,18 @@ def batches(found: OpenedData, slices: Slices | None = None, start: int = 0, end
     return Batches(found.data, slices or Slices(batch_size=4), seed=5, start=start, end=end, **options)
 
 
+def replace_shard(server: Server, number: int) -> None:
+    """By another one of the same length: every caption is another picture's."""
+    file = server.folder / f"set-{number:02d}.tar"
+    before = file.stat()
+    members = [member for i in range(EACH) for member in pairs(10 * number + i)]
+    texts = [member for member in members if str(member[0]).endswith(".txt")]
+    others = dict(zip([name for name, _ in texts], [text for _, text in [*texts[1:], texts[0]]], strict=True))
+    shard(file, [(name, others.get(name, content)) for name, content in members])
+    os.utime(file, (before.st_atime, before.st_mtime + 10))
+    assert file.stat().st_size == before.st_size
+
+
 def samples(loaded: Batches) -> list[tuple[tuple[int, int], str]]:
     """((update, position), caption), checked against the pixels."""
     found = []
@@ -184,11 +206,99 @@ def test_another_process_may_take_a_shard_away(server: Server, tmp_path: Path) -
     found = opened(server)
     seen = []
     for update in range(15):
-        for place in (tmp_path / "cache" / "fewstep" / "shards").glob("*/[0-9]*"):
+        for place in (tmp_path / "cache" / "fewstep" / "shards").glob("*/*/[0-9]*"):
             if place.is_dir():
                 stream._remove(place)
         seen += samples(batches(found, start=update, end=update + 1))
     assert seen == whole
+
+
+def test_two_runs_on_one_source_take_nothing_from_each_other(
+    server: Server, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(stream, "WINDOW", 1)
+    monkeypatch.setattr(stream, "_in_background", lambda work: work())
+    shards = tmp_path / "cache" / "fewstep" / "shards"
+
+    def here() -> set[Path]:
+        return set(shards.rglob("*.tar"))
+
+    found = opened(server)
+    first = samples(batches(found, end=4))
+    mine = here()
+    assert len(mine) == 3
+
+    def other_run() -> None:
+        samples(Batches(opened(server).data, Slices(batch_size=4), seed=6, start=0, end=15))
+
+    for _ in range(2):
+        other = multiprocessing.get_context("fork").Process(target=other_run)
+        other.start()
+        other.join(60)
+        assert other.exitcode == 0
+        assert mine < here() and len(here()) <= 6, "of runs that have ended, what one left"
+    assert first + samples(batches(found, start=4)) == samples(batches(opened(server)))
+
+
+def test_a_run_takes_over_what_one_that_has_ended_left(server: Server) -> None:
+    def ended() -> None:
+        samples(batches(opened(server), end=1))
+
+    before = multiprocessing.get_context("fork").Process(target=ended)
+    before.start()
+    before.join(60)
+    assert before.exitcode == 0
+    server.asked.clear()
+    samples(batches(opened(server), end=1))
+    assert not [path for path in server.fetched() if "set-00" in path], "the first shard was here"
+
+
+def test_the_processes_of_a_run_share_what_they_fetch(monkeypatch: pytest.MonkeyPatch) -> None:
+    alone = stream._run()
+    assert alone.endswith(f"-{os.getpid()}")
+    monkeypatch.setattr(stream, "is_initialized", lambda: True)
+    monkeypatch.setattr(stream, "get_world_size", lambda: 2)
+    monkeypatch.setenv("MASTER_PORT", "29500")
+    assert stream._run().endswith(f"-29500-{os.getppid()}") and stream._run() != alone
+
+
+def test_an_item_is_of_its_shards_very_content(server: Server, tmp_path: Path) -> None:
+    def numbers() -> dict[int, set[int]]:
+        """Shard to the items that an epoch draws from it."""
+        data = opened(server).data
+        assert isinstance(data, StreamedPictures)
+        drawn: dict[int, set[int]] = {}
+        for place in range(2 * SHARDS * EACH):
+            index = data.index_at(5, place)
+            drawn.setdefault(index % SHARDS, set()).add(index)
+        return drawn
+
+    server.versions = False
+    fingerprint, before = opened(server).fingerprint, numbers()
+    assert [len(items) for items in before.values()] == [EACH] * SHARDS
+    assert numbers() == before, "the same in every run"
+    replace_shard(server, 3)
+    shutil.rmtree(tmp_path / "cache")
+    assert opened(server).fingerprint == fingerprint, "nobody says so before the shard is here"
+    after = numbers()
+    assert {shard_ for shard_ in before if before[shard_] != after[shard_]} == {3}
+    assert not before[3] & after[3]
+
+
+def test_an_item_whose_shard_has_changed_since_it_was_drawn_is_refused(server: Server, tmp_path: Path) -> None:
+    server.versions = False
+    data = opened(server).data
+    assert isinstance(data, StreamedPictures)
+    drawn = [data.index_at(5, place) for place in range(SHARDS * EACH)]
+    of_three = next(index for index in drawn if index % SHARDS == 3)
+    of_four = next(index for index in drawn if index % SHARDS == 4)
+    replace_shard(server, 3)
+    shutil.rmtree(tmp_path / "cache")
+    data._opened.clear()
+    assert data.item(of_four)
+    for read in (data.item, data.captions):
+        with pytest.raises(DataError, match=r"set-03\.tar was changed after the data was scanned; training data must"):
+            read(of_three)
 
 
 def test_a_shard_with_more_and_one_with_fewer_pictures(server: Server, tmp_path: Path) -> None:
@@ -260,6 +370,20 @@ def test_a_shard_that_changes_during_the_run(server: Server, tmp_path: Path) -> 
     with pytest.raises(DataError, match=r"\.tar was changed after the data was scanned"):
         samples(batches(found))
     assert opened(server).fingerprint != found.fingerprint
+
+
+def test_a_shard_replaced_by_one_of_the_same_length_is_other_data(server: Server) -> None:
+    before = opened(server).fingerprint
+    assert opened(server).fingerprint == before
+    replace_shard(server, 3)
+    assert opened(server).fingerprint != before
+
+
+def test_another_column_of_captions_is_other_data_even_where_the_first_shard_has_it_twice(server: Server) -> None:
+    for number in range(SHARDS):
+        captions = f'{{"a": "number 1", "b": "number {1 + min(number, 1)}"}}'
+        shard(server.folder / f"set-{number:02d}.tar", [("1.png", numbered(1)), ("1.json", captions)])
+    assert opened(server, caption_column="a").fingerprint != opened(server, caption_column="b").fingerprint
 
 
 def test_a_broken_shard_and_a_bad_one_are_named(server: Server, tmp_path: Path) -> None:
@@ -342,6 +466,34 @@ def test_a_dataset_is_streamed_file_by_file_in_the_order_of_the_seed(tmp_path: P
     assert again.fingerprint == found.fingerprint
     assert samples(batches(again, start=7, workers=2)) == whole[28:]
     assert not list((tmp_path / "hub").rglob("*.arrow")), "nothing was downloaded as a whole"
+
+
+def test_a_file_of_a_dataset_that_was_replaced_is_other_data(tmp_path: Path) -> None:
+    name = dataset(tmp_path / "set")
+    before = open_data(Settings(dataset_name=name), Base(), streaming=True)
+    file = tmp_path / "set" / f"train-00003-of-{SHARDS:05d}.parquet"
+    shutil.copytree(tmp_path / "set", tmp_path / "elsewhere" / "set")  # with its times
+    moved = open_data(Settings(dataset_name=str(tmp_path / "elsewhere" / "set")), Base(), streaming=True)
+    assert moved.fingerprint == before.fingerprint
+    parquet(tmp_path / "set", [numbered(30 + i) for i in range(EACH)], file.stem, text=[
+        f"number {30 + (i + 1) % EACH}" for i in range(EACH)])  # fmt: skip
+    after = open_data(Settings(dataset_name=name), Base(), streaming=True)
+    assert isinstance(before.data, StreamedPictures) and isinstance(after.data, StreamedPictures)
+    assert before.data.first.fingerprint == after.data.first.fingerprint
+    assert after.fingerprint != before.fingerprint
+
+
+def test_another_commit_of_a_dataset_is_other_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    name = dataset(tmp_path / "set")
+    of_files, commit = data_files._get_origin_metadata, "1111"
+
+    def said(files: list[str], *_: Any, **__: Any) -> list[tuple[str, ...]]:
+        return [("owner/set", commit)] * len(of_files(files))
+
+    monkeypatch.setattr(data_files, "_get_origin_metadata", said)
+    found = [open_data(Settings(dataset_name=name), Base(), streaming=True).fingerprint for _ in range(2)]
+    commit = "2222"
+    assert found[0] == found[1] != open_data(Settings(dataset_name=name), Base(), streaming=True).fingerprint
 
 
 def test_a_dataset_that_vanishes_while_it_is_streamed(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import threading
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from filelock import FileLock
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -20,6 +22,7 @@ from fewstep.errors import CheckpointError, InputError, Interrupted
 from fewstep.train import distill, encoding
 from fewstep.train.encoding import Shards
 from fewstep.train.fill import fill
+from fewstep.train.keyed import claim
 from tests.train.conftest import Heard
 from tests.train.test_rollouts import same, weights
 
@@ -136,6 +139,50 @@ def test_a_stale_cache_is_refused(
         distill(other)
 
 
+def test_entries_of_which_nothing_says_what_they_are_of_are_refused(
+    settings: TrainSettings, v_base: Path, tmp_path: Path
+) -> None:
+    asked = cached(settings, tmp_path)
+    fill(for_fill(asked))
+    (tmp_path / "cache" / "cache.json").unlink()
+    for run in (asked, asked.replace(base_model=str(v_base))):
+        with pytest.raises(
+            CheckpointError, match=r"cache' holds encodings, but no cache\.json .*; choose another folder, or remove"
+        ) as said:
+            fill(for_fill(run))
+        assert "\n" not in str(said.value)
+    assert not (tmp_path / "cache" / "cache.json").exists()
+
+
+def test_every_process_says_on_its_own_disk_what_it_keeps_there(tmp_path: Path) -> None:
+    """As on a second machine, whose folder the main process does not see."""
+    there = {"held": "cache_dir {} holds encodings", "of": "base"}
+    file = tmp_path / "cache" / "cache.json"
+    for _ in range(2):
+        claim(file, {"base": 1}, **there)
+    with pytest.raises(CheckpointError, match=r"holds encodings with base 1, this run has 2"):
+        claim(file, {"base": 2}, **there)
+
+
+def test_of_two_that_find_a_new_folder_one_writes_and_the_other_compares(tmp_path: Path) -> None:
+    file = tmp_path / "cache.json"
+    said: list[CheckpointError] = []
+
+    def second() -> None:
+        try:
+            claim(file, {"base": 2}, held="cache_dir {} holds encodings", of="base")
+        except CheckpointError as error:
+            said.append(error)
+
+    with FileLock(tmp_path / ".cache.json.lock"):  # the first one is about to write
+        late = threading.Thread(target=second)
+        late.start()
+        late.join(0.5)
+        file.write_text('{"base": 1}')
+    late.join(30)
+    assert "with base 1, this run has 2" in str(said[0])
+
+
 def test_a_damaged_file_is_named(settings: TrainSettings, tmp_path: Path) -> None:
     asked = for_fill(cached(settings, tmp_path))
     fill(asked)
@@ -170,7 +217,8 @@ def test_a_full_disk_is_one_line_and_leaves_nothing_half_there(
     assert cli.main(["cache", *flags, "--cache_dir", str(cache), "--max_steps", "10", "--batch_size", "2"]) == 2
     error = capsys.readouterr().err.splitlines()[-1]
     assert error.startswith(f"error: cache_dir '{cache}' cannot be written to: No space left on device; ")
-    assert sorted(cache.iterdir()) == sorted([cache / "cache.json", *files])
+    there = [path for path in cache.iterdir() if path.name != ".cache.json.lock"]
+    assert sorted(there) == sorted([cache / "cache.json", *files])
     monkeypatch.setattr(encoding, "write_bytes_atomic", honest)
     assert cli.main(["cache", *flags, "--cache_dir", str(cache), "--max_steps", "10", "--batch_size", "2"]) == 0
 

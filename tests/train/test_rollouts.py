@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from fewstep.config import TrainSettings
 from fewstep.data import Slices
 from fewstep.errors import CheckpointError, InputError, Interrupted
 from fewstep.methods.kstep import Pairs
-from fewstep.train import DistillResult, distill
+from fewstep.train import DistillResult, distill, rollouts
 from fewstep.train.rollouts import KEPT, RolloutStore, numbers_of, turns_of
 from tests.train.conftest import Heard
 
@@ -64,6 +65,28 @@ def test_a_second_run_asks_the_teacher_nothing(
     assert [row["teacher_forwards_per_second"] for row in first.history] == [0.0] * 5
     other = distill(few.replace(run_name="other", lora_rank=2, loss="huber"))
     assert {value.shape[0] for name, value in weights(other).items() if "lora.down" in name or "lora_A" in name} == {2}
+
+
+def test_a_full_disk_ends_the_keeping_in_one_line_and_what_is_kept_is_gone_on_from(
+    settings: TrainSettings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    few = settings.replace(output_dir=tmp_path, teacher_cache=tmp_path / "cache", teacher_rollouts=12)
+    files, honest = [], rollouts.write_bytes_atomic
+
+    def full_after_two(path: Path, content: bytes) -> Path:
+        if len(files) == 2:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        files.append(path)
+        return honest(path, content)
+
+    monkeypatch.setattr(rollouts, "write_bytes_atomic", full_after_two)
+    with pytest.raises(InputError, match=r"teacher_cache '.*cache' cannot be written to: No space left on device; "):
+        distill(few.replace(run_name="full"))
+    assert sorted((tmp_path / "cache").glob("*.safetensors")) == sorted(files)
+    monkeypatch.setattr(rollouts, "write_bytes_atomic", honest)
+    heard = Heard()
+    distill(few.replace(run_name="full", resume_from_checkpoint="auto"), reporter=heard)
+    assert heard.bars["teacher"] == (4, 4)
 
 
 def test_a_run_on_kept_rollouts_resumes_bit_for_bit(settings: TrainSettings, tmp_path: Path) -> None:
@@ -173,12 +196,23 @@ def test_rollouts_of_another_teacher_are_refused(
         distill(few.replace(run_name="second", **change))
 
 
+def test_rollouts_of_which_nothing_says_whose_they_are_are_refused(settings: TrainSettings, tmp_path: Path) -> None:
+    few = settings.replace(output_dir=tmp_path, teacher_cache=tmp_path / "cache", teacher_rollouts=4, max_steps=3)
+    distill(few.replace(run_name="first"))
+    (tmp_path / "cache" / "rollouts.json").unlink()
+    with pytest.raises(
+        CheckpointError, match=r"cache' holds rollouts, but no rollouts\.json .*; choose another folder"
+    ):
+        distill(few.replace(run_name="second", num_ddim_steps=3))
+
+
 @pytest.mark.parametrize("metadata", [None, {}, {"captions": "5"}, {"captions": "{"}, {"captions": '["a"]'}])
 @pytest.mark.parametrize("name", ["00000000", "notes"])
 def test_a_file_of_something_else_is_named(name: str, metadata: dict[str, str] | None, tmp_path: Path) -> None:
+    (tmp_path / "rollouts.json").write_text("{}")
     save_file({"x": torch.ones(1)}, tmp_path / f"{name}.safetensors", metadata)
     with pytest.raises(CheckpointError, match=rf"{name}\.safetensors' is no file of rollouts; remove it"):
-        RolloutStore(tmp_path, {}, writes_key=True)
+        RolloutStore(tmp_path, {})
 
 
 def test_a_damaged_rollout_is_named(settings: TrainSettings, tmp_path: Path) -> None:
@@ -215,9 +249,10 @@ def test_a_rollout_that_is_not_as_it_was_written_is_named(settings: TrainSetting
 def test_a_file_without_a_sum_a_rollout_is_named(tmp_path: Path, sums: str | None) -> None:
     tensors = {name: torch.zeros(2, 1) for name in KEPT}
     about = {"captions": '["a", "b"]'} | ({} if sums is None else {"sums": sums})
+    (tmp_path / "rollouts.json").write_text("{}")
     save_file(tensors, tmp_path / "00000000.safetensors", about)
     with pytest.raises(CheckpointError, match=r"00000000\.safetensors' is no file of rollouts; remove it"):
-        RolloutStore(tmp_path, {}, writes_key=True)
+        RolloutStore(tmp_path, {})
 
 
 @pytest.mark.parametrize("count", [8, 24, 64])

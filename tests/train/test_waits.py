@@ -113,7 +113,7 @@ def test_what_is_cached_or_kept_is_sent_without_waiting(
     settings: TrainSettings, base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     backbone = load_backbone(base, device="cpu")
-    encoder: Encoder = Cached(tmp_path, backbone, {}, writes_key=True)
+    encoder: Encoder = Cached(tmp_path, backbone, {})
     settings = begin.resolved(settings, backbone)
     method, shape = begin.method_of(settings, backbone), backbone.latent_shape(settings.resolution)
     assert settings.resolution is not None

@@ -202,7 +202,9 @@ class HubShards:
         caption_column: str | None = None,
     ) -> None:
         """Find out which files there are; raises as `scan_hub`."""
-        rows, self._split, self._version = _load(name, streaming=True)
+        rows, self._split, builder = _load(name, streaming=True)
+        self._place = str(builder.cache_dir)  # its name has a hash of the files' places and times, or of the commit
+        self._version = _version(builder)
         if rows.features is None:  # such as of .json, whose columns are known once some rows were read
             rows = rows._resolve_features()
         self._rows, self._columns = _chosen(rows, name, image_column, caption_column)
@@ -210,12 +212,14 @@ class HubShards:
 
     @property
     def key(self) -> str:
-        version = f"{self._name} {self._split} {self._version}"
-        return hashlib.blake2b(version.encode(), digest_size=16).hexdigest()
+        return _digest(self._name, self._split, self._place, self._version)
 
     def fingerprint(self, first: OpenedShard) -> str:
-        """Of the number of files, and of the content of the first."""
-        return hashlib.blake2b(f"{len(self)} {first.fingerprint}".encode(), digest_size=16).hexdigest()
+        """Of the split's files and what changes when they do, of the columns read, and of the first file's content.
+
+        What changes is the dataset's commit on the Hub, whatever was committed; of local files it is their times.
+        """
+        return _digest(self._split, self._version, *self._columns, str(len(self)), first.fingerprint)
 
     def __len__(self) -> int:
         return int(self._rows.num_shards)
@@ -253,8 +257,8 @@ class HubShards:
             ) from error
 
 
-def _load(name: str, *, streaming: bool = False) -> tuple[Rows, str, str]:
-    """The dataset that `name` stands for, which split of it was taken, and what changes when its files do."""
+def _load(name: str, *, streaming: bool = False) -> tuple[Rows, str, datasets.DatasetBuilder]:
+    """The dataset that `name` stands for, which split of it was taken, and who read it."""
     import datasets
 
     repo, config, split = (name, "", "") if Path(name).exists() else [*name.split(":", 2), "", ""][:3]
@@ -291,7 +295,23 @@ def _load(name: str, *, streaming: bool = False) -> tuple[Rows, str, str]:
             f"dataset {repo} cannot be opened ({_line(error)}); allowed is ID, ID:CONFIGURATION or "
             "ID:CONFIGURATION:SPLIT of a dataset stored as files, not as a script; check the name"
         ) from error
-    return rows, split, str(builder.cache_dir)  # its name has a hash of the files' times, or of the commit
+    return rows, split, builder
+
+
+def _version(builder: datasets.DatasetBuilder) -> str:
+    """The names of a dataset's files, and what changes when they do: the Hub's commit, or their times or ETags.
+
+    Local files are the same in another place.
+    """
+    found = [str(builder.config.name)]
+    for split, files in (builder.config.data_files or {}).items():
+        found += [str(split), *(file if "://" in file else Path(file).name for file in files)]
+        found += [" ".join(origin) for origin in files.origin_metadata]
+    return _digest(*found)
+
+
+def _digest(*parts: str) -> str:
+    return hashlib.blake2b("\0".join(parts).encode(), digest_size=16).hexdigest()
 
 
 def _bounded_downloads(builder: datasets.DatasetBuilder) -> datasets.DownloadManager:

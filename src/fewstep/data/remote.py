@@ -119,9 +119,16 @@ class RemoteShards:
         return _digest(f"{_bare(url)} {state}" for url, state in zip(self._urls, self._states, strict=True))
 
     def fingerprint(self, first: OpenedShard) -> str:
-        """Of the shards' names and lengths, and of the content of the first."""
-        names = (f"{_bare(url)} {state.length}" for url, state in zip(self._urls, self._states, strict=True))
-        return _digest([*names, first.fingerprint])
+        """Of what the server says of each shard (name, length, ETag or time of change), and of the first one's content.
+
+        A server that is started again on the same files says the same. Where it says neither ETag nor time, a shard
+        that gives way to another of its length goes unnoticed here: what is kept of an item is told apart all the same,
+        for the item's number is of its shard's content (`StreamedPictures`).
+        """
+        said = (
+            f"{_bare(url)} {state.length} {state.version}" for url, state in zip(self._urls, self._states, strict=True)
+        )
+        return _digest([*said, self._column or "", first.fingerprint])
 
     def __len__(self) -> int:
         return len(self._urls)

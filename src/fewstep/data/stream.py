@@ -8,8 +8,8 @@ place then follows from the seed and the place, as with data that is here: nothi
 resumed run fetches the shards of its buffer again and goes on, and workers and processes need not agree on anything. Of
 a shard with more pictures some are left out, others each epoch; in one with fewer some come twice.
 
-All processes of a machine share what is fetched; the next buffer is fetched while this one is used, and shards that are
-two buffers back are removed.
+All processes of a run on a machine share what is fetched; the next buffer is fetched while this one is used, and shards
+that are two buffers back are removed. Another run on the same source has a folder of its own: it is at other shards.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from __future__ import annotations
 import hashlib
 import os
 import shutil
+import socket
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -26,7 +27,8 @@ from typing import Protocol, TypeVar
 
 import numpy as np
 import torch
-from filelock import FileLock
+from filelock import FileLock, Timeout
+from torch.distributed import get_world_size, is_initialized
 
 from fewstep.data.order import sample_index
 from fewstep.data.pairs import PictureData
@@ -40,6 +42,11 @@ WINDOW = 4
 
 _REPEATS = 3  # a shard that another process has removed meanwhile is fetched again, but not for ever
 
+_ROWS = 2**32  # more pictures than any shard has
+
+_IN_USE: dict[Path, FileLock] = {}
+"""What this process holds until it ends, so that others see which folders are in use."""
+
 ResultT = TypeVar("ResultT")
 
 
@@ -50,12 +57,17 @@ class OpenedShard:
     Attributes:
         data: its usable pictures, at least one.
         report: what was kept and dropped.
-        fingerprint: of its content.
+        fingerprint: of its content, hexadecimal.
     """
 
     data: PictureData
     report: DataReport
     fingerprint: str
+
+    @property
+    def mark(self) -> int:
+        """64 bits of the fingerprint."""
+        return int(self.fingerprint[:16], 16)
 
 
 class ShardSource(Protocol):
@@ -91,20 +103,22 @@ class ShardSource(Protocol):
 
 
 class StreamedPictures:
-    """The pictures of a source's shards. Item r · (number of shards) + s is the picture r of shard s."""
+    """The pictures of a source's shards.
 
-    def __init__(self, source: ShardSource, home: Path | None = None) -> None:
+    Item r · (number of shards) + s is the picture r of shard s. `index_at` adds the mark of the shard's content, as
+    (mark · _ROWS + r) · (number of shards) + s: what is kept of an item under its number is of that very content, even
+    where nobody notices that a shard was replaced, or another release of Pillow leaves out another picture.
+    """
+
+    def __init__(self, source: ShardSource) -> None:
         """Fetch the first shard, which says how many places each of them stands for.
-
-        Args:
-            home: where shards are kept while they are needed; a folder below the user's cache if None.
 
         Raises:
             DataError: it cannot be had or used.
         """
         self._source = source
-        self._home = cache_folder() / source.key if home is None else home
-        self._opened: dict[int, PictureData] = {}
+        self._home = _own_folder(cache_folder() / source.key)
+        self._opened: dict[int, OpenedShard] = {}
         self._notes: list[str] = []
         self._window = (0, -1)  # seed and number
         self.first = self._look(0)
@@ -115,16 +129,14 @@ class StreamedPictures:
         return len(self._source) * self._each
 
     def name(self, index: int) -> str:
-        row, shard = divmod(index, len(self._source))
-        return self._read(shard, lambda data: f"{self._source.name(shard)}: {data.name(row % len(data))}")
+        shard = index % len(self._source)
+        return self._at(index, lambda data, row: f"{self._source.name(shard)}: {data.name(row)}")
 
     def item(self, index: int) -> tuple[np.ndarray, tuple[str, ...]]:
-        row, shard = divmod(index, len(self._source))
-        return self._read(shard, lambda data: data.item(row % len(data)))
+        return self._at(index, lambda data, row: data.item(row))
 
     def captions(self, index: int) -> tuple[str, ...]:
-        row, shard = divmod(index, len(self._source))
-        return self._read(shard, lambda data: data.captions(row % len(data)))
+        return self._at(index, lambda data, row: data.captions(row))
 
     def index_at(self, seed: int, place: int, attempt: int = 0) -> int:
         """Which item stands at a place of the endless sequence, or for it at a later attempt.
@@ -135,15 +147,16 @@ class StreamedPictures:
         window, at = divmod(place, self._width * self._each)
         self._enter(seed, window)
         shards = self._shards_of(seed, window)
-        sizes = [self._read(shard, len) for shard in shards]
+        found = [self._read(shard, lambda opened: opened) for shard in shards]
+        sizes = [len(opened.data) for opened in found]
         if attempt:
             rng = generator(seed, "replacement", place, attempt)
             number = int(torch.randint(sum(sizes), (), generator=rng))
         else:
             number = sample_index(_derived(seed, f"buffer {window}"), at, sum(sizes))
-        for shard, size in zip(shards, sizes, strict=True):
+        for shard, opened, size in zip(shards, found, sizes, strict=True):
             if number < size:
-                return number * len(self._source) + shard
+                return (opened.mark * _ROWS + number) * len(self._source) + shard
             number -= size
         raise AssertionError("a number below the sum of the sizes is in one of them")
 
@@ -169,7 +182,7 @@ class StreamedPictures:
         self._window = (seed, window)
         following = self._shards_of(seed, window + 1)
         kept = {*self._shards_of(seed, window), *following}
-        self._opened = {shard: data for shard, data in self._opened.items() if shard in kept}
+        self._opened = {shard: opened for shard, opened in self._opened.items() if shard in kept}
         kept |= set(self._shards_of(seed, window - 1)) if window else set()
         for place in self._home.glob("[0-9]*"):
             if place.is_dir() and int(place.name) not in kept:
@@ -182,11 +195,26 @@ class StreamedPictures:
 
         _in_background(ahead)
 
-    def _read(self, shard: int, work: Callable[[PictureData], ResultT]) -> ResultT:
-        """`work` on the pictures of a shard, fetched if need be."""
+    def _at(self, index: int, work: Callable[[PictureData, int], ResultT]) -> ResultT:
+        """`work` on an item: its shard's pictures, and its number among them."""
+        rest, shard = divmod(index, len(self._source))
+        mark, row = divmod(rest, _ROWS)
+
+        def on(opened: OpenedShard) -> ResultT:
+            if mark and mark != opened.mark:
+                raise DataError(
+                    f"{self._source.name(shard)} was changed after the data was scanned; training data must stay as it "
+                    "is during a run; put it back and resume from the last checkpoint"
+                )
+            return work(opened.data, row % len(opened.data))
+
+        return self._read(shard, on)
+
+    def _read(self, shard: int, work: Callable[[OpenedShard], ResultT]) -> ResultT:
+        """`work` on a shard, fetched if need be."""
         for _ in range(_REPEATS):
             if shard not in self._opened:
-                self._opened[shard] = self._look(shard).data
+                self._opened[shard] = self._look(shard)
             try:
                 return work(self._opened[shard])
             except PictureError:
@@ -227,6 +255,54 @@ class StreamedPictures:
 def cache_folder() -> Path:
     """Where shards are kept while they are needed: `$XDG_CACHE_HOME/fewstep/shards`, by default in ~/.cache."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fewstep" / "shards"
+
+
+def _own_folder(source: Path) -> Path:
+    """This run's folder below that of a source; all its processes on this machine have the same one.
+
+    What runs that have ended left there is taken over, since a resumed run goes on with the same shards, or removed.
+
+    Raises:
+        DataError: it cannot be made.
+    """
+    own = source / _run()
+    with _writing(source):
+        source.mkdir(parents=True, exist_ok=True)
+        with FileLock(source / ".lock"):
+            for other in sorted(source.glob("run-*")):
+                if other == own or _in_use(other):
+                    continue
+                if own.exists():
+                    shutil.rmtree(other, ignore_errors=True)
+                else:
+                    other.rename(own)
+            own.mkdir(exist_ok=True)
+            used = own / f"{os.getpid()}.used"
+            if used in _IN_USE:  # taken anew: somebody may have emptied the cache meanwhile
+                _IN_USE.pop(used).release()
+            lock = FileLock(used)
+            lock.acquire()
+            _IN_USE[used] = lock
+    return own
+
+
+def _run() -> str:
+    """What a run's processes on a machine have in common, and share with no other run: their parent and their port."""
+    if is_initialized() and get_world_size() > 1:
+        return f"run-{socket.gethostname()}-{os.environ.get('MASTER_PORT', '')}-{os.getppid()}"
+    return f"run-{socket.gethostname()}-{os.getpid()}"
+
+
+def _in_use(folder: Path) -> bool:
+    """Whether a process that uses a run's folder lives: of the dead, the operating system has released the locks."""
+    for used in folder.glob("*.used"):
+        try:
+            with FileLock(used, timeout=0):
+                pass
+        except Timeout:
+            return True
+        used.unlink(missing_ok=True)
+    return False
 
 
 @contextmanager

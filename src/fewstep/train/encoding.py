@@ -27,9 +27,9 @@ from torch import Tensor
 from fewstep.backbone import Backbone
 from fewstep.data import Batch
 from fewstep.data.loader import to_pixels
-from fewstep.errors import CheckpointError, InputError
+from fewstep.errors import CheckpointError
 from fewstep.files import write_bytes_atomic
-from fewstep.train.keyed import checksum, claim, damaged, opened
+from fewstep.train.keyed import checksum, claim, damaged, opened, unwritten
 from fewstep.transfer import upload
 
 KEY = "cache.json"
@@ -88,12 +88,11 @@ class Cached:
     A network that had nothing to do leaves the device until it is asked again.
     """
 
-    def __init__(self, folder: Path, backbone: Backbone, key: Mapping[str, Any], *, writes_key: bool) -> None:
+    def __init__(self, folder: Path, backbone: Backbone, key: Mapping[str, Any]) -> None:
         """Open the folder, or make it.
 
         Args:
             key: all that the content depends on: see `cache_key`.
-            writes_key: whether this process is the one to write `key` into a new folder.
 
         Raises:
             CheckpointError: the folder holds something else, or a file in it is damaged.
@@ -104,7 +103,7 @@ class Cached:
         try:
             claim(folder / KEY, key, held="cache_dir {} holds encodings", of="base")
         except OSError as error:
-            raise _unwritten(folder, error) from None
+            raise unwritten("cache_dir", folder, error) from None
         self._latents, self._captions = Shards(folder, "latents"), Shards(folder, "captions")
 
     def embed(self, captions: Sequence[str]) -> Tensor:
@@ -250,13 +249,6 @@ class Shards:
         try:
             write_bytes_atomic(path, content)
         except OSError as error:
-            raise _unwritten(self._folder, error) from None
+            raise unwritten("cache_dir", self._folder, error) from None
         self._new.clear()
         self._take(path)
-
-
-def _unwritten(folder: Path, error: OSError) -> InputError:
-    return InputError(
-        f"cache_dir {str(folder)!r} cannot be written to: {error.strerror or error}; what is there is whole; make "
-        "room, or choose another folder"
-    )

@@ -47,7 +47,7 @@ def fill(
     opened = open_data(resolved, backbone, streaming=resolved.streaming, reporter=reporter)
     slices = start.slices_of(settings, processes)
     method, shape = start.method_of(resolved, backbone), backbone.latent_shape(resolved.resolution)
-    cache = start.cache_of(settings.cache_dir, resolved, backbone, opened, main=main)
+    cache = start.cache_of(settings.cache_dir, resolved, backbone, opened)
     teacher = Teacher(backbone, cache, method, settings.seed, shape, resolved.starts_from)
     places = start.rollouts_to_keep(resolved, slices)  # as many as there are samples, where it keeps none
     batches = Batches(
@@ -71,7 +71,7 @@ def fill(
                 raise Interrupted(f"stopped; what was computed is kept in {settings.cache_dir}; run the same again")
     cache.flush()
     processes.wait_for_everyone()
-    whole = start.cache_of(settings.cache_dir, resolved, backbone, opened, main=main)  # with what the others computed
+    whole = start.cache_of(settings.cache_dir, resolved, backbone, opened)  # with what the others computed
     latents, captions = whole.sizes()
     reporter.say(f"cache: {latents:,} latents and {captions:,} captions in {settings.cache_dir}")
     return FillResult(folder=settings.cache_dir, latents=latents, captions=captions)

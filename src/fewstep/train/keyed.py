@@ -9,31 +9,46 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from filelock import FileLock
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from fewstep.errors import CheckpointError
+from fewstep.errors import CheckpointError, InputError
 from fewstep.files import write_text_atomic
 
+ENTRIES = ".safetensors"
+"""How the names of the files end that hold what was computed."""
 
-def claim(file: Path, key: Mapping[str, Any], *, held: str, of: str, writes: bool) -> None:
-    """Compare `key` with the one that the folder's `file` holds, or write it into a folder that has none.
+
+def claim(file: Path, key: Mapping[str, Any], *, held: str, of: str) -> None:
+    """Compare `key` with the one that the folder's `file` holds, or write it into a folder that holds nothing yet.
+
+    Every process does, for on another machine the folder may be another one. Whoever comes first writes.
 
     Args:
         key: all that the folder's content depends on.
         held: what the folder holds, in words, with {} for its name.
         of: whose it is, in a word: what has to be the same.
-        writes: whether this process is the one to write.
 
     Raises:
-        CheckpointError: the folder's content is of something else, or its key cannot be read.
+        CheckpointError: the folder's content is of something else or nobody knows of what, or its key cannot be read.
+        OSError: the folder cannot be written to.
     """
     wanted = json.loads(json.dumps(key))
-    if not file.exists():
-        if writes:
-            write_text_atomic(file, json.dumps(wanted, indent=1) + "\n")
-        return
     holds = held.format(repr(str(file.parent)))
+    if not file.exists():
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(file.with_name(f".{file.name}.lock")):
+            # One look at both: the key is there before the first entry is.
+            there = {path.name for path in file.parent.iterdir()}
+            if file.name not in there:
+                if any(name.endswith(ENTRIES) for name in there):
+                    raise CheckpointError(
+                        f"{holds}, but no {file.name} that says what of; allowed is a folder with both or with "
+                        "neither; choose another folder, or remove this one"
+                    )
+                write_text_atomic(file, json.dumps(wanted, indent=1) + "\n")
+                return
     try:
         found = dict(json.loads(file.read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError) as error:
@@ -77,4 +92,12 @@ def damaged(path: Path, name: str) -> CheckpointError:
     return CheckpointError(
         f"{str(path)!r} is damaged at {name}: what is read is not what was written; remove the file, and it is made "
         "again by the same command; look at the disk"
+    )
+
+
+def unwritten(setting: str, folder: Path, error: OSError) -> InputError:
+    """The error for a folder, what `setting` names, that the system does not let be written to."""
+    return InputError(
+        f"{setting} {str(folder)!r} cannot be written to: {error.strerror or error}; what is there is whole; make "
+        "room, or choose another folder"
     )

@@ -53,9 +53,8 @@ def open_lessons(
     if not settings.keeps_rollouts:
         return map(teacher, speed.waiting(batches(start=begin, end=settings.max_steps)))
 
-    main = processes.is_main_process
     count = start.rollouts_to_keep(settings, slices)
-    store = RolloutStore(settings.rollout_dir, start.rollout_key(settings, backbone) | dict(identity), writes_key=main)
+    store = RolloutStore(settings.rollout_dir, start.rollout_key(settings, backbone) | dict(identity))
     missing = batches(start=0, end=count // slices.global_batch, skip=store.holds)
     with speed.paused():
         start.keep_rollouts(store, teacher, missing, slices, reporter, should_stop)

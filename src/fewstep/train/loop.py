@@ -187,7 +187,7 @@ def distill(
         processes.wait_for_everyone()
 
         # ---- What is learnt from, what is learnt, and what is kept of it.
-        encoder = start.encoder_of(settings, backbone, opened, main=main)
+        encoder = start.encoder_of(settings, backbone, opened)
         speed = start.throughput_of(settings, backbone, processes.num_processes)
         lessons = open_lessons(
             settings,

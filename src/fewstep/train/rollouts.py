@@ -12,7 +12,6 @@ With `pairs_per_visit` an update learns from few pairs of many rollouts instead 
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -34,7 +33,7 @@ from fewstep.methods.kstep import Draws, KStep, Pairs
 from fewstep.randomness import generator
 from fewstep.solver import Denoiser
 from fewstep.train.encoding import Encoder
-from fewstep.train.keyed import checksum, claim, damaged, opened
+from fewstep.train.keyed import checksum, claim, damaged, opened, unwritten
 from fewstep.transfer import upload
 
 KEY = "rollouts.json"
@@ -116,7 +115,7 @@ class Teacher:
 
     def spared(self) -> Container[int]:
         """Numbers of the data's items whose captions alone are wanted: encoded already, or no picture is noised."""
-        return self.encoder.items() if self.start == "data" else range(sys.maxsize)
+        return self.encoder.items() if self.start == "data" else range(2**128)
 
     def prepare(self, batch: Batch) -> None:
         """Ask the encoder for all that the batch's lesson will ask of it."""
@@ -176,19 +175,22 @@ class RolloutStore:
     Every process writes its own files into the folder and reads everybody's.
     """
 
-    def __init__(self, folder: Path, key: Mapping[str, Any], *, writes_key: bool) -> None:
+    def __init__(self, folder: Path, key: Mapping[str, Any]) -> None:
         """Open the folder, or make it.
 
         Args:
             key: all that the rollouts depend on.
-            writes_key: whether this process is the one to write `key` into a new folder.
 
         Raises:
             CheckpointError: the folder holds rollouts of something else.
+            InputError: it cannot be written to.
         """
         self.folder = folder
         self._where: dict[int, tuple[Path, int]] = {}
-        claim(folder / KEY, key, held="teacher_cache {} holds rollouts", of="teacher")
+        try:
+            claim(folder / KEY, key, held="teacher_cache {} holds rollouts", of="teacher")
+        except OSError as error:
+            raise unwritten("teacher_cache", folder, error) from None
         self.refresh()
 
     def refresh(self) -> None:
@@ -219,7 +221,11 @@ class RolloutStore:
         return all(number in self._where for number in range(first, first + count))
 
     def put(self, first: int, lesson: Lesson) -> None:
-        """Keep the rollouts of a lesson, numbered from `first`; the file appears whole or not at all."""
+        """Keep the rollouts of a lesson, numbered from `first`; the file appears whole or not at all.
+
+        Raises:
+            InputError: the disk is full, or cannot be written to.
+        """
         pairs = lesson.pairs
         tensors = {
             "x_t": pairs.x_t.cpu().contiguous(),
@@ -235,7 +241,10 @@ class RolloutStore:
             for row, caption in enumerate(lesson.captions)
         ]
         about = {"captions": json.dumps(lesson.captions), "sums": json.dumps(sums)}
-        write_bytes_atomic(path, save(tensors, about))
+        try:
+            write_bytes_atomic(path, save(tensors, about))
+        except OSError as error:
+            raise unwritten("teacher_cache", self.folder, error) from None
 
     def get(self, numbers: list[int]) -> Lesson:
         """What the rollouts `numbers` teach, in that order, in main memory.

@@ -133,14 +133,14 @@ def student_of(
     return lora.attach(backbone.unet, settings.lora_rank, settings.alpha, settings.lora_targets, settings.seed)
 
 
-def encoder_of(settings: TrainSettings, backbone: Backbone, opened: OpenedData, *, main: bool) -> Encoder:
+def encoder_of(settings: TrainSettings, backbone: Backbone, opened: OpenedData) -> Encoder:
     """Where latents and embeddings come from: computed afresh, or through the cache; raises as `cache_of`."""
     if settings.cache_dir is None:
         return Fresh(backbone)
-    return cache_of(settings.cache_dir, settings, backbone, opened, main=main)
+    return cache_of(settings.cache_dir, settings, backbone, opened)
 
 
-def cache_of(folder: Path, settings: TrainSettings, backbone: Backbone, opened: OpenedData, *, main: bool) -> Cached:
+def cache_of(folder: Path, settings: TrainSettings, backbone: Backbone, opened: OpenedData) -> Cached:
     """The cache for this base, this data and these resolved settings.
 
     Raises:
@@ -149,7 +149,7 @@ def cache_of(folder: Path, settings: TrainSettings, backbone: Backbone, opened: 
     """
     assert settings.resolution is not None
     key = cache_key(backbone, opened.fingerprint, settings.resolution)
-    return Cached(folder, backbone, key, writes_key=main)
+    return Cached(folder, backbone, key)
 
 
 def idle_in_training(settings: TrainSettings, backbone: Backbone) -> list[nn.Module]:
