@@ -10,7 +10,10 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 import pytest
 import torch
 
+from fewstep.allocator import keep_freed_memory
+
 torch.set_num_threads(1)
+keep_freed_memory()  # as the command line does
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -8,10 +8,11 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from fewstep.scenes import drawings
 from fewstep.scenes.abilities import SceneAbilities
 from fewstep.scenes.attributes import COMBINATIONS, HELD_OUT_SHARE, VALUES, Attributes, sample_attributes
 from fewstep.scenes.captions import PHRASINGS, read_caption, write_caption
-from fewstep.scenes.drawings import drawn_pixels, numbered_attributes, numbered_drawing
+from fewstep.scenes.drawings import drawn_pixels, flawed_drawings, numbered_attributes, numbered_drawing
 from fewstep.scenes.judge import CLASSES, IGNORED, answers, labels
 from fewstep.scenes.layout import COLUMNS, FLAWS, JITTER, PLACES, SIZE, parameters
 
@@ -130,6 +131,14 @@ def test_parameters_have_one_length_and_know_what_is_not_there() -> None:
         missing += int(np.isnan(values).any())
     assert len(lengths) == 1
     assert missing > 0
+
+
+def test_other_processes_draw_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    here = list(flawed_drawings(9, [None, "second light"]))
+    monkeypatch.setattr(drawings, "FEW", 1)
+    there = list(flawed_drawings(9, [None, "second light"]))
+    assert all(np.array_equal(one.pixels, other.pixels) for one, other in zip(here, there, strict=True))
+    assert [one.attributes for one in here] == [other.attributes for other in there]
 
 
 def test_drawn_pixels_are_cached_whole(tmp_path) -> None:

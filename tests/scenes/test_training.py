@@ -16,7 +16,7 @@ from fewstep.errors import InputError
 from fewstep.pretrain import pretrain
 from fewstep.reporting import SILENT
 from fewstep.scenes.judge import Features, Glance, Judge, gaussian_blur, load_judge, read, soften, whiten_features
-from fewstep.scenes.loop import Plan, batch_indices, made_ahead, run
+from fewstep.scenes.loop import Plan, averaged, batch_indices, made_ahead, run
 from fewstep.scenes.text import build_tokenizer
 from fewstep.scenes.vae import build_vae, fold_latent_statistics
 
@@ -57,7 +57,7 @@ def test_a_stopped_stage_goes_on_as_if_it_had_not_been(tmp_path: Path) -> None:
     class Stop(Exception):
         pass
 
-    def train(folder: Path, stop_at: int | None = None) -> nn.Module:
+    def train(folder: Path, stop_at: int | None = None, until: int | None = None) -> nn.Module:
         torch.manual_seed(0)
         module = nn.Linear(3, 1)
 
@@ -69,15 +69,20 @@ def test_a_stopped_stage_goes_on_as_if_it_had_not_been(tmp_path: Path) -> None:
         def loss(x: torch.Tensor) -> dict[str, torch.Tensor]:
             return {"loss": (module(x) - x.sum(1, keepdim=True)).square().mean()}
 
-        return run(
-            module, make, loss, Plan(steps=12, batch_size=4, learning_rate=0.1, save_seconds=0), folder, SILENT, CPU
-        )
+        plan = Plan(steps=12, batch_size=4, learning_rate=0.1, save_seconds=0 if until is None else 1e9)
+        return run(module, make, loss, plan, folder, SILENT, CPU, until)
 
     straight = train(tmp_path / "straight")
     with pytest.raises(Stop):
         train(tmp_path / "cut", stop_at=7)
     resumed = train(tmp_path / "cut")
-    assert all(torch.equal(a, b) for a, b in zip(straight.parameters(), resumed.parameters(), strict=True))
+    train(tmp_path / "halves", until=6)
+    with pytest.raises(InputError, match="not trained to its end: the stage halves does that; run --stage halves"):
+        averaged(tmp_path / "halves", 12)
+    halves = train(tmp_path / "halves")
+    assert averaged(tmp_path / "halves", 12)
+    for one in (resumed, halves):
+        assert all(torch.equal(a, b) for a, b in zip(straight.parameters(), one.parameters(), strict=True))
 
 
 @pytest.mark.parametrize(
@@ -192,7 +197,7 @@ def test_softening_blurs_and_flattens() -> None:
 
 def test_pretraining_from_nothing_gives_a_base_that_a_stock_pipeline_draws_with(tmp_path: Path) -> None:
     result = pretrain(PretrainSettings(output_dir=tmp_path, size="tiny", seed=0, mixed_precision="no"))
-    assert set(result.figures) == {"vae", "judges", "denoiser", "refine"}
+    assert set(result.figures) == {"vae", "judges", "denoiser-half", "denoiser", "refine-half", "refine"}
     assert json.loads((tmp_path / "figures.json").read_text()) == result.figures
     assert 5 < result.figures["vae"]["psnr_db"] < 40
     assert set(result.figures["refine"]["arms"]) >= {"ddim-50-guided", "lcm-2-unguided"}

@@ -16,7 +16,9 @@ class PretrainSettings(Settings):
 
     output_dir: Folder = Field(Path("./scenes_base"), description="Folder for the weights; a stopped run goes on here.")
     size: Literal["full", "tiny"] = Field("full", description="full is the shipped size; tiny takes a minute.")
-    stage: Literal["all", "vae", "judges", "denoiser", "refine"] = Field("all", description="Which stage to train.")
+    stage: Literal["all", "vae", "judges", "denoiser-half", "denoiser", "refine-half", "refine"] = Field(
+        "all", description="Which stage to train; after half of one its other half is what is left of it."
+    )
 
 
 class DemoSettings(BaseModelSettings):

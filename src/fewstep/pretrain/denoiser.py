@@ -1,4 +1,4 @@
-"""Stages 3 and 4: the text encoder, then the UNet on cached latents, in two runs of one objective."""
+"""The text encoder, then the UNet on cached latents: two runs of one objective, each in two stages."""
 
 from __future__ import annotations
 
@@ -20,28 +20,51 @@ from fewstep.scenes.captions import random_caption
 from fewstep.scenes.denoiser import CAPTION_DROPOUT, SCHEDULER, Denoiser, denoiser_losses
 from fewstep.scenes.export import save_base
 from fewstep.scenes.landmarks import numbered_landmarks, standardised_levels
-from fewstep.scenes.loop import Plan, averaged, batch_indices
+from fewstep.scenes.loop import averaged, batch_indices
 from fewstep.scenes.text import CaptionReader, caption_losses, tokenize
 from fewstep.schedule import NoiseSchedule
 
 
+def half_of_denoiser(shop: Workshop) -> dict[str, Any]:
+    """As far as half of `train_denoiser`, which goes on from there."""
+    until = shop.plan("denoiser").steps // 2
+    _drawing(shop, until)
+    return {"steps": until}
+
+
 def train_denoiser(shop: Workshop) -> dict[str, Any]:
     """The text encoder learns to read, then the UNet to draw what it has read."""
-    vae = shop.load_vae()  # missing, it is missed before anything long
-    denoiser = _untrained_denoiser(shop, _train_text(shop))
-    _train_unet(shop, denoiser, vae, "denoiser", shop.plan("denoiser"), shop.seed)
-    return fresh_loss(shop, denoiser)
+    return fresh_loss(shop, _drawing(shop))
+
+
+def half_of_refine(shop: Workshop) -> dict[str, Any]:
+    """As far as half of `refine_denoiser`, which goes on from there."""
+    until = shop.plan("refine").steps // 2
+    _refined(shop, until)
+    return {"steps": until}
 
 
 def refine_denoiser(shop: Workshop) -> dict[str, Any]:
-    """Go on from the averaged weights with fresh moments, other batches and noise."""
-    vae = shop.load_vae()
-    denoiser = _untrained_denoiser(shop, CaptionReader(shop.tokenizer, shop.size).text_encoder)
-    denoiser.load_state_dict(averaged(shop.work / "denoiser"))
-    _train_unet(shop, denoiser, vae, "refine", shop.plan("refine"), shop.seed + 1)
+    """Go on from the averaged weights with fresh moments, other batches and noise; then measure the base."""
+    denoiser, vae = _refined(shop), shop.load_vae()
     denoiser.landmarks.detach()
     save_base(vae.cpu(), denoiser.cpu(), shop.tokenizer, SCHEDULER, shop.out / "base")
     return fresh_loss(shop, denoiser) | prove(shop)
+
+
+def _drawing(shop: Workshop, until: int | None = None) -> Denoiser:
+    vae = shop.load_vae()  # missing, it is missed before anything long
+    denoiser = _untrained_denoiser(shop, _train_text(shop))
+    _train_unet(shop, denoiser, vae, "denoiser", shop.seed, until)
+    return denoiser
+
+
+def _refined(shop: Workshop, until: int | None = None) -> Denoiser:
+    vae = shop.load_vae()
+    denoiser = _untrained_denoiser(shop, CaptionReader(shop.tokenizer, shop.size).text_encoder)
+    denoiser.load_state_dict(averaged(shop.work / "denoiser", shop.plan("denoiser").steps))
+    _train_unet(shop, denoiser, vae, "refine", shop.seed + 1, until)
+    return denoiser
 
 
 def _untrained_denoiser(shop: Workshop, text_encoder: CLIPTextModel) -> Denoiser:
@@ -49,8 +72,10 @@ def _untrained_denoiser(shop: Workshop, text_encoder: CLIPTextModel) -> Denoiser
     return Denoiser(text_encoder, shop.size)
 
 
-def _train_unet(shop: Workshop, denoiser: Denoiser, vae: AutoencoderKL, name: str, plan: Plan, seed: int) -> None:
-    latents = cached_latents(shop, vae)
+def _train_unet(
+    shop: Workshop, denoiser: Denoiser, vae: AutoencoderKL, name: str, seed: int, until: int | None
+) -> None:
+    latents, plan = cached_latents(shop, vae), shop.plan(name)
     landmarks = standardised_levels(numbered_landmarks(shop.train_seed, len(latents)))
     schedule = NoiseSchedule.from_config(SCHEDULER).to(shop.device)
     denoiser.use_plain_attention(shop.fast and shop.device.type == "cpu")
@@ -66,7 +91,7 @@ def _train_unet(shop: Workshop, denoiser: Denoiser, vae: AutoencoderKL, name: st
         clean, ids = latents[picked].float(), tokenize(shop.tokenizer, captions)
         return clean, noise, t, ids, [level[picked] for level in landmarks], ~dropped
 
-    shop.run(denoiser, make, partial(denoiser_losses, denoiser, schedule), plan, name)
+    shop.run(denoiser, make, partial(denoiser_losses, denoiser, schedule), plan, name, until)
     denoiser.use_plain_attention(False)
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from fewstep.config import PretrainSettings
-from fewstep.pretrain.denoiser import refine_denoiser, train_denoiser
+from fewstep.pretrain.denoiser import half_of_denoiser, half_of_refine, refine_denoiser, train_denoiser
 from fewstep.pretrain.judges import train_judges
 from fewstep.pretrain.sizes import STAGES
 from fewstep.pretrain.vae import train_vae
@@ -19,7 +19,9 @@ from fewstep.reporting import SILENT, Reporter
 TRAIN: dict[str, Callable[[Workshop], dict[str, Any]]] = {
     "vae": train_vae,
     "judges": train_judges,
+    "denoiser-half": half_of_denoiser,
     "denoiser": train_denoiser,
+    "refine-half": half_of_refine,
     "refine": refine_denoiser,
 }
 """What each stage does; it returns what it measured."""

@@ -6,7 +6,8 @@ from dataclasses import dataclass
 
 from fewstep.scenes.loop import Plan
 
-STAGES = ("vae", "judges", "denoiser", "refine")
+STAGES = ("vae", "judges", "denoiser-half", "denoiser", "refine-half", "refine")
+"""One goes on where the one before stopped; a half is the first one, so that none takes longer than 90 minutes."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,7 +22,7 @@ class Sizes:
     swept: int
     proved: int
     larger_on_gpu: int  # how many times as large a batch
-    minutes: dict[str, int]  # by stage, on two cores with bf16 matrix units; without them about twice that
+    minutes: dict[str, int]  # by stage, on two cores without bf16 matrix units; with them about half of that
     vae: Plan
     judge: Plan
     alignment: Plan
@@ -40,7 +41,7 @@ SIZES = {
         swept=200,
         proved=256,
         larger_on_gpu=8,
-        minutes={"vae": 35, "judges": 20, "denoiser": 80, "refine": 85},
+        minutes={"vae": 85, "judges": 40, "denoiser-half": 75, "denoiser": 65, "refine-half": 60, "refine": 75},
         vae=Plan(steps=4_200, batch_size=8, learning_rate=2e-3, ema_decay=0.998),
         judge=Plan(steps=2_200, batch_size=64, parts=2, learning_rate=2e-3),
         alignment=Plan(steps=500, batch_size=96, learning_rate=1e-3),

@@ -65,14 +65,16 @@ class Workshop:
             return plan
         return replace(plan, batch_size=plan.batch_size * self.sizes.larger_on_gpu, parts=1)
 
-    def run(self, module: nn.Module, make: Make, loss: Loss, plan: Plan, name: str) -> nn.Module:
-        """Train `module` under autocast in the folder `name`; it stays on the device."""
+    def run(
+        self, module: nn.Module, make: Make, loss: Loss, plan: Plan, name: str, until: int | None = None
+    ) -> nn.Module:
+        """Train `module` under autocast in the folder `name`, to the end or `until` a step; it stays on the device."""
 
         def cast(*batch: Any) -> dict[str, Tensor]:
             with self.autocast():
                 return loss(*batch)
 
-        return run(module, make, cast, plan, self.work / name, self.reporter, self.device)
+        return run(module, make, cast, plan, self.work / name, self.reporter, self.device, until)
 
     def drawings(self) -> np.ndarray:
         self.reporter.say(f"drawing {self.sizes.drawings} pictures")

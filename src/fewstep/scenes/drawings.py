@@ -3,17 +3,24 @@
 from __future__ import annotations
 
 import multiprocessing
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 
 from fewstep.scenes.attributes import Attributes, Split, sample_attributes
 from fewstep.scenes.drawing import draw
 from fewstep.scenes.layout import SIZE, Flaw, Layout, sample_layout
+
+ItemT = TypeVar("ItemT")
+ResultT = TypeVar("ResultT")
+
+FEW = 1_000
+"""Drawings that one process has drawn, at 6 ms each, before others have started."""
 
 
 @dataclass(frozen=True)
@@ -43,10 +50,18 @@ def _pixels(seed: int, index: int) -> np.ndarray:
     return numbered_drawing(seed, index).pixels
 
 
+def _on_all_cores(work: Callable[[ItemT], ResultT], items: Sequence[ItemT]) -> Iterator[ResultT]:
+    """`work` of each item, in order; of few, here: other processes take longer to start than that."""
+    if len(items) <= FEW:
+        yield from map(work, items)
+        return
+    with multiprocessing.get_context("spawn").Pool() as pool:
+        yield from pool.imap(work, items, chunksize=64)
+
+
 def flawed_drawings(seed: int, kinds: Sequence[Flaw | None]) -> Iterator[Drawing]:
     """Drawing i of `seed` with the flaw `kinds[i]`, in order, drawn on all cores."""
-    with multiprocessing.get_context("spawn").Pool() as pool:
-        yield from pool.imap(partial(_flawed, seed), enumerate(kinds), chunksize=64)
+    yield from _on_all_cores(partial(_flawed, seed), list(enumerate(kinds)))
 
 
 def _flawed(seed: int, numbered: tuple[int, Flaw | None]) -> Drawing:
@@ -55,10 +70,9 @@ def _flawed(seed: int, numbered: tuple[int, Flaw | None]) -> Drawing:
 
 def drawn_in_chunks(seed: int, count: int, chunk: int = 64) -> Iterator[np.ndarray]:
     """The first `count` drawings of `seed` in order, as uint8 arrays [up to chunk, 128, 128, 3], drawn on all cores."""
-    with multiprocessing.get_context("spawn").Pool() as pool:
-        drawn = pool.imap(partial(_pixels, seed), range(count), chunksize=chunk)
-        while rows := list(islice(drawn, chunk)):
-            yield np.stack(rows)
+    drawn = _on_all_cores(partial(_pixels, seed), range(count))
+    while rows := list(islice(drawn, chunk)):
+        yield np.stack(rows)
 
 
 def drawn_pixels(seed: int, count: int, cache: Path | None = None) -> np.ndarray:
@@ -74,8 +88,7 @@ def drawn_pixels(seed: int, count: int, cache: Path | None = None) -> np.ndarray
         pixels = np.load(cache, mmap_mode="r")
         if pixels.shape == (count, SIZE, SIZE, 3):
             return pixels
-    with multiprocessing.get_context("spawn").Pool() as pool:
-        pixels = np.stack(pool.map(partial(_pixels, seed), range(count), chunksize=64))
+    pixels = np.stack(list(_on_all_cores(partial(_pixels, seed), range(count))))
     if cache is not None:
         cache.parent.mkdir(parents=True, exist_ok=True)
         partial_file = cache.with_suffix(".partial.npy")

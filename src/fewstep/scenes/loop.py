@@ -118,18 +118,18 @@ class _State:
         get_ema_multi_avg_fn(weight)(averages, current, None)
 
 
-def averaged(folder: Path) -> dict[str, Tensor]:
-    """The EMA weights of what was trained in `folder`.
+def averaged(folder: Path, steps: int) -> dict[str, Tensor]:
+    """The EMA weights of what was trained in `folder` for `steps`.
 
     Raises:
-        InputError: nothing was.
+        InputError: nothing was, or not to the end.
     """
     file = folder / "state.safetensors"
-    if not file.exists():
-        raise InputError(
-            f"there is no {str(file)!r}, which the stage {folder.name} leaves; run --stage {folder.name} first"
-        )
-    return {name[4:]: value for name, value in load_file(file).items() if name.startswith("ema/")}
+    found = load_file(file) if file.exists() else {}
+    if not found or int(found["step"]) < steps:
+        what = "is not trained to its end" if found else "is not there"
+        raise InputError(f"{str(file)!r} {what}: the stage {folder.name} does that; run --stage {folder.name} first")
+    return {name[4:]: value for name, value in found.items() if name.startswith("ema/")}
 
 
 Make = Callable[[int, int], tuple[Any, ...]]
@@ -207,6 +207,7 @@ def run(
     folder: Path,
     reporter: Reporter,
     device: torch.device,
+    until: int | None = None,
 ) -> nn.Module:
     """Train `module` on `device` until `plan.steps`, going on from what `folder` holds.
 
@@ -214,6 +215,7 @@ def run(
         make: a batch is a function of its step, a part the same share of it every time.
         folder: keeps `state.safetensors` and `curve.jsonl` (step and mean losses at each save).
         device: parts side by side are for the CPU alone.
+        until: the step to stop at, saved, if that is before `plan.steps`.
 
     Returns:
         The module with the EMA weights, frozen, on `device`.
@@ -228,10 +230,11 @@ def run(
     saved_at = time.monotonic()
     sums: dict[str, Tensor] = {}
     since = told = first
+    last = plan.steps if until is None else until
     with ExitStack() as end:
-        gradients = _Gradients(module, make, loss, range(first, plan.steps), plan.parts, device, end)
-        bar = end.enter_context(reporter.progress(folder.name, plan.steps - first))
-        for step in range(first, plan.steps):
+        gradients = _Gradients(module, make, loss, range(first, last), plan.parts, device, end)
+        bar = end.enter_context(reporter.progress(folder.name, max(0, last - first)))
+        for step in range(first, last):
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(plan, step)
             losses = gradients.backward(step)
@@ -242,7 +245,7 @@ def run(
             for name, value in losses.items():
                 sums[name] = sums.get(name, torch.zeros((), device=device)) + value
             done = step + 1
-            saves = time.monotonic() - saved_at > plan.save_seconds or done == plan.steps
+            saves = time.monotonic() - saved_at > plan.save_seconds or done == last
             if saves or device.type == "cpu" or done % LOOKED_AT == 0:
                 if not math.isfinite(norm):
                     raise ArithmeticError(f"the gradient is not finite at step {step} of {folder.name}")
