@@ -34,19 +34,22 @@ def flops(work: Callable[[], object]) -> int:
 
 
 def peak_memory(work: Callable[[], object], device: torch.device) -> int | None:
-    """Bytes at the peak of `work`: allocated on a GPU, resident on a CPU under Linux; None where nobody tells."""
+    """Do `work`; bytes at its peak: allocated on a GPU, resident on a CPU under Linux; None where nobody tells."""
+    known = _start_anew(device)
+    work()
+    return peak_so_far(device) if known else None
+
+
+def _start_anew(device: torch.device) -> bool:
+    """Have the device's peak begin from here; whether it can."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
-        work()
-        return int(torch.cuda.max_memory_allocated(device))
-    if device.type != "cpu":
-        return None
-    try:
-        Path("/proc/self/clear_refs").write_text("5")  # the peak starts again from here (proc(5))
-    except OSError:  # not there, or not ours to reset, as in some containers
-        return None
-    work()
-    return peak_so_far(device)
+    elif device.type == "cpu":
+        try:
+            Path("/proc/self/clear_refs").write_text("5")  # see proc(5)
+        except OSError:  # not there, or not ours to reset, as in some containers
+            return False
+    return device.type in {"cuda", "cpu"}
 
 
 def peak_so_far(device: torch.device) -> int | None:

@@ -67,6 +67,17 @@ def test_a_rate_is_measured_in_seconds_not_minutes(wanted: int, rate: float, sid
     assert affordable_side(wanted, 2 * 384**3 / rate) == side
 
 
+def test_work_is_done_where_nobody_tells_its_peak(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object, **__: object) -> int:
+        raise PermissionError
+
+    monkeypatch.setattr(Path, "write_text", refuse)
+    done: list[str] = []
+    assert peak_memory(lambda: done.append("cpu"), torch.device("cpu")) is None
+    assert peak_memory(lambda: done.append("mps"), torch.device("mps")) is None
+    assert done == ["cpu", "mps"]
+
+
 def test_peak_memory_sees_what_is_gone_again() -> None:
     def work() -> float:
         return float(torch.ones(50_000_000).sum())  # 200 MB

@@ -90,24 +90,25 @@ def time_arm(plan: Plan, backbone: Backbone, arm: Arm, operations: Operations, b
         timing = measure(work, repeats=settings.timing_repeats, device=backbone.device, on_run=bar.advance)
         return Spread(median=timing.median, iqr=timing.iqr, repeats=len(timing.seconds))
 
+    drawn: list[Spread] = []
+    peak = peak_memory(lambda: drawn.append(timed(draw)), backbone.device)
     return ArmTiming(
         batch_size=batch_size,
-        end_to_end=timed(draw),
+        end_to_end=drawn[0],
         text=timed(encode),
         unet_forward=timed(lambda: denoise(latents, t, cond)),
         decode=timed(lambda: as_bytes(backbone.decode(latents[:batch_size]))),
         unet_calls=arm.steps,
         flops=batch_size * a_picture,
         decode_flops=batch_size * operations.decoding,
-        peak_memory_bytes=_peak_memory(draw, backbone, plan.backbone),
+        peak_memory_bytes=_without_idle(peak, backbone, plan.backbone),
         precision=str(backbone.dtype).removeprefix("torch."),
         matrix_rate=_matrix_rate(backbone.device, backbone.dtype),
     )
 
 
-def _peak_memory(draw: Callable[[], object], painter: Backbone, base: Backbone) -> int | None:
-    """The peak while ``painter`` draws, without the ``base`` that a copy leaves idle."""
-    peak = peak_memory(draw, painter.device)
+def _without_idle(peak: int | None, painter: Backbone, base: Backbone) -> int | None:
+    """The ``peak`` while ``painter`` draws, without the ``base`` that a copy leaves idle."""
     if peak is None or painter is base:
         return peak
     idle = (network for network in (base.unet, base.vae, base.text_encoder))
