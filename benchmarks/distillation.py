@@ -15,7 +15,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 
@@ -95,7 +95,7 @@ def main() -> None:
     for steps in args.steps if len(runs) > 1 else ():
         shares = [100 * run[steps].share for run in runs.values()]
         mean, spread = statistics.mean(shares), statistics.stdev(shares)
-        print(f"student-{steps} over {len(runs)} runs: all right {mean:.1f} ± {spread:.1f}")
+        print(f"student-{steps} over {len(runs)} runs: all right {mean:.1f} ± {spread:.1f}; {judge.over(runs, steps)}")
 
 
 class Cache:
@@ -151,6 +151,15 @@ class Comparison:
             f"{name:40} all right {100 * whole.value:5.1f} % {interval}  "
             f"minus teacher {100 * paired.value:+5.1f} ({bound})  Fréchet {distance:.3f} ± {halves.std(ddof=1):.3f}",
             flush=True,
+        )
+
+    def over(self, runs: Mapping[Path, Mapping[int, Drawn]], steps: int) -> str:
+        """What all runs together lose against the teacher: their mean of each caption, over the captions."""
+        mean = np.mean([run[steps].all_right.double().numpy() for run in runs.values()], axis=0)
+        paired = paired_difference(mean, self.teacher.all_right.double().numpy(), self.prompts, level=0.9)
+        return (
+            f"minus teacher {100 * paired.value:+.1f} (one-sided bound {100 * (paired.low or 0):+.1f}, allowed "
+            f"{-5 * self.teacher.share:+.1f})"
         )
 
     def print_difference(self, name: str, one: Drawn, other: Drawn) -> None:
