@@ -14,11 +14,12 @@ import torch
 
 from fewstep import lora
 from fewstep.arms import base_arm
-from fewstep.backbone import Backbone, compiled
+from fewstep.backbone import Backbone, compiled, untrained
 from fewstep.benchmark import BenchmarkResult, benchmark, options
 from fewstep.config import BenchSettings
 from fewstep.errors import CheckpointError, InputError
 from fewstep.report import picture_path
+from tests.benchmark.fakes import make_base
 from tests.benchmark.test_benchmark import pixels, settings, table
 from tests.benchmark.test_resume import stopping
 
@@ -64,11 +65,14 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def attached(shared_base: Backbone) -> Iterator[Backbone]:
-    """The base with an adapter on it, which is the student."""
-    lora.load_adapter(shared_base, lora.locate(shared_base.abilities.adapter()))  # type: ignore[union-attr]
-    yield shared_base
-    lora.detach(shared_base.unet)
+def attached(tmp_path_factory: pytest.TempPathFactory) -> Backbone:
+    """A base with an adapter on it, which is the student; one attention block: every layer more takes long to trace."""
+    smaller = {"block_out_channels": [16], "down_block_types": ["DownBlock2D"], "up_block_types": ["UpBlock2D"]}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(untrained.TINY, "unet", untrained.TINY["unet"] | smaller)
+        base = make_base(tmp_path_factory.mktemp("smaller"))
+    lora.load_adapter(base, lora.locate(base.abilities.adapter()))  # type: ignore[union-attr]
+    return base
 
 
 @pytest.fixture(scope="module")
