@@ -1,8 +1,9 @@
 """Distillation: `distill` takes settings and leaves an adapter that a stock pipeline draws with in a few steps.
 
 `loop` is the procedure from the first line to the last; `start` is what it settles before the first update, `lessons`
-where updates learn from, `update` how one is made, `keeping` what is left in the run's folder. `rehearse` takes the
-same settings and says what the run would take.
+where updates learn from, `update` how one is made, `books` what a run counts of it, `answers` what the host asks of the
+device without waiting, `keeping` what is left in the run's folder. `rehearse` takes the same settings and says what the
+run would take.
 """
 
 from __future__ import annotations
