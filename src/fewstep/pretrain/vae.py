@@ -5,7 +5,6 @@ from __future__ import annotations
 from functools import partial
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -24,11 +23,12 @@ def train_vae(shop: Workshop) -> dict[str, Any]:
     torch.manual_seed(shop.seed)
     vae = build_vae(shop.size)
 
-    def make(step: int, _part: int) -> tuple[Tensor, Tensor]:
-        batch = to_pixels(pixels[np.sort(batch_indices(shop.seed, step, plan.batch_size, len(pixels)).numpy())])
+    def make(step: int, part: int) -> tuple[Tensor, Tensor]:
+        picked = batch_indices(shop.seed, step, plan.batch_size, len(pixels)).chunk(plan.parts)[part]
+        batch = to_pixels(pixels[picked.numpy()])
         if step % 2:  # a mirrored landscape is as good
             batch = batch.flip(-1)
-        noise = torch.randn(plan.batch_size, 4, 16, 16, generator=generator(shop.seed, "posterior", step))
+        noise = torch.randn(len(picked), 4, 16, 16, generator=generator(shop.seed, "posterior", step, part))
         return batch, noise
 
     shop.run(vae, make, partial(vae_losses, vae), plan, "vae")
