@@ -10,7 +10,7 @@ pictures, and by default none where nobody can tell what is right in them.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 
@@ -18,7 +18,7 @@ from fewstep.arms import Arm, teacher_arm
 from fewstep.backbone import Backbone
 from fewstep.methods.kstep import KStep
 from fewstep.metrics.saturation import latent_moments, saturation
-from fewstep.pictures import Evaluation, Judge, answer_judge, encode_prompts, evaluate
+from fewstep.pictures import Evaluation, Judge, PictureBatch, answer_judge, encode_prompts, evaluate
 from fewstep.reporting import SILENT, Reporter
 from fewstep.solver import Denoiser
 
@@ -37,6 +37,7 @@ def measure_oracle(
     resolution: int,
     seed: int,
     batch_size: int,
+    on_teachers: Callable[[PictureBatch], object] | None = None,
     reporter: Reporter = SILENT,
 ) -> Oracle:
     """Draw one picture a prompt with the teacher's full sampling, and with the perfect student at each step count.
@@ -46,6 +47,7 @@ def measure_oracle(
         resolution: side in pixels.
         seed: of the noise, which is the same in every arm.
         batch_size: pictures drawn at once; does not change them.
+        on_teachers: called with each batch of the teacher's pictures.
     """
     conditioning = encode_prompts(backbone, prompts)
     perfect_student = method.oracle(backbone.denoiser(adapter=False), conditioning.uncond)
@@ -67,6 +69,7 @@ def measure_oracle(
             resolution=resolution,
             judges=judges,
             denoiser=denoiser,
+            on_batch=on_teachers if name == "teacher" else None,
             reporter=reporter,
         )
         for name, (arm, denoiser) in arms.items()

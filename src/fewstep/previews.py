@@ -14,7 +14,7 @@ from fewstep.arms import Arm, teacher_arm
 from fewstep.backbone import Backbone
 from fewstep.files import write_bytes_atomic
 from fewstep.methods.kstep import KStep
-from fewstep.pictures import encode_prompts, make_pictures, picture_ids
+from fewstep.pictures import PictureBatch, encode_prompts, make_pictures, picture_ids
 
 LABEL_HEIGHT = 16
 """Pixels for the names above the columns, and for the prompt below each row."""
@@ -37,14 +37,22 @@ class Previews:
         self._conditioning = encode_prompts(backbone, prompts)
         self._students = [method.arm(steps) for steps in method.step_counts]
         self._teacher = teacher_arm(backbone.teacher_steps, method.guidance, timesteps)
-        self._teachers_pictures: Tensor | None = None  # they never change: drawn once
+        self._teachers: dict[int, Tensor] = {}  # picture of each prompt: they never change
+
+    def take_up(self, batch: PictureBatch) -> None:
+        """Keep the teacher's pictures of these prompts, drawn elsewhere with the same seed, guidance and resolution."""
+        prompts = self._conditioning.prompts
+        for (number, picture), prompt, pixels in zip(batch.ids, batch.prompts, batch.pixels, strict=True):
+            if picture == 0 and number < len(prompts) and prompts[number] == prompt:
+                self._teachers[number] = pixels
 
     def save(self, file: Path) -> Path:
         """Draw with the adapter as it is now, and write the grid as PNG."""
-        if self._teachers_pictures is None:
-            self._teachers_pictures = self._draw(self._teacher)
+        prompts = range(len(self._conditioning.prompts))
+        if len(self._teachers) < len(prompts):
+            self._teachers = dict(enumerate(self._draw(self._teacher)))
         columns = {arm.title: self._draw(arm) for arm in self._students}
-        columns[self._teacher.title] = self._teachers_pictures
+        columns[self._teacher.title] = torch.stack([self._teachers[number] for number in prompts])
         content = io.BytesIO()
         labelled_grid(columns, self._conditioning.prompts).save(content, "PNG")
         return write_bytes_atomic(file, content.getvalue())

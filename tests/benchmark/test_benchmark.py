@@ -6,6 +6,7 @@ import csv
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,9 +15,10 @@ from PIL import Image
 
 from fewstep import lora
 from fewstep.arithmetic import flops
-from fewstep.arms import base_arm, solver_arm, student_arm, teacher_arm
+from fewstep.arms import Arm, base_arm, solver_arm, student_arm, teacher_arm
 from fewstep.backbone import Backbone
-from fewstep.benchmark import BenchmarkResult, benchmark
+from fewstep.benchmark import BenchmarkResult, benchmark, cost
+from fewstep.benchmark.real import Ids
 from fewstep.config import BenchSettings, load_toml
 from fewstep.errors import CheckpointError, InputError
 from fewstep.metrics.alignment import CLIPAlignment
@@ -125,6 +127,26 @@ def test_the_untrained_solvers_are_guided_as_the_teacher_is(run: tuple[Benchmark
     assert karras.timesteps[0] == 999 and karras.timesteps[-1] == 0
     alone = [row for row in table(run[0].outdir / "results.csv") if row["arm"] == "dpmpp-3"]
     assert {row["sampler"] for row in alone} == {"dpmpp"} and {row["adapter"] for row in alone} == {"False"}
+
+
+def test_two_steps_of_the_same_shape_warm_up_for_any_number(
+    shared_base: Backbone, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    timed: list[tuple[str, int, int]] = []
+
+    def drawn(painter: Backbone, arm: Arm, conditioning: Conditioning, ids: Ids, **more: Any) -> torch.Tensor:
+        timed.append((arm.id, arm.steps, len(ids)))
+        return draw_latents(painter, arm, conditioning, ids, **more)
+
+    monkeypatch.setattr(cost, "draw_latents", drawn)
+    asked = settings(tmp_path, steps=(1,), batch_sizes=(2,), timing_repeats=2, solver_steps=0, frechet_images=0)
+    benchmark(asked, backbone=shared_base)
+    lora.detach(shared_base.unet)
+    assert timed == [
+        *[("teacher-5", 2, 2), ("teacher-5", 5, 2), ("teacher-5", 5, 2)],
+        *[("student-1", 1, 2)] * 3,
+        *[("base-1", 1, 2)] * 3,
+    ]
 
 
 def test_timing_has_a_row_an_arm_and_batch_size(run: tuple[BenchmarkResult, Notes]) -> None:

@@ -18,7 +18,8 @@ from fewstep.ema import EMA
 from fewstep.errors import CheckpointError, InputError
 from fewstep.methods.kstep import KStep
 from fewstep.oracle import describe, measure_oracle
-from fewstep.previews import LABEL_HEIGHT, labelled_grid
+from fewstep.pictures import PictureBatch, make_pictures
+from fewstep.previews import LABEL_HEIGHT, Previews, labelled_grid
 from fewstep.sampling import PictureNoise, lcm_sample
 from fewstep.telemetry import LoggedReporter, LossByTimestep, Telemetry, Throughput, read_metrics
 from fewstep.train.answers import AnyProcess
@@ -228,6 +229,31 @@ def test_a_grid_of_previews_has_a_row_a_prompt_and_a_column_an_arm() -> None:
 
 
 # --------------------------------------------------------------------------------------------------------------- oracle
+
+
+def test_the_teachers_pictures_of_the_oracle_are_not_drawn_again_for_previews(
+    backbone: Backbone, method: KStep, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    same = {"resolution": 64, "seed": 1}
+    expected = Previews(backbone, method, ["a", "b"], **same).save(tmp_path / "expected.png").read_bytes()
+    taught, other = (Previews(backbone, method, prompts, **same) for prompts in (["a", "b"], ["a", "z"]))
+
+    def take_up(batch: PictureBatch) -> None:
+        taught.take_up(batch)
+        other.take_up(batch)
+
+    measure_oracle(backbone, method, ["a", "b", "c"], batch_size=2, on_teachers=take_up, **same)
+    drawn: list[str] = []
+
+    def counted(*arguments: Any, **more: Any) -> PictureBatch:
+        drawn.append(arguments[1].role)
+        return make_pictures(*arguments, **more)
+
+    monkeypatch.setattr("fewstep.previews.make_pictures", counted)
+    assert taught.save(tmp_path / "taught.png").read_bytes() == expected
+    assert drawn == ["student", "student"]
+    other.save(tmp_path / "other.png")  # of which one picture is missing
+    assert sorted(drawn[2:]) == ["student", "student", "teacher"]
 
 
 @pytest.fixture(scope="module")

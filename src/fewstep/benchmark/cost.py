@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 
 import torch
@@ -73,9 +73,12 @@ def time_arm(plan: Plan, backbone: Backbone, arm: Arm, operations: Operations, b
         uncond = backbone.embed([settings.negative_prompt or ""]) if arm.guided else negative
         return Conditioning(tuple(texts), backbone.embed(texts), uncond)
 
-    def draw() -> Tensor:
+    def draw(arm: Arm = arm) -> Tensor:
         latents = draw_latents(backbone, arm, encode(), ids, seed=settings.seed, resolution=resolution)
         return as_bytes(backbone.decode(latents))
+
+    # The shapes of all steps are those of the first two, and one step follows another: that warms up for any number.
+    few = replace(arm, steps=min(arm.steps, 2), timesteps=arm.timesteps[:2])
 
     # One forward as the sampler makes it: twice the batch under guidance.
     texts_a_picture = 2 if arm.guided else 1
@@ -86,12 +89,14 @@ def time_arm(plan: Plan, backbone: Backbone, arm: Arm, operations: Operations, b
     t = torch.full((rows,), arm.timesteps[0], device=backbone.device)
     denoise = backbone.denoiser(adapter=arm.adapter)
 
-    def timed(work: Callable[[], object]) -> Spread:
-        timing = measure(work, repeats=settings.timing_repeats, device=backbone.device, on_run=bar.advance)
+    def timed(work: Callable[[], object], warm_up: Callable[[], object] | None = None) -> Spread:
+        timing = measure(
+            work, repeats=settings.timing_repeats, warm_up=warm_up, device=backbone.device, on_run=bar.advance
+        )
         return Spread(median=timing.median, iqr=timing.iqr, repeats=len(timing.seconds))
 
     drawn: list[Spread] = []
-    peak = peak_memory(lambda: drawn.append(timed(draw)), backbone.device)
+    peak = peak_memory(lambda: drawn.append(timed(draw, warm_up=lambda: draw(few))), backbone.device)
     return ArmTiming(
         batch_size=batch_size,
         end_to_end=drawn[0],

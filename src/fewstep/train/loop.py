@@ -163,7 +163,10 @@ def distill(
         )
 
         # ---- The ceiling, before any work is put in.
-        oracle = None
+        oracle, previews, validation = None, None, None
+        if settings.validate_every and main:
+            prompts = start.captions_to_show(PREVIEW_PROMPTS, settings, backbone, opened)
+            previews = Previews(backbone, method, prompts, resolution=settings.resolution, seed=settings.seed)
         oracle_pictures = settings.oracle_images or 0
         if oracle_pictures and main and resumed is None:
             oracle = measure_oracle(
@@ -173,14 +176,11 @@ def distill(
                 resolution=settings.resolution,
                 seed=settings.seed,
                 batch_size=settings.batch_size,
+                on_teachers=None if previews is None else previews.take_up,
                 reporter=reporter,
             )
             reporter.say(describe(oracle, oracle_pictures))
             telemetry.record(0, {f"oracle/{arm}/{key}": v for arm, found in oracle.items() for key, v in found.items()})
-        previews, validation = None, None
-        if settings.validate_every and main:
-            prompts = start.captions_to_show(PREVIEW_PROMPTS, settings, backbone, opened)
-            previews = Previews(backbone, method, prompts, resolution=settings.resolution, seed=settings.seed)
         if settings.validate_every and settings.validate_images and main:
             prompts = start.captions_to_show(settings.validate_images, settings, backbone, opened)
             validation = open_validation(backbone, method, prompts, settings, reporter)
