@@ -87,6 +87,10 @@ def test_light_dark_and_phones(text: str) -> None:
     assert "prefers-color-scheme: dark" in text and 'name="viewport"' in text and "@media print" in text
 
 
+def test_the_head_names_the_base_and_where_that_name_came_from(text: str) -> None:
+    assert "· base a base (asked for)" in text
+
+
 def test_the_page_says_what_a_sceptic_asks_for(text: str) -> None:
     for part in (
         "student-4", "55.0 % (50.0 to 60.0)", "−1.0 (−6.0 to +4.0)", "20.0×", "N = 4 pictures against 10",
