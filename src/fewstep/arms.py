@@ -5,6 +5,8 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
+from operator import ge, gt
 from typing import Literal
 
 from fewstep.errors import InputError
@@ -60,7 +62,8 @@ class Arm:
                 f"arm {self.id} came with {self.steps} steps and {len(self.timesteps)} timesteps; "
                 "allowed are as many timesteps as steps, at least one"
             )
-        if any(earlier <= later for earlier, later in zip(self.timesteps, self.timesteps[1:], strict=False)):
+        falls = ge if self.sampler == "dpmpp-karras" else gt  # between timesteps there may be several levels
+        if not all(falls(earlier, later) for earlier, later in pairwise(self.timesteps)):
             raise InputError(f"arm {self.id} came with timesteps {self.timesteps}; allowed are descending ones")
 
     @property

@@ -14,7 +14,7 @@ from fewstep.errors import InputError
 from fewstep.files import write_text_atomic
 from fewstep.opening import open_base, read_prompts, recorded_sampling, warn_of_prompts
 from fewstep.pictures import draw_pictures, encode_prompts, picture_ids
-from fewstep.report import arm_folder, picture_path, save_picture
+from fewstep.report import arm_folder, holds_benchmark, picture_path, refuse_another_run, save_picture
 from fewstep.reporting import SILENT, Reporter
 from fewstep.safety import SafetyChecker
 
@@ -41,9 +41,16 @@ def generate(
         backbone: a base that is loaded already; with an adapter attached, that is the one to draw with.
 
     Raises:
-        InputError: prompts or a base that cannot be used, no adapter at all, a safety checker that is not there.
+        InputError: prompts or a base that cannot be used, no adapter at all, a safety checker that is not there; a
+            folder that holds a benchmark or another run.
         CheckpointError: an adapter that cannot be used or changes nothing.
     """
+    refuse_another_run(settings.outdir, "drawing")
+    if holds_benchmark(settings.outdir):
+        raise InputError(
+            f"outdir {str(settings.outdir)!r} holds a benchmark, whose pictures and settings would be "
+            "replaced; allowed is any other folder; choose another --outdir"
+        )
     prompts = read_prompts(settings)
     if prompts is None:
         raise InputError("no prompt came; allowed is --prompt TEXT or --prompts_file FILE; add one of the two")

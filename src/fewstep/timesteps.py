@@ -81,7 +81,10 @@ def karras_grid(steps: int, alphas_cumprod: Sequence[float], rho: float = KARRAS
     if not 2 <= steps <= len(alphas_cumprod):
         raise InputError(f"Karras levels for {steps} steps came; allowed are 2 to {len(alphas_cumprod)}; choose these")
     if alphas_cumprod[-1] <= 0:
-        raise InputError("the schedule ends at pure noise, where Karras levels are infinite; use another solver")
+        raise InputError(
+            "Karras noise levels came for a schedule that ends at pure noise, where they are infinite; allowed are "
+            "trailing timesteps; pass --no_solver_karras"
+        )
     known = [((1 - alpha_bar) / alpha_bar) ** 0.5 for alpha_bar in alphas_cumprod]
     first, last = known[-1] ** (1 / rho), known[0] ** (1 / rho)
     sigmas = [(first + i / (steps - 1) * (last - first)) ** rho for i in range(steps)]

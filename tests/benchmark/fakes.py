@@ -55,12 +55,12 @@ def make_dino(folder: Path) -> Path:
     return folder
 
 
-def make_adapter(folder: Path, backbone: Backbone, *, scale: float = 0.05) -> Path:
+def make_adapter(folder: Path, backbone: Backbone, *, scale: float = 0.05, alpha: float = 16) -> Path:
     """Save an adapter of random weights for this base, and leave the base without one.
 
     Strong weights make a random network chaotic: rounding then grows into visible differences.
     """
-    lora.attach(backbone.unet, 2, 16, ["to_q", "to_k", "to_v", "to_out.0"], seed=1)
+    lora.attach(backbone.unet, 2, alpha, ["to_q", "to_k", "to_v", "to_out.0"], seed=1)
     for number, parameter in enumerate(lora.AdapterWeights(backbone.unet).parameters().values()):
         drawn = torch.randn(parameter.shape, generator=generator(0, "adapter", number))
         parameter.data.copy_(scale * drawn if scale else torch.zeros_like(drawn))

@@ -92,6 +92,27 @@ def test_a_file_of_adapters_alone_leaves_the_bases_own_out(base: Backbone, other
     assert [arm.arm.id for arm in found.arms] == ["mine-1"] and found.record.adapter is None
 
 
+def test_one_adapter_alone_is_what_its_arms_draw_with(base: Backbone, other: Path, tmp_path: Path) -> None:
+    found = run(tmp_path, base, f'[[adapter]]\nid = "mine"\nlora_path = "{other}"\nsteps = 2\n')
+    own, control = (pixels(picture_path(found.folders[arm], 0, 0)) for arm in ("mine-2", "base-2"))
+    assert np.abs(own - control).max() > 0
+    named = benchmark(
+        settings(tmp_path, outdir=tmp_path / "named", lora_path=other, num_images=1, steps=(2,), compare_baseline=False,
+                 clip_model_id="none", frechet_images=0),
+        backbone=base,
+    )  # fmt: skip
+    assert np.array_equal(own, pixels(picture_path(named.folders["student-2"], 0, 0)))
+
+
+@pytest.mark.parametrize(("setting", "sampler"), [("eta = 0.3", "tcd"), ("timestep_span = 0.5", "ddim")])
+def test_what_a_saved_sampler_has_no_use_for_is_refused(
+    base: Backbone, other: Path, tmp_path: Path, setting: str, sampler: str
+) -> None:
+    with pytest.raises(InputError, match=f"sampled with lcm, which has none.* add sampler={sampler}"):
+        run(tmp_path, base, f'[[adapter]]\nid = "mine"\nlora_path = "{other}"\n{setting}\n')
+    assert not (tmp_path / "out").exists()
+
+
 def test_the_sampler_is_the_saved_schedulers(base: Backbone, other: Path, tmp_path: Path) -> None:
     config = other / "scheduler" / "scheduler_config.json"
     config.write_text(json.dumps(json.loads(config.read_text()) | {"_class_name": "TCDScheduler"}))

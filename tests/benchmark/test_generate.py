@@ -41,6 +41,24 @@ def test_a_picture_is_the_same_one_in_every_command(base: Backbone, tmp_path: Pa
         assert np.abs(saved - expected.permute(1, 2, 0).numpy().astype(np.int16)).max() <= 1
 
 
+@pytest.mark.parametrize("file", ["clipscore_results.json", "cells/key.json"])
+def test_a_benchmarks_pictures_are_not_drawn_over(base: Backbone, tmp_path: Path, file: str) -> None:
+    kept = [tmp_path / name for name in (file, "settings.toml", "images/student-1/000/000.png")]
+    for path in kept:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("kept")
+    with pytest.raises(InputError, match=r"holds a benchmark.* choose another --outdir"):
+        generate(GenerateSettings(prompt="x", steps=(1,), outdir=tmp_path, device="cpu"), backbone=base)
+    assert {path.read_text() for path in kept} == {"kept"}
+
+
+def test_nor_is_a_trainings_folder_taken(base: Backbone, tmp_path: Path) -> None:
+    (tmp_path / "settings.toml").write_text("max_steps = 10\n")
+    with pytest.raises(InputError, match="holds a run that is no drawing"):
+        generate(GenerateSettings(prompt="x", steps=(1,), outdir=tmp_path, device="cpu"), backbone=base)
+    assert (tmp_path / "settings.toml").read_text() == "max_steps = 10\n"
+
+
 def test_without_adapter_on_a_base_that_ships_none(base: Backbone, tmp_path: Path) -> None:
     settings = GenerateSettings(prompt="a red house", outdir=tmp_path / "out", device="cpu")
     with pytest.raises(InputError, match=r"--lora_path FOLDER\|FILE or --lora_id"):

@@ -177,6 +177,23 @@ def test_a_finished_one_is_drawn_no_more_and_may_grow(
         assert grown.record.summary[name] == arm
 
 
+def test_times_of_two_machines_are_not_set_side_by_side(
+    base: Backbone, finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def timings() -> dict[str, str]:
+        return {path.parent.name: path.read_text() for path in sorted(finished.glob("cells/*/timing.json"))}
+
+    before = timings()
+    benchmark(small(tmp_path, resume=True), backbone=base)
+    assert timings() == before, "on the same machine nothing is timed again"
+    lora.detach(base.unet)
+    monkeypatch.setattr("fewstep.timing._processor", lambda: "another processor")
+    benchmark(small(tmp_path, resume=True), backbone=base)
+    after = timings()
+    assert after.keys() == before.keys() and all(after[arm] != before[arm] for arm in after)
+    assert all("another processor" in text for text in after.values())
+
+
 def test_a_cell_that_is_not_whole_is_drawn_again(
     base: Backbone, whole: BenchmarkResult, finished: Path, tmp_path: Path
 ) -> None:
@@ -184,6 +201,24 @@ def test_a_cell_that_is_not_whole_is_drawn_again(
     broken.write_bytes(broken.read_bytes()[:100])
     result = benchmark(small(tmp_path, resume=True), backbone=stopping(base, 1))
     assert without_times(result.outdir / "results.csv") == without_times(whole.outdir / "results.csv")
+
+
+@pytest.mark.parametrize("moved", [False, True])
+def test_pictures_that_are_not_there_are_drawn_again(
+    base: Backbone, whole: BenchmarkResult, finished: Path, tmp_path: Path, moved: bool
+) -> None:
+    """Removed, or asked for in another folder than they were drawn to."""
+    asked = small(tmp_path, resume=True)
+    if moved:
+        asked = asked.replace(baseline_outdir=tmp_path / "apart")
+    else:
+        (finished / "images" / "teacher-3" / "000" / "001.png").unlink()
+    again = benchmark(asked, backbone=base)
+    table = "results.csv"
+    assert without_times(again.outdir / table) == without_times(whole.outdir / table)
+    file = again.folders["teacher-3"] / "000" / "001.png"
+    assert file.read_bytes() == (whole.folders["teacher-3"] / "000" / "001.png").read_bytes()
+    assert file.is_relative_to(tmp_path / "apart") == moved
 
 
 def test_what_was_stopped_is_not_thrown_away_unasked(base: Backbone, tmp_path: Path) -> None:
@@ -222,8 +257,11 @@ def test_settings_are_not_mixed(
     assert {path: path.read_bytes() for path in whole.outdir.iterdir() if path.is_file()} == before
 
 
-def test_another_adapter_is_not_taken_for_the_first_one(base: Backbone, whole: BenchmarkResult, tmp_path: Path) -> None:
-    other = make_adapter(tmp_path / "other", base, scale=0.02)
+@pytest.mark.parametrize("change", [{"scale": 0.02}, {"alpha": 2}])
+def test_another_adapter_is_not_taken_for_the_first_one(
+    base: Backbone, whole: BenchmarkResult, tmp_path: Path, change: dict[str, float]
+) -> None:
+    other = make_adapter(tmp_path / "other", base, **change)
     asked = small(tmp_path, resume=True, lora_path=other).replace(outdir=whole.outdir)
     with pytest.raises(InputError, match="arm student-1 came with weights"):
         benchmark(asked, backbone=base)

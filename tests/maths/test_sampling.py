@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -10,6 +11,9 @@ from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, LCMScheduler, 
 from torch import Tensor
 from torch.testing import assert_close
 
+from fewstep.arms import solver_arm
+from fewstep.config.kinds import MOST_STUDENT_STEPS
+from fewstep.errors import InputError
 from fewstep.randomness import generator
 from fewstep.sampling import PictureNoise, ddim_sample, dpmpp_karras_sample, dpmpp_sample, lcm_sample, tcd_sample
 from fewstep.schedule import NoiseSchedule
@@ -149,7 +153,7 @@ def test_tcd_sample_is_tcd_scheduler(
     assert_close(ours, x_t, rtol=1e-5, atol=1e-4)
 
 
-@pytest.mark.parametrize("steps", [2, 3, 8, 12, 20])
+@pytest.mark.parametrize("steps", [2, 3, 8, 12, 20, 50])
 @pytest.mark.parametrize("guidance", [1.0, 7.5])
 @pytest.mark.parametrize("karras", [False, True])
 def test_dpmpp_sample_is_dpm_solver_multistep_scheduler(
@@ -182,6 +186,17 @@ def test_dpmpp_sample_is_dpm_solver_multistep_scheduler(
         output = c if guidance == 1 else u + guidance * (c - u)
         x_t = scheduler.step(output, t, x_t, return_dict=False)[0]
     assert_close(ours, x_t, rtol=1e-4, atol=1e-3)
+
+
+def test_karras_levels_make_an_arm_of_as_many_steps_as_are_allowed(schedule: NoiseSchedule) -> None:
+    """At the clean end several levels lie about one timestep."""
+    alpha_bar = schedule.alphas_cumprod.tolist()
+    for steps in range(2, MOST_STUDENT_STEPS + 1):
+        assert len(solver_arm(steps, 7.5, alpha_bar, karras=True).timesteps) == steps
+    with pytest.raises(InputError, match="descending"):
+        replace(solver_arm(2, 7.5, alpha_bar, karras=False), timesteps=(499, 499))
+    with pytest.raises(InputError, match="descending"):
+        replace(solver_arm(2, 7.5, alpha_bar, karras=True), timesteps=(498, 499))
 
 
 def test_dpmpp_needs_fewer_steps_than_ddim(toy: Any, cond: Tensor) -> None:

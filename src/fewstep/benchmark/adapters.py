@@ -88,6 +88,7 @@ class Adapters:
             self._switch(None)
         else:
             lora.detach(self._backbone.unet)
+            self._attached = None
 
     def _switch(self, name: str | None) -> None:
         if name == self._attached or name not in self._sources:
@@ -102,6 +103,8 @@ class Adapters:
         """What `arm` draws with is attached inside; without adapter all are off, so that switching costs it no time."""
         if arm.adapter:
             self._switch(arm.source)
+            if not getattr(self._backbone.unet, "peft_config", {}):  # its pictures would be the base's, under its name
+                raise ValueError(f"arm {arm.id} draws with an adapter, and none is attached")
             yield
         else:
             with adapters_off(self._backbone.unet):
@@ -152,9 +155,19 @@ class Adapters:
 
 
 def _sampling(entry: AdapterEntry, source: lora.AdapterSource, reporter: Reporter) -> Sampling:
-    """What the entry says, else what was saved beside the adapter."""
+    """What the entry says, else what was saved beside the adapter.
+
+    Raises:
+        InputError: the entry sets what its sampler, known only now, has no use for.
+    """
     recorded = recorded_sampling(source, SILENT if entry.sampler else reporter)
     sampler = entry.sampler or recorded.sampler
+    for name, value, only in (("eta", entry.eta, "tcd"), ("timestep_span", entry.timestep_span, "ddim")):
+        if value and sampler != only:
+            raise InputError(
+                f"adapter {entry.id} has {name} {value:g}, and is sampled with {sampler}, which has none; allowed is "
+                f"{name} with {only}; add sampler={only}, or leave it out"
+            )
     span = entry.timestep_span or (recorded.span if sampler == "ddim" else 1.0)
     return Sampling(sampler, span)
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,9 +25,6 @@ from fewstep.errors import InputError
 from fewstep.files import write_bytes_atomic, write_text_atomic
 from fewstep.pictures import Cell
 from fewstep.records import ArmTiming
-
-CELLS = "cells"
-"""The folder in outdir with what was found so far."""
 
 KEY, TIMING = "key.json", "timing.json"
 
@@ -73,6 +70,14 @@ class Cells:
         return ArmCells(folder)
 
 
+@dataclass(frozen=True)
+class _Timed:
+    """The content of `TIMING`."""
+
+    conditions: dict[str, str]
+    timings: tuple[ArmTiming, ...]
+
+
 class ArmCells:
     """The cells of one arm: `Kept` for `evaluate`, and its timing."""
 
@@ -105,20 +110,21 @@ class ArmCells:
         content = save({name: value.contiguous() for name, value in tensors.items()}, names)
         write_bytes_atomic(self._path(number), content)
 
-    def timings(self, batch_sizes: list[int]) -> tuple[ArmTiming, ...] | None:
-        """What was timed before, if it was at these batch sizes."""
+    def timings(self, conditions: Mapping[str, str]) -> tuple[ArmTiming, ...] | None:
+        """What was timed before, if it was under these conditions: times of two machines are never set side by side."""
         path = self._folder / TIMING
         if not path.exists():
             return None
         try:
-            found = TypeAdapter(tuple[ArmTiming, ...]).validate_json(path.read_bytes())
+            found = TypeAdapter(_Timed).validate_json(path.read_bytes())
         except ValidationError:
             return None
-        return found if [timing.batch_size for timing in found] == batch_sizes else None
+        return found.timings if found.conditions == conditions else None
 
-    def put_timings(self, timings: tuple[ArmTiming, ...]) -> None:
-        """Keep what was timed."""
-        write_text_atomic(self._folder / TIMING, json.dumps([asdict(timing) for timing in timings], indent=1) + "\n")
+    def put_timings(self, timings: tuple[ArmTiming, ...], conditions: Mapping[str, str]) -> None:
+        """Keep what was timed, and under which conditions."""
+        kept = {"conditions": dict(conditions), "timings": [asdict(timing) for timing in timings]}
+        write_text_atomic(self._folder / TIMING, json.dumps(kept, indent=1) + "\n")
 
     def _path(self, number: int) -> Path:
         return self._folder / f"{number:06d}.safetensors"

@@ -6,6 +6,7 @@ import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -20,6 +21,7 @@ from fewstep.files import replace_folder_atomic
 from fewstep.metrics.alignment import CLIPAlignment, alignment_and_floor
 from fewstep.metrics.saturation import latent_moments
 from fewstep.pictures import (
+    Cell,
     Conditioning,
     Evaluation,
     Judge,
@@ -28,6 +30,7 @@ from fewstep.pictures import (
     encode_prompts,
     evaluate,
     evaluate_batches,
+    picture_ids,
 )
 from fewstep.report import picture_path, save_picture
 from fewstep.reporting import Reporter
@@ -120,6 +123,24 @@ def _others(plan: Plan, real: RealPictures, batch: PictureBatch) -> dict[str, Te
     return looks_of(plan, through_vae(plan.backbone, pixels, known)) | {"raw": raw}
 
 
+@dataclass(frozen=True)
+class _WithPictures:
+    """Cells whose pictures are in their folder: a batch that has lost one is drawn again."""
+
+    cells: ArmCells
+    folder: Path
+    ids: Ids
+    batch_size: int
+
+    def get(self, number: int) -> Cell | None:
+        own = self.ids[number * self.batch_size : (number + 1) * self.batch_size]
+        there = all(picture_path(self.folder, prompt, picture).exists() for prompt, picture in own)
+        return self.cells.get(number) if there else None
+
+    def put(self, number: int, cell: Cell) -> None:
+        self.cells.put(number, cell)
+
+
 def draw(
     plan: Plan,
     arm: Arm,
@@ -134,6 +155,7 @@ def draw(
     Real pictures have a judge more, "others": what their distances are taken between.
     """
     settings, folder = plan.settings, plan.folders[arm.id]
+    kept = _WithPictures(cells, folder, picture_ids(len(plan.prompts), settings.num_images), settings.batch_size)
 
     def save_one(numbered: tuple[tuple[int, int], Tensor]) -> None:
         (prompt, picture), pixels = numbered
@@ -154,7 +176,7 @@ def draw(
             batch_size=settings.batch_size,
             judges=judges,
             on_batch=save,
-            kept=cells,
+            kept=kept,
             share=share,
             reporter=reporter,
         )
@@ -171,7 +193,7 @@ def draw(
             resolution=settings.resolution,
             judges=judges,
             on_batch=save,
-            kept=cells,
+            kept=kept,
             share=share,
             reporter=reporter,
         )

@@ -12,7 +12,6 @@ from fewstep import lora
 from fewstep.arms import Arm, check_arms, real_arm, solver_arm, student_arm, teacher_arm
 from fewstep.backbone import Backbone
 from fewstep.benchmark.adapters import Adapters, controls
-from fewstep.benchmark.cells import CELLS
 from fewstep.benchmark.options import Options
 from fewstep.benchmark.real import DataPictures, OwnPictures, RealPictures, pictures_of_data
 from fewstep.config import BenchSettings
@@ -21,7 +20,7 @@ from fewstep.metrics.alignment import CLIPAlignment
 from fewstep.metrics.features import INCEPTION, DINOFeatures, Features, InceptionFeatures, OwnFeatures
 from fewstep.metrics.pretrained import ModelNotAtHand
 from fewstep.opening import Sampling, open_base, read_prompts, recorded_sampling, warn_of_prompts
-from fewstep.report import RECORD_FILE, arm_folder
+from fewstep.report import arm_folder, refuse_another_run
 from fewstep.reporting import Reporter
 
 REFERENCES = 5
@@ -125,7 +124,7 @@ def make_plan(
             kind of run.
         CheckpointError: an adapter that attaches nothing or changes nothing; CLIP weights that are not at hand.
     """
-    _refuse_another_run(settings.outdir)
+    refuse_another_run(settings.outdir, "benchmark")
     prompts = read_prompts(settings)
     named = settings.lora_path is not None or settings.lora_id is not None
     # With other adapters the base's own one is not taken unasked.
@@ -179,16 +178,6 @@ def make_plan(
         preference=_preference(settings, backbone, reporter),
         features=_features(settings, backbone, alignment, reporter),
     )
-
-
-def _refuse_another_run(outdir: Path) -> None:
-    """A training run's or a demo's folder would lose its settings, and with them the way to go on."""
-    known = any((outdir / name).exists() for name in ("images", CELLS, RECORD_FILE))
-    if (outdir / "settings.toml").exists() and not known:
-        raise InputError(
-            f"outdir {str(outdir)!r} holds a run that is no benchmark; allowed is a new folder, or that of a "
-            "benchmark; choose another --outdir"
-        )
 
 
 def _own_prompts(settings: BenchSettings, backbone: Backbone) -> list[str]:

@@ -12,21 +12,23 @@ from accelerate import PartialState
 
 from fewstep.arms import Arm
 from fewstep.backbone import Backbone
-from fewstep.benchmark.cells import CELLS, ArmCells, Cells, make_room
+from fewstep.benchmark.cells import ArmCells, Cells, make_room
 from fewstep.benchmark.cost import Operations, runs_of, time_arm
 from fewstep.benchmark.distribution import measure_distributions
 from fewstep.benchmark.drawing import draw, judges_of, replacing
 from fewstep.benchmark.plan import Plan, make_plan
 from fewstep.benchmark.summary import sum_up
-from fewstep.config import BenchSettings, settings_toml
+from fewstep.config import BenchSettings, settings_toml, spell
 from fewstep.errors import Interrupted
 from fewstep.files import write_text_atomic
 from fewstep.hiding import without_secrets
 from fewstep.locks import alone_in
+from fewstep.opening import versions
 from fewstep.pictures import Evaluation, encode_prompts
 from fewstep.processes import join_processes, own_device
 from fewstep.records import ArmSummary, ArmTiming, BenchmarkRecord, Row
 from fewstep.report import (
+    CELLS,
     RECORD_FILE,
     RESULT_FILES,
     markdown,
@@ -37,6 +39,7 @@ from fewstep.report import (
     verdict,
 )
 from fewstep.reporting import SILENT, Bar, Reporter
+from fewstep.timing import machine
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -186,12 +189,14 @@ def _time(plan: Plan, kept: Mapping[str, ArmCells], reporter: Reporter) -> dict[
     """What each arm costs, by batch size from the smallest on."""
     settings, timings = plan.settings, dict[str, tuple[ArmTiming, ...]]()
     sizes = sorted(settings.batch_sizes or {1, settings.batch_size})
+    conditions = machine(plan.backbone.device, str(plan.backbone.dtype)) | versions()
+    conditions |= {"sizes": spell(sizes), "repeats": str(settings.timing_repeats)}
     counted = dict[tuple[bool, str | None, str | None], Operations]()  # by which networks draw
     for arm in plan.arms:
         if not arm.is_drawn:
             timings[arm.id] = ()
             continue
-        known = kept[arm.id].timings(sizes)
+        known = kept[arm.id].timings(conditions)
         with reporter.progress(f"timing {arm.id}", len(sizes) * runs_of(plan)) as bar:
             if known is not None:
                 bar.advance(len(sizes) * runs_of(plan))
@@ -201,7 +206,7 @@ def _time(plan: Plan, kept: Mapping[str, ArmCells], reporter: Reporter) -> dict[
                     if networks not in counted:
                         counted[networks] = Operations.of(plan, painter, arm)
                     known = tuple(time_arm(plan, painter, arm, counted[networks], size, bar) for size in sizes)
-                kept[arm.id].put_timings(known)
+                kept[arm.id].put_timings(known, conditions)
         timings[arm.id] = known
     return timings
 

@@ -126,8 +126,10 @@ def trainable_parameters(unet: UNet2DConditionModel) -> int:
 
 
 def digest(unet: UNet2DConditionModel) -> str:
-    """SHA-256 of the attached adapter's weights, under their names; two adapters that draw alike have the same."""
+    """SHA-256 of the attached adapter: of each layer's name, scale (that of its alpha included) and weights."""
     found = hashlib.sha256()
+    for name, layer in sorted(lora_layers(unet), key=lambda named: named[0]):
+        found.update(f"{name} {layer.scaling[ADAPTER]!r}".encode())
     for name, parameter in sorted(AdapterWeights(unet).parameters().items()):
         found.update(name.encode())
         found.update(parameter.detach().cpu().contiguous().numpy().tobytes())

@@ -9,13 +9,36 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from fewstep.errors import InputError
 from fewstep.files import write_bytes_atomic
+
+CELLS = "cells"
+"""The folder with what a benchmark found so far."""
 
 RECORD_FILE = "clipscore_results.json"
 """Everything that a benchmark found."""
 
 RESULT_FILES = ("results.csv", "timing.csv", RECORD_FILE, "report.html")
 """What a finished benchmark writes last, in this order."""
+
+
+def holds_benchmark(outdir: Path) -> bool:
+    """Whether a benchmark is in this folder, finished or not."""
+    return any((outdir / name).exists() for name in (CELLS, RECORD_FILE))
+
+
+def refuse_another_run(outdir: Path, kind: str) -> None:
+    """Refuse, by an `InputError`, the folder of a training run or of a demo, whose settings would be replaced.
+
+    Args:
+        kind: of run that may be there, in a word.
+    """
+    known = (outdir / "images").exists() or holds_benchmark(outdir)
+    if (outdir / "settings.toml").exists() and not known:
+        raise InputError(
+            f"outdir {str(outdir)!r} holds a run that is no {kind}; allowed is a new folder, or that of a "
+            f"{kind}; choose another --outdir"
+        )
 
 
 def arm_folder(outdir: Path, arm: str) -> Path:
