@@ -7,11 +7,11 @@ import tempfile
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, requires, version
 from math import isfinite
+from pathlib import Path
 
 import torch
 from packaging.requirements import Requirement
 
-from fewstep import checkpoint
 from fewstep.arithmetic import room
 from fewstep.backbone import Backbone
 from fewstep.backbone.loading import choose_device, choose_dtype
@@ -99,7 +99,7 @@ class _Examination:
 
     def __init__(self, settings: TrainSettings) -> None:
         self._settings = settings
-        self._recorded: str | None = None
+        self._resumed: Path | None = None
         self._backbone: Backbone | None = None
         self._data: DataReport | None = None
 
@@ -137,9 +137,9 @@ class _Examination:
             raise InputError(
                 f"{str(place)!r} cannot be written to: {error.strerror}; choose another --output_dir"
             ) from None
+        self._resumed = resumed
         if resumed is None:
             return f"{self._settings.run_dir} can be written to"
-        self._recorded = checkpoint.recorded_base(resumed)
         return f"{self._settings.run_dir} can be written to, and goes on from {resumed.name}"
 
     def device(self) -> str:
@@ -152,14 +152,15 @@ class _Examination:
         return f"{device} ({name}), {str(dtype).removeprefix('torch.')}{memory}"
 
     def model(self) -> str:
-        self._backbone, self._settings = start.open_base(self._settings, self._settings.device, self._recorded, SILENT)
+        recorded = start.recorded_base(self._settings, self._resumed)
+        self._backbone, self._settings = start.open_base(self._settings, self._settings.device, recorded, SILENT)
         networks = (self._base.unet, self._base.vae, self._base.text_encoder)
         count = sum(parameter.numel() for network in networks for parameter in network.parameters())
         return f"{self._base.name} ({self._base.why}), {count / 1e6:,.1f} M parameters"
 
     def settings(self) -> str:
         method = start.method_of(self._settings, self._base)
-        start.student_of(self._settings, self._base)
+        start.student_of(self._settings, self._base, resumed=self._resumed is not None)
         return (
             f"{trainable_parameters(self._base.unet):,} trainable parameters, resolution {self._settings.resolution}, "
             f"t is one of {spell(method.points)}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -70,6 +71,13 @@ def generate(
         )
 
     # From here on things are written.
+    folders = {arm.id: arm_folder(settings.outdir, arm.id) for arm in arms}
+    drawn = [folder for folder in folders.values() if folder.exists()]
+    if drawn:
+        reporter.warn(f"{drawn[0]} holds earlier pictures: all in the folders of these step counts are replaced")
+    for folder in folders.values():
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True)
     reporter.say(settings_toml(settings).strip())
     write_text_atomic(settings.outdir / "settings.toml", settings_toml(settings))
     conditioning = encode_prompts(backbone, prompts, settings.negative_prompt)
@@ -77,7 +85,7 @@ def generate(
     images: list[Path] = []
     blackened: list[Path] = []
     for arm in arms:
-        folder = arm_folder(settings.outdir, arm.id)
+        folder = folders[arm.id]
         with reporter.progress(arm.title, len(ids)) as bar:
             for batch in draw_pictures(
                 backbone,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import platform
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 
@@ -99,10 +99,12 @@ def open_base(
     if backbone is None:
         name, why = settings.chosen_base(checkpoint.recorded_base(source.folder) if source else None)
         record = checkpoint.recorded(source.folder) if source else None
-        recorded_revision = record.revision if record and record.base_model == name else None
+        known = record if record and record.base_model == name else None
+        said = checkpoint.recorded_prediction_type(source.folder) if source and known else None
         backbone = load_backbone(
             name,
-            revision=settings.revision or recorded_revision,
+            revision=settings.revision or (known.revision if known else None),
+            prediction_type=settings.prediction_type or said,
             device=settings.device,
             dtype=settings.mixed_precision,
             allow_pickle=settings.allow_pickle,
@@ -124,7 +126,7 @@ def open_base(
         source = lora.locate(backbone.abilities.adapter())
     info = lora.load_adapter(backbone, source, allow_pickle=settings.allow_pickle, warn=reporter.warn)
     reporter.say(f"adapter: {describe_adapter(source, info)}")
-    warn_of_another_base(source, backbone, reporter)
+    warn_of_another_base(source, backbone, reporter.warn)
     _warn_of_step_counts(source, step_counts, reporter)
     return Opened(
         backbone,
@@ -148,13 +150,19 @@ def describe_adapter(source: lora.AdapterSource, info: lora.AdapterInfo) -> str:
     )
 
 
-def warn_of_another_base(source: lora.AdapterSource, backbone: Backbone, reporter: Reporter) -> None:
+def warn_of_another_base(source: lora.AdapterSource, backbone: Backbone, warn: Callable[[str], None]) -> None:
     """Say so where training wrote beside the adapter that it had another base."""
     record = checkpoint.recorded(source.folder)
     if record is not None and record.base_fingerprint != backbone.fingerprint:
-        reporter.warn(
+        warn(
             f"the adapter {source.name} was trained on {record.base_model} ({record.base_fingerprint[:8]}), the base "
             f"here is {backbone.name} ({backbone.fingerprint[:8]}): it fits, but was not made for it"
+        )
+    said = checkpoint.recorded_prediction_type(source.folder)
+    if said is not None and said != backbone.schedule.prediction_type:
+        warn(
+            f"the adapter {source.name} was trained to predict {said}, the base here is taken to predict "
+            f"{backbone.schedule.prediction_type}: expect noise; pass --prediction_type {said}, or a base that does"
         )
 
 

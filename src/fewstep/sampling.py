@@ -170,8 +170,8 @@ def dpmpp_karras_sample(
     next to each.
     """
     _, sigmas = karras_grid(len(timesteps), schedule.alphas_cumprod.tolist())
-    rising = torch.tensor(sigmas[::-1], dtype=torch.float64, device=cond.device)
-    levels = replace(schedule, alphas_cumprod=(1 / (1 + rising.square())).float())
+    rising = torch.tensor(sigmas[::-1], dtype=torch.float64)
+    levels = replace(schedule, alphas_cumprod=(1 / (1 + rising.square())).float().to(cond.device))
     asked = torch.tensor(list(timesteps)[::-1], device=cond.device)
 
     def at_level(x_t: Tensor, level: Tensor, prompts: Tensor, /) -> Tensor:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fewstep.errors import InputError
 from fewstep.schedule import NoiseSchedule
-from fewstep.transfer import upload
+from fewstep.transfer import precise, upload
 
 TeacherSolver = Literal["ddim", "dpmpp"]
 """How the teacher gets from one timestep to the next: by DDIM, or by DPM-Solver++(2M), which from the second step on
@@ -107,15 +107,16 @@ def dpmpp_step(
     """
     x0 = schedule.to_x0(output, x_t, t)
     before, here, there = (_log_ratio(schedule, at) for at in (t_before, t, t_next))
-    straight = (t_before == t) | (t_next < 0)
+    straight = ((t_before == t) | (t_next < 0)).to(here.device)
     share = torch.where(straight, 0.0, 0.5 * (there - here) / torch.where(straight, 1.0, here - before)).float()
+    share = share.to(x_t.device)
     led_on = x0 + share.reshape(-1, 1, 1, 1) * (x0 - x0_before)
     return ddim_step(schedule, schedule.from_x0(led_on, x_t, t), x_t, t, t_next), x0
 
 
 def _log_ratio(schedule: NoiseSchedule, t: Tensor) -> Tensor:
-    """λ = log(√ᾱ / √(1−ᾱ)), fp64 in the shape of `t`; of x0, where it is infinite, that of t = 0."""
-    alpha_bar = schedule.alpha_bar(t.clamp(min=0)).double()
+    """λ = log(√ᾱ / √(1−ᾱ)), `precise` in the shape of `t`; of x0, where it is infinite, that of t = 0."""
+    alpha_bar = precise(schedule.alpha_bar(t.clamp(min=0)))
     return 0.5 * (alpha_bar.log() - (1 - alpha_bar).log())
 
 

@@ -20,3 +20,12 @@ def upload(tensor: Tensor, device: torch.device) -> Tensor:
     if here and device.type == "cuda":
         tensor = tensor.pin_memory()
     return tensor.to(device, non_blocking=here and device.type in QUEUED)
+
+
+WITHOUT_FP64 = {"mps"}
+"""Devices that cannot compute in fp64: Apple's."""
+
+
+def precise(tensor: Tensor) -> Tensor:
+    """`tensor` in fp64, on the CPU where its device has none."""
+    return (tensor.cpu() if tensor.device.type in WITHOUT_FP64 else tensor).double()

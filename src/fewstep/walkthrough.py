@@ -132,5 +132,8 @@ def _measuring(settings: DemoSettings, adapter: Path) -> BenchSettings:
 
 def _base(settings: DemoSettings) -> dict[str, Any]:
     """The settings that both parts share: which base, on what."""
-    names = ("base_model", "default_base", "revision", "allow_pickle", "device", "mixed_precision", "seed")
+    names = (
+        *("base_model", "default_base", "revision", "prediction_type", "allow_pickle"),
+        *("device", "mixed_precision", "seed"),
+    )
     return {name: getattr(settings, name) for name in names}

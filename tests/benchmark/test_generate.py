@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -30,6 +31,26 @@ def test_pictures_where_the_contract_says(base: Backbone, tmp_path: Path, notes:
     assert all(path.is_file() for path in result.images) and (tmp_path / "settings.toml").is_file()
     assert notes.said[0].startswith("base: ") and "alpha / rank 8" in notes.said[1]
     assert all(done == total for done, total in notes.advanced.values())
+
+
+def test_earlier_pictures_are_replaced_and_that_is_said(base: Backbone, tmp_path: Path, notes: Notes) -> None:
+    settings = GenerateSettings(prompt="a red house", steps=(1,), num_images=2, outdir=tmp_path, device="cpu")
+    generate(settings, backbone=base)
+    generate(settings.replace(num_images=1), reporter=notes, backbone=base)
+    assert [path.name for path in (tmp_path / "images").rglob("*.png")] == ["000.png"]
+    assert any("holds earlier pictures" in line for line in notes.warned)
+
+
+def test_what_was_stopped_before_its_first_picture_can_be_asked_for_again(base: Backbone, tmp_path: Path) -> None:
+    class Interrupting(Notes):
+        def progress(self, name: str, total: int) -> Any:
+            raise KeyboardInterrupt
+
+    settings = GenerateSettings(prompt="a red house", steps=(1,), outdir=tmp_path, device="cpu")
+    with pytest.raises(KeyboardInterrupt):
+        generate(settings, backbone=base, reporter=Interrupting())
+    assert (tmp_path / "settings.toml").exists()
+    assert len(generate(settings, backbone=base).images) == 1
 
 
 def test_a_picture_is_the_same_one_in_every_command(base: Backbone, tmp_path: Path) -> None:

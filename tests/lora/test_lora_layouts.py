@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -365,6 +366,10 @@ def test_adapters_on_the_hub(saved: Path, tmp_path: Path, monkeypatch: pytest.Mo
     with pytest.raises(CheckpointError, match="name its file as someone/flash/FILE"):
         locate(hub_id="someone/flash")
     assert locate(hub_id="someone/flash/flash_lora.safetensors").weights == snapshot / "flash_lora.safetensors"
+    inside = snapshot / "lora" / "final"
+    shutil.copytree(saved, inside)
+    found = locate(hub_id=f"someone/flash/lora/final/{WEIGHTS}")
+    assert (found.weights, found.folder) == (inside / WEIGHTS, inside), "with what lies beside it"
     (snapshot / WEIGHTS).write_bytes((saved / WEIGHTS).read_bytes())
     found = locate(hub_id="someone/flash")
     assert (found.weights, found.folder) == (snapshot / WEIGHTS, snapshot)

@@ -336,3 +336,15 @@ def test_which_states_are_learnt_from_belongs_to_the_sample(
     assert whole.t[whole.rows == 2].tolist() == alone.t.tolist()
     other = method.pairs(toy, x_t, method.draw(1, 3, range(4), SHAPE), cond, uncond)
     assert whole.t.tolist() != other.t.tolist()
+
+
+@pytest.mark.parametrize(("counts", "steps"), [((1, 2, 3, 4, 8), 8), ((1, 2, 4, 8), 4)])
+def test_a_rollout_from_noise_that_passes_not_every_timestep_is_refused(
+    schedule: NoiseSchedule, counts: tuple[int, ...], steps: int
+) -> None:
+    asked = {"step_counts": counts, "num_ddim_steps": steps, "pairs_per_rollout": 4}
+    with pytest.raises(InputError, match=r"has to pass all \d+ timesteps.*raise --num_ddim_steps"):
+        kstep(schedule, from_noise=True, **asked)
+    kstep(schedule, **asked)  # from pictures each timestep is a start of its own
+    enough = kstep(schedule, from_noise=True, **(asked | {"num_ddim_steps": 20}))
+    assert all(weight > 0 for weight in enough._weights.values())

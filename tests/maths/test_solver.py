@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from itertools import pairwise
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import pytest
 import torch
@@ -15,6 +15,7 @@ from fewstep.errors import InputError
 from fewstep.schedule import NoiseSchedule
 from fewstep.solver import ddim_step, guided_output, rollout
 from fewstep.timesteps import promised_points, rollout_grid, teacher_grid
+from fewstep.transfer import precise
 
 GUIDANCE = 7.5
 
@@ -254,3 +255,13 @@ def test_one_forward_and_one_report_a_step(schedule: NoiseSchedule, toy: Any, ba
         rollout(toy, schedule, grids=grids, guidance=2.0, on_step=lambda: reports.append(1), **batch)
     assert toy.batches == [8, 8]
     assert len(reports) == 2
+
+
+def test_where_a_device_has_no_fp64_the_cpu_does_it() -> None:
+    class OnApple:
+        device = torch.device("mps")
+
+        def cpu(self) -> Tensor:
+            return torch.tensor([0.5])
+
+    assert torch.equal(precise(cast("Any", OnApple())), torch.tensor([0.5], dtype=torch.float64))

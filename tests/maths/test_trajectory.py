@@ -254,3 +254,18 @@ def test_the_fine_grid_passes_every_timestep(schedule: NoiseSchedule) -> None:
 def test_impossible_settings_are_refused(schedule: NoiseSchedule, changes: dict[str, Any], named: str) -> None:
     with pytest.raises(InputError, match=named):
         trajectory(schedule, **changes)
+
+
+@pytest.mark.parametrize(
+    "possible",
+    [
+        {"step_counts": (25,), "num_ddim_steps": 50},
+        {"step_counts": (32,), "num_ddim_steps": 32},
+        {"step_counts": (8,), "num_ddim_steps": 50, "span": 0.3},
+    ],
+)
+def test_from_a_low_timestep_it_is_the_rest_of_the_path_that_has_to_exist(
+    schedule: NoiseSchedule, possible: dict[str, Any]
+) -> None:
+    method = trajectory(schedule, **possible)
+    assert set(method.points) < set(method.fine_grid) and len(method.fine_grid) == method.num_ddim_steps + 1

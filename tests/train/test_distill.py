@@ -22,9 +22,10 @@ from fewstep import lora
 from fewstep.arms import base_arm, student_arm
 from fewstep.backbone import Backbone, load_backbone
 from fewstep.checkpoint import load, verify
-from fewstep.config import TrainSettings
+from fewstep.config import GenerateSettings, TrainSettings
 from fewstep.errors import CheckpointError, DataError, InputError, Interrupted
 from fewstep.methods.kstep import KStep
+from fewstep.opening import open_base
 from fewstep.pictures import encode_prompts, make_pictures
 from fewstep.randomness import generator
 from fewstep.train import DistillResult, distill, engine, learning_rate, resuming, start
@@ -174,6 +175,24 @@ def test_a_stock_pipeline_draws_the_students_picture_and_not_the_bases(
     assert np.abs(stock - student).max() <= 1
     assert np.abs(stock - untrained).mean() > 1
     assert np.abs(untrained - own_picture(base, None, steps)).max() <= 1
+
+
+def test_an_adapter_tells_what_its_base_was_taken_to_predict(settings: TrainSettings, tmp_path: Path) -> None:
+    overruled = settings.replace(
+        output_dir=tmp_path, max_steps=1, lr_warmup_steps=0, validate_every=0, checkpoint_every=0,
+        prediction_type="v_prediction",
+    )  # fmt: skip
+    drawing = GenerateSettings(prompt=PROMPT, lora_path=distill(overruled).adapter, device="cpu")
+
+    def opened(base: Backbone | None = None, **changes: Any) -> tuple[str, list[str]]:
+        heard = Heard()
+        asked = drawing.replace(**changes)
+        found = open_base(asked, backbone=base, with_adapter=True, step_counts=(1,), reporter=heard)
+        return found.backbone.schedule.prediction_type, [line for line in heard.warned if "to predict" in line]
+
+    assert opened() == ("v_prediction", [])
+    for found, warned in (opened(prediction_type="epsilon"), opened(load_backbone(settings.base_model or ""))):
+        assert found == "epsilon" and "was trained to predict v_prediction" in warned[0]
 
 
 def test_v_prediction_trains_and_is_passed_on_to_the_sampler(

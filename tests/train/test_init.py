@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import save_file
 
 from fewstep.config import TrainSettings
+from fewstep.doctor import doctor
 from fewstep.errors import CheckpointError, InputError
 from fewstep.lora import ADAPTER
 from fewstep.lora.adapter import lora_layers
@@ -87,7 +88,22 @@ def test_a_resumed_run_has_no_need_of_what_it_began_with(
     asked = few.replace(run_name="cut", init_lora=copied, checkpoint_every=1, resume_from_checkpoint="auto")
     distill(asked.replace(max_steps=2))
     (copied / file.name).unlink()
+    doctor(asked, reporter=Heard())
     assert same(distill(asked), distill(few.replace(run_name="whole", init_lora=first.adapter)))
+
+
+def test_a_second_stage_stays_on_the_base_of_the_first(few: TrainSettings, first: DistillResult, v_base: Path) -> None:
+    heard, asked = Heard(), few.replace(run_name="second", init_lora=first.adapter, base_model=None, max_steps=1)
+    distill(asked, reporter=heard)
+    assert heard.said[0] == f"base: {few.base_model} (recorded in the adapter)"
+    assert not any("was trained on" in line for line in heard.warned)
+    heard = Heard()
+    doctor(asked.replace(run_name="third"), reporter=heard)
+    assert any(f"{few.base_model} (recorded in the adapter)" in line for line in heard.said)
+    heard = Heard()
+    distill(asked.replace(run_name="other", base_model=str(v_base)), reporter=heard)
+    assert any("was trained on" in line and "the base here is" in line for line in heard.warned)
+    assert any("was trained to predict epsilon" in line for line in heard.warned)
 
 
 @pytest.mark.parametrize(

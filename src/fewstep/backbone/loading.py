@@ -87,8 +87,8 @@ def load_backbone(
         parts = _load_from_hub(name, revision=revision, dtype=precision, allow_pickle=allow_pickle)
     else:
         raise InputError(
-            f"no base model {name!r}: there is no such file or folder; allowed is a diffusers folder, a .safetensors "
-            f"or .ckpt file, a Hub id OWNER/NAME, or {_names()}; check --base_model"
+            f"no base model {name!r}, {why}: there is no such file or folder; allowed is a diffusers folder, a "
+            f".safetensors or .ckpt file, a Hub id OWNER/NAME, or {_names()}; check --base_model"
         )
     return _assemble(
         parts,

@@ -65,7 +65,7 @@ class Adapters:
     def _proven(self, entry: AdapterEntry, reporter: Reporter) -> Further:
         source = lora.locate(entry.lora_path, entry.lora_id)
         facts = self._attach(entry.id, source, entry.scale, reporter)
-        warn_of_another_base(source, self._backbone, reporter)
+        warn_of_another_base(source, self._backbone, reporter.warn)
         steps = entry.steps or tuple(n for n in self._settings.steps if n in (recorded_steps(source.folder) or (n,)))
         if not steps:
             raise InputError(

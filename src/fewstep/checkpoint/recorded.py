@@ -52,6 +52,12 @@ def recorded_span(folder: Path) -> float:
     return float(span) if isinstance(span, float | int) and 0 < span <= 1 else 1.0
 
 
+def recorded_prediction_type(folder: Path) -> str | None:
+    """What the base predicted when the adapter in `folder` was trained; None where nothing states it."""
+    found = _settings(folder).get("prediction_type")
+    return found if found in ("epsilon", "v_prediction") else None
+
+
 def _settings(folder: Path) -> dict[str, Any]:
     path = folder / SETTINGS
     try:

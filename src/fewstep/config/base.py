@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
@@ -61,6 +61,11 @@ class BaseModelSettings(Settings):
         EMBEDDED_BASE, description="Base taken where neither --base_model nor the adapter names one."
     )
     revision: Text | None = Field(None, description="Branch, tag or commit of a base from the Hub.")
+    prediction_type: Literal["epsilon", "v_prediction"] | None = Field(
+        None,
+        description="What the network predicts. Unset: as the given adapter was trained on this base, else as the "
+        "base's scheduler says.",
+    )
     allow_pickle: bool = Field(
         False, description="Also open pickled weights (.ckpt, .bin), tensors only; otherwise only safetensors."
     )

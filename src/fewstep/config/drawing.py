@@ -176,6 +176,7 @@ def adapter_entries(settings: BenchSettings) -> tuple[AdapterEntry, ...]:
 class GenerateSettings(SamplingSettings):
     """Draw pictures in a few steps."""
 
+    outdir: Folder = Field(Path("./pictures"), description="Folder for the pictures; earlier ones there are replaced.")
     steps: StepCounts = Field((4,), description="Step counts of the student; each makes its own pictures.")
     safety_checker: bool = Field(
         False, description="Blacken pictures that the base's safety checker objects to, where it has one."

@@ -176,9 +176,6 @@ class TrainSettings(BaseModelSettings):
         description="In which quantity the distance is measured: x0 as it is; eps or v, re-weighted by timestep; mid, "
         "halfway between x0 and eps.",
     )
-    prediction_type: Literal["epsilon", "v_prediction"] | None = Field(
-        None, description="What the network predicts. Unset: as its scheduler says."
-    )
     resolution: Side | None = Field(None, description="Side in pixels. Unset: the base's own, else sample_size x 8.")
 
     checkpoint_every: CountOrNone = Field(500, description="Updates between checkpoints; 0 saves the end alone.")

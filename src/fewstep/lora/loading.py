@@ -77,11 +77,12 @@ def save_adapter(
     scheduler_config: Mapping[str, Any],
     sampler: Literal["lcm", "ddim"] = "lcm",
     span: float = 1.0,
+    step_counts: Sequence[int] = (),
 ) -> Path:
     """Write the adapter as it is now, and the scheduler to sample it with, into `folder`.
 
     `pytorch_lora_weights.safetensors` is in diffusers' layout with alpha in its header, fp32: stock pipelines load it
-    exactly. `scheduler/` is that of `sampler` and `span`, with the base's betas and prediction type.
+    exactly. `scheduler/` is that of `sampler`, `span` and `step_counts`, with the base's betas and prediction type.
 
     Returns:
         The file with the weights.
@@ -104,7 +105,7 @@ def save_adapter(
     folder.mkdir(parents=True, exist_ok=True)
     StableDiffusionPipeline.save_lora_weights(str(folder), unet_lora_layers=weights, unet_lora_adapter_metadata=stated)
     _sort_metadata(folder / WEIGHTS_NAME)
-    save_scheduler(folder, scheduler_config, sampler, span)
+    save_scheduler(folder, scheduler_config, sampler, span, step_counts)
     return folder / WEIGHTS_NAME
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -10,29 +10,43 @@ from ..quiet import quiet_libraries
 
 FOLDER = "scheduler"
 
+NOISE_LEVELS = (
+    *("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas", "use_lu_lambdas", "use_flow_sigmas"),
+)
+"""What a base's scheduler may say of noise levels other than its timesteps'; with these no timesteps can be given."""
+
 
 def save_scheduler(
-    folder: Path, base_config: Mapping[str, Any], sampler: Literal["lcm", "ddim"], span: float = 1.0
+    folder: Path,
+    base_config: Mapping[str, Any],
+    sampler: Literal["lcm", "ddim"],
+    span: float = 1.0,
+    step_counts: Sequence[int] = (),
 ) -> None:
     """Write `scheduler/` into an adapter's folder, for stock pipelines and for our own.
 
     Args:
         base_config: of the base's scheduler: betas and prediction type.
-        sampler: how the adapter was trained to be sampled. DDIM's scheduler takes "trailing" timesteps, ends at x0
-            itself and clips nothing: then a stock pipeline draws what `sampling.ddim_sample` draws.
-        span: below 1 the timesteps are none that a stock scheduler finds by itself, and DDIM's takes no others. The
-            same step is that of DPM-Solver++ of order 1, whose scheduler does: `pipeline(..., timesteps=[...])`.
+        sampler: how the adapter was trained to be sampled. A stock pipeline draws then what ours draws: nothing is
+            clipped, whatever the base's own scheduler does, and DDIM takes "trailing" timesteps and ends at x0 itself.
+        span: below 1 the timesteps are none that a stock scheduler finds by itself: `pipeline(..., timesteps=[...])`.
+        step_counts: that the adapter promises.
+
+    DDIM's own scheduler takes no timesteps, and steps by T // n: where n does not divide T it lands beside the
+    timesteps that it visits, and beside x0. DPM-Solver++ of order 1 is the same step, and its scheduler does neither.
     """
     with quiet_libraries():
         from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, LCMScheduler
 
-    if sampler == "ddim" and span < 1:
+    base, unclipped = dict(base_config), {"clip_sample": False, "thresholding": False}
+    uneven = any(base.get("num_train_timesteps", 1000) % steps for steps in step_counts)
+    if sampler == "lcm":
+        scheduler = LCMScheduler.from_config(base, **unclipped)
+    elif span < 1 or uneven:
         first_order = {"algorithm_type": "dpmsolver++", "solver_order": 1, "final_sigmas_type": "zero"}
+        own_sigmas = dict.fromkeys(NOISE_LEVELS, False)
         plain = {"timestep_spacing": "trailing", "thresholding": False}
-        scheduler = DPMSolverMultistepScheduler.from_config(dict(base_config), **first_order, **plain)
-    elif sampler == "ddim":
-        exact = {"timestep_spacing": "trailing", "set_alpha_to_one": True, "clip_sample": False, "thresholding": False}
-        scheduler = DDIMScheduler.from_config(dict(base_config), **exact)
+        scheduler = DPMSolverMultistepScheduler.from_config(base, **first_order, **own_sigmas, **plain)
     else:
-        scheduler = LCMScheduler.from_config(dict(base_config))
+        scheduler = DDIMScheduler.from_config(base, timestep_spacing="trailing", set_alpha_to_one=True, **unclipped)
     scheduler.save_pretrained(str(folder / FOLDER))

@@ -57,7 +57,7 @@ def locate(path: str | Path | None = None, hub_id: str | None = None, *, flag: s
         name = str(hub_id)
         place, wanted = _fetch(name)
         if wanted is not None:
-            return AdapterSource(name, wanted, place)
+            return AdapterSource(name, wanted, wanted.parent)
     return AdapterSource(name, _choose(place, name), place)
 
 
@@ -91,7 +91,9 @@ def _fetch(hub_id: str) -> tuple[Path, Path | None]:
     try:
         if not hub.looks_like_id(repository):
             raise hub.NotAtHand("that is no OWNER/NAME")
-        folder = hub.snapshot(repository, (*PATTERNS, file) if file else PATTERNS)
+        inside = file.rpartition("/")[0]
+        beside = tuple(f"{inside}/{pattern}" for pattern in PATTERNS) if inside else PATTERNS
+        folder = hub.snapshot(repository, (*beside, file) if file else beside)
         if file and not (folder / file).is_file():
             raise hub.NotAtHand(f"it has no file {file}, or the copy here lacks it")
         if not file and not any((folder / usual).is_file() for usual in (WEIGHTS_NAME, PEFT_NAME)):

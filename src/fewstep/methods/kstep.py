@@ -25,7 +25,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
-from typing import ClassVar, Literal
+from typing import ClassVar, Literal, NoReturn
 
 import torch
 from torch import Tensor
@@ -139,7 +139,19 @@ class KStep:
                 "pairs_per_rollout 1 came with rollouts that all start from pure noise: timesteps below would never be "
                 "learnt; allowed is 2 or more; raise --pairs_per_rollout"
             )
+        self._check_rollouts()
+
+    def _check_rollouts(self) -> None:
+        """Refuse, by an `InputError`, a K with which a rollout does not exist or a timestep is never learnt from."""
         rollout_grids(self.points, self.num_ddim_steps, self.schedule.num_train_timesteps)
+        if self.from_noise and not set(self.points) <= set(self._grid(self.points[0])):
+            self._refuse_few_steps("a rollout from pure noise")
+
+    def _refuse_few_steps(self, what: str) -> NoReturn:
+        raise InputError(
+            f"num_ddim_steps {self.num_ddim_steps} came; {what} has to pass all {len(self.points)} timesteps of the "
+            "student; allowed are as many steps or more; raise --num_ddim_steps"
+        )
 
     @cached_property
     def points(self) -> list[int]:

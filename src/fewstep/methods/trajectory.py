@@ -29,7 +29,6 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from fewstep.errors import InputError
 from fewstep.methods.kstep import Draws, KStep, Pairs, StudentSampler
 from fewstep.solver import Denoiser, ddim_step, guided_output, solver_step
 from fewstep.timesteps import rollout_grid
@@ -42,18 +41,11 @@ class Trajectory(KStep):
 
     sampler: ClassVar[StudentSampler] = "ddim"
 
-    def __post_init__(self) -> None:
-        """Find out before training whether the path exists.
-
-        Raises:
-            InputError: as `KStep`; fewer steps on the path than the student has timesteps.
-        """
-        super().__post_init__()
+    def _check_rollouts(self) -> None:
+        """From a low t it is not K steps that are taken but the rest of the path, which has to exist as a whole."""
         if self.num_ddim_steps < len(self.points):
-            raise InputError(
-                f"num_ddim_steps {self.num_ddim_steps} came; the teacher's path has to pass all {len(self.points)} "
-                "timesteps of a student that is sampled by ddim; allowed are as many or more; raise --num_ddim_steps"
-            )
+            self._refuse_few_steps("the teacher's path")
+        _ = self.fine_grid
 
     @cached_property
     def fine_grid(self) -> list[int]:

@@ -11,7 +11,6 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
-from fewstep import checkpoint
 from fewstep.arithmetic import kept_for_backward, peak_memory, room
 from fewstep.backbone import Backbone
 from fewstep.backbone.threads import whole_batches
@@ -91,7 +90,7 @@ def rehearse(settings: TrainSettings, *, reporter: Reporter = SILENT) -> DryRun:
     processes = join_processes(settings.device)
     reporter = reporter if processes.is_main_process else SILENT
     resumed = resuming.checkpoint_to_resume(settings, reporter)
-    recorded = None if resumed is None else checkpoint.recorded_base(resumed)
+    recorded = start.recorded_base(settings, resumed)
     backbone, settings = start.open_base(settings, own_device(settings.device, processes), recorded, reporter)
     opened = open_data(settings, backbone, streaming=settings.streaming, reporter=reporter)
     method = start.method_of(settings, backbone)

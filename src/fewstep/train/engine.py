@@ -15,6 +15,7 @@ from fewstep.backbone.compiled import Compiled, check_compiler
 from fewstep.config import TrainSettings
 from fewstep.errors import InputError, first_line
 from fewstep.randomness import generator
+from fewstep.transfer import precise
 
 TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.1, torch.float16: 0.1}
 """Norm of the difference between what is compiled and what is not, over the norm of the latter. Half precision differs
@@ -155,4 +156,5 @@ def _difference(found: Callable[[], Tensor], wanted: Tensor) -> float:
 
 def _relative(found: Tensor, wanted: Tensor) -> float:
     """|found − wanted| / |wanted|, in the 2-norm."""
-    return float((found.double() - wanted.double()).norm() / wanted.double().norm())
+    found, wanted = precise(found), precise(wanted)
+    return float((found - wanted).norm() / wanted.norm())

@@ -94,7 +94,9 @@ class Keeper:
         """Write the adapter as it is to be sampled with, and prove that a stock pipeline gets the same one."""
         unet, method = self._backbone.unet, self._method
         with self._ema.applied():
-            lora.save_adapter(unet, folder, self._backbone.scheduler_config, method.sampler, method.span)
+            lora.save_adapter(
+                unet, folder, self._backbone.scheduler_config, method.sampler, method.span, method.step_counts
+            )
             lora.prove_round_trip(self._backbone, folder)
 
 

@@ -102,7 +102,7 @@ def distill(
         processes.wait_for_everyone()  # nobody writes into the run's folder before everybody has looked at it
 
         # ---- The base, and what its defaults make of the settings.
-        recorded = None if resumed is None else checkpoint.recorded_base(resumed)
+        recorded = start.recorded_base(settings, resumed)
         backbone, settings = start.open_base(settings, own_device(settings.device, processes), recorded, reporter)
         assert settings.resolution is not None
         shape, device = backbone.latent_shape(settings.resolution), backbone.device

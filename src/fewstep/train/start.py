@@ -12,7 +12,7 @@ import torch
 from accelerate import PartialState
 from torch import nn
 
-from fewstep import lora
+from fewstep import checkpoint, lora
 from fewstep.arithmetic import flops
 from fewstep.arms import sampler_timesteps
 from fewstep.backbone import Backbone, load_backbone
@@ -22,6 +22,7 @@ from fewstep.data import Batches, OpenedData, Slices
 from fewstep.errors import Interrupted
 from fewstep.methods import METHODS
 from fewstep.methods.kstep import KStep
+from fewstep.opening import warn_of_another_base
 from fewstep.reporting import Bar, Reporter
 from fewstep.telemetry import Throughput
 from fewstep.timesteps import promised_points
@@ -34,6 +35,19 @@ ORACLE_PICTURES = 16
 """Pictures an arm of the oracle where none are asked for and the base has an answer key."""
 
 
+def recorded_base(settings: TrainSettings, resumed: Path | None) -> str | None:
+    """The base that the checkpoint to go on from names, else the one that the adapter to begin with names.
+
+    Raises:
+        CheckpointError: there is no such adapter.
+    """
+    if resumed is not None:
+        return checkpoint.recorded_base(resumed)
+    if settings.init_lora is None:
+        return None
+    return checkpoint.recorded_base(lora.locate(settings.init_lora, flag="init_lora").folder)
+
+
 def open_base(
     settings: TrainSettings, device: str, recorded: str | None, reporter: Reporter
 ) -> tuple[Backbone, TrainSettings]:
@@ -41,7 +55,7 @@ def open_base(
 
     Args:
         device: of this process.
-        recorded: the base that the checkpoint to go on from names.
+        recorded: see `recorded_base`.
 
     Raises:
         InputError, CheckpointError: as `load_backbone`.
@@ -112,7 +126,8 @@ def student_of(
 
     Args:
         resumed: its weights will be a checkpoint's, whatever it began with.
-        warn: told, in one line, what had to be assumed about the adapter that it begins with.
+        warn: told, a line each, what had to be assumed about the adapter that it begins with, and that it was made
+            for another base.
 
     Raises:
         CheckpointError: it is to begin with the weights of an adapter that is not there, or not like it.
@@ -120,9 +135,12 @@ def student_of(
     if settings.gradient_checkpointing:  # of forwards with gradient alone: the teacher's are as they were
         backbone.unet.enable_gradient_checkpointing()
     if settings.init_lora is not None and not resumed:
+        source = lora.locate(settings.init_lora, flag="init_lora")
+        if warn is not None:
+            warn_of_another_base(source, backbone, warn)
         return lora.attach_trained(
             backbone.unet,
-            lora.locate(settings.init_lora, flag="init_lora"),
+            source,
             rank=settings.lora_rank,
             alpha=settings.alpha,
             targets=settings.lora_targets,
