@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -209,6 +210,20 @@ def test_the_record_is_the_json_and_agrees_with_the_table(run: tuple[BenchmarkRe
     assert set(teacher.distances) == {"kid", "cmmd", "precision", "recall"} and teacher.diversity is None
     assert teacher.saturation == pytest.approx((1.0,) * 4)
     assert teacher.retention_corrected is None or teacher.retention_corrected.value == pytest.approx(1)
+
+
+def test_one_prompt_has_no_kernel_distances(base: Backbone, tmp_path: Path) -> None:
+    """These are means over pairs of prompts; the other distances are there."""
+    alone = tmp_path / "prompt.txt"
+    alone.write_text(PROMPTS[0] + "\n")
+    asked = settings(tmp_path, prompts_file=alone, steps=(1,), num_images=4, solver_steps=0)
+    result = benchmark(asked, backbone=base)
+    student, real = result.record.summary["student-1"], result.record.real
+    names = {"precision", "recall"}
+    assert set(student.distances) == names | {f"{name}_teacher" for name in (*names, "frechet")}
+    assert real is not None and real.distances == {}
+    files = [result.outdir / name for name in ("clipscore_results.json", "results.csv")]
+    assert not any("nan" in re.findall(r"\w+", file.read_text().lower()) for file in files)
 
 
 def test_real_pictures_are_the_ceiling(run: tuple[BenchmarkResult, Notes], base: Backbone) -> None:

@@ -7,7 +7,7 @@ is not held against an arm.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
@@ -18,7 +18,7 @@ from fewstep.benchmark.drawing import features_among, features_of, looks_of
 from fewstep.benchmark.plan import Plan
 from fewstep.benchmark.real import through_vae
 from fewstep.metrics.frechet import frechet_distance
-from fewstep.metrics.halves import half_sample_distances, half_samples, with_spread
+from fewstep.metrics.halves import half_sample_distances, half_samples, with_spread, within_halves
 from fewstep.metrics.intervals import bootstrap
 from fewstep.metrics.kernels import cmmd, kid
 from fewstep.metrics.manifold import NEIGHBOURS, precision_recall
@@ -176,11 +176,19 @@ def _to_real(
     """Against the references; precision and recall against the real arm, which has as many pictures as the others."""
     if references is None:
         return {}
-    found = {"kid": _figure(kid, pictures.features, pictures, references.features, references, halves)}
-    if pictures.embeddings is not None and references.embeddings is not None:
-        found["cmmd"] = _figure(cmmd, pictures.embeddings, pictures, references.embeddings, references, halves)
+    found = _kernels(pictures, references, halves)
     if real is not None and not pictures.is_real and len(pictures.features) > NEIGHBOURS:
         found |= _manifolds(pictures, real, halves)
+    return found
+
+
+def _kernels(pictures: _Pictures, others: _Pictures, halves: list[frozenset[int]]) -> dict[str, Interval]:
+    """KID, and CMMD where both sets have embeddings; neither where a set has only one prompt."""
+    if min(len(set(pictures.prompts)), len(set(others.prompts))) < 2:
+        return {}
+    found = {"kid": _between_prompts(kid, pictures.features, pictures, others.features, others, halves)}
+    if pictures.embeddings is not None and others.embeddings is not None:
+        found["cmmd"] = _between_prompts(cmmd, pictures.embeddings, pictures, others.embeddings, others, halves)
     return found
 
 
@@ -197,15 +205,11 @@ def _manifolds(pictures: _Pictures, others: _Pictures, halves: list[frozenset[in
 def _to_teacher(pictures: _Pictures, teacher: _Pictures | None, halves: list[frozenset[int]]) -> dict[str, Interval]:
     if teacher is None or teacher is pictures or pictures.is_real or len(pictures.features) < 2:
         return {}
-    found = {
-        f"{name}_teacher": _figure(distance, pictures.features, pictures, teacher.features, teacher, halves)
-        for name, distance in (("frechet", frechet_distance), ("kid", kid))
-    }
+    found = {"frechet": _figure(frechet_distance, pictures.features, pictures, teacher.features, teacher, halves)}
+    found |= _kernels(pictures, teacher, halves)
     if min(len(pictures.features), len(teacher.features)) > NEIGHBOURS:
-        found |= {f"{name}_teacher": figure for name, figure in _manifolds(pictures, teacher, halves).items()}
-    if pictures.embeddings is not None and teacher.embeddings is not None:
-        found["cmmd_teacher"] = _figure(cmmd, pictures.embeddings, pictures, teacher.embeddings, teacher, halves)
-    return found
+        found |= _manifolds(pictures, teacher, halves)
+    return {f"{name}_teacher": figure for name, figure in found.items()}
 
 
 def _figure(
@@ -217,6 +221,25 @@ def _figure(
     halves: list[frozenset[int]],
 ) -> Interval:
     return with_spread(distance(a, b), half_sample_distances(a, of_a.prompts, b, of_b.prompts, halves, distance))
+
+
+def _between_prompts(
+    distance: Callable[[Tensor, Tensor, Sequence[int], Sequence[int]], float],
+    a: Tensor,
+    of_a: _Pictures,
+    b: Tensor,
+    of_b: _Pictures,
+    halves: list[frozenset[int]],
+) -> Interval:
+    """The figure of a distance that must know each picture's prompt, in the halves as in the whole."""
+    drawn, real = torch.tensor(of_a.prompts), torch.tensor(of_b.prompts)
+
+    def within(mine: Tensor, theirs: Tensor) -> float:
+        return distance(a[mine], b[theirs], drawn[mine].tolist(), real[theirs].tolist())
+
+    return with_spread(
+        distance(a, b, of_a.prompts, of_b.prompts), within_halves(of_a.prompts, of_b.prompts, halves, within)
+    )
 
 
 def _variety(pictures: _Pictures, teacher: _Pictures | None) -> dict[str, Interval]:

@@ -46,15 +46,28 @@ def half_sample_distances(
 
     Empty where a half has fewer pictures than the `least` that the distance takes.
     """
+    return within_halves(
+        prompts, reference_prompts, halves, lambda mine, theirs: distance(features[mine], reference[theirs]), least
+    )
+
+
+def within_halves(
+    prompts: Sequence[int],
+    reference_prompts: Sequence[int],
+    halves: Sequence[frozenset[int]],
+    find: Callable[[Tensor, Tensor], Found],
+    least: int = 2,
+) -> list[Found]:
+    """What `find` finds of the pictures of each half, told which of either side these are: masks [N] and [M]."""
     drawn, real = torch.tensor(list(prompts)), torch.tensor(list(reference_prompts))
-    distances = dict[frozenset[int], Found]()  # of few prompts there are few halves, and each comes many times
+    found = dict[frozenset[int], Found]()  # of few prompts there are few halves, and each comes many times
     for half in set(halves):
         chosen = torch.tensor(sorted(half))
-        mine, theirs = features[torch.isin(drawn, chosen)], reference[torch.isin(real, chosen)]
-        if min(len(mine), len(theirs)) < least:
+        mine, theirs = torch.isin(drawn, chosen), torch.isin(real, chosen)
+        if min(int(mine.sum()), int(theirs.sum())) < least:
             return []
-        distances[half] = distance(mine, theirs)
-    return [distances[half] for half in halves]
+        found[half] = find(mine, theirs)
+    return [found[half] for half in halves]
 
 
 def with_spread(value: float, distances: Sequence[float]) -> Interval:

@@ -14,20 +14,26 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from fewstep.metrics.kernels import BLOCK
+
 NEIGHBOURS = 3
 """k of the paper."""
 
 
-def precision_recall(features: Tensor, reference: Tensor, neighbours: int = NEIGHBOURS) -> tuple[float, float]:
+def precision_recall(
+    features: Tensor, reference: Tensor, neighbours: int = NEIGHBOURS, block: int = BLOCK
+) -> tuple[float, float]:
     """Precision and recall of features [N, D] against a reference [M, D]; each set must have more than k pictures."""
     if min(len(features), len(reference)) <= neighbours:
         raise ValueError(f"{len(features)} and {len(reference)} pictures; allowed are more than {neighbours} of each")
     drawn, real = features.detach().double().cpu(), reference.detach().double().cpu()
-    return _inside(drawn, real, neighbours), _inside(real, drawn, neighbours)
+    return _inside(drawn, real, neighbours, block), _inside(real, drawn, neighbours, block)
 
 
-def _inside(points: Tensor, manifold: Tensor, neighbours: int) -> float:
+def _inside(points: Tensor, manifold: Tensor, neighbours: int, block: int) -> float:
     """Share of `points` within the reach of at least one picture of `manifold`."""
     # The nearest of all is the picture itself.
-    reach = torch.cdist(manifold, manifold).kthvalue(neighbours + 1, dim=1).values
-    return float((torch.cdist(points, manifold) <= reach).any(dim=1).double().mean())
+    reaches = [torch.cdist(some, manifold).kthvalue(neighbours + 1, dim=1).values for some in manifold.split(block)]
+    reach = torch.cat(reaches)
+    inside = [(torch.cdist(some, manifold) <= reach).any(dim=1) for some in points.split(block)]
+    return float(torch.cat(inside).double().mean())

@@ -11,17 +11,23 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from fewstep.metrics.kernels import BLOCK
 
-def diversity(features: Tensor, prompts: Sequence[int]) -> Tensor:
+
+def diversity(features: Tensor, prompts: Sequence[int], block: int = BLOCK) -> Tensor:
     """Mean Euclidean distance of each picture to the others of its prompt, [N] fp64; NaN for a prompt's only picture.
 
     Args:
         features: [N, D].
         prompts: [N], the prompt of each picture.
+        block: pictures whose distances to the others are held at once.
     """
     exact, owner = features.detach().double().cpu(), torch.tensor(list(prompts))
-    same = (owner[:, None] == owner[None]).double()
-    return (torch.cdist(exact, exact) * same).sum(1) / (same.sum(1) - 1)
+    found = torch.empty(len(exact), dtype=torch.float64)
+    for same in owner.argsort(stable=True).split(owner.unique(return_counts=True)[1].tolist()):
+        for rows in same.split(block):
+            found[rows] = torch.cdist(exact[rows], exact[same]).sum(1) / (len(same) - 1)
+    return found
 
 
 def paired_distance(features: Tensor, others: Tensor) -> Tensor:
