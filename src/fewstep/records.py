@@ -226,8 +226,33 @@ class FloorRecord:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Run:
+    """A benchmark among several in one record: what its arms were compared with, and how they were drawn and timed.
+
+    ``arms``: by their ids in the record, with the figures that this run found itself, also of an arm that the record
+    shows once for several runs. Their differences, speed-ups and Fréchet differences are to this run's ``baseline``.
+    """
+
+    settings: dict[str, Any]
+    machine: dict[str, str]
+    base: dict[str, str]
+    arms: dict[str, ArmSummary]
+
+    @property
+    def baseline(self) -> ArmSummary | None:
+        return _baseline(self.arms)
+
+
+def _baseline(arms: dict[str, ArmSummary]) -> ArmSummary | None:
+    return next((arm for arm in arms.values() if arm.arm.is_baseline), None)
+
+
+@dataclass(frozen=True, kw_only=True)
 class BenchmarkRecord:
-    """Everything a benchmark found: the whole of `clipscore_results.json`."""
+    """Everything a benchmark found: the whole of `clipscore_results.json`.
+
+    ``runs``: by name, the benchmarks whose arms are set side by side here; empty in the record of one.
+    """
 
     schema_version: int
     created: str
@@ -245,18 +270,27 @@ class BenchmarkRecord:
     warnings: tuple[str, ...]
     summary: dict[str, ArmSummary]
     scores: tuple[PictureScore, ...]
+    runs: dict[str, Run] = field(default_factory=dict)
 
     @property
     def baseline(self) -> ArmSummary | None:
-        return next((arm for arm in self.summary.values() if arm.arm.is_baseline), None)
+        return _baseline(self.summary)
 
     @property
     def real(self) -> ArmSummary | None:
         """The real pictures, where there were any."""
         return next((arm for arm in self.summary.values() if not arm.arm.is_drawn), None)
 
+    def run_of(self, arm: str) -> Run:
+        """The benchmark that an arm, by its id, comes from; the first one where several drew it alike."""
+        whole = Run(settings=self.settings, machine=self.machine, base=self.base, arms=self.summary)
+        return next((run for run in self.runs.values() if arm in run.arms), whole)
+
     def to_json(self) -> str:
-        return json.dumps(asdict(self), indent=1, ensure_ascii=False, allow_nan=False) + "\n"
+        found = asdict(self)
+        if not self.runs:
+            del found["runs"]
+        return json.dumps(found, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
 
     @classmethod
     def from_json(cls, text: str) -> BenchmarkRecord:

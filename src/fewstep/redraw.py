@@ -10,6 +10,7 @@ from fewstep.errors import InputError
 from fewstep.files import write_text_atomic
 from fewstep.records import BenchmarkRecord
 from fewstep.report import RECORD_FILE, arm_folder, page, side_by_side
+from fewstep.report.merge import numbered, slug
 from fewstep.reporting import SILENT, Reporter
 
 
@@ -49,12 +50,33 @@ def report(settings: ReportSettings, *, reporter: Reporter = SILENT) -> ReportRe
 
 
 def _named(folders: tuple[Path, ...]) -> dict[str, Path]:
-    """A short name for each run: its folder's, with the parent's where two are called alike."""
-    names = [folder.resolve().name for folder in folders]
-    return {
-        name if names.count(name) == 1 else f"{folder.resolve().parent.name}-{name}": folder
-        for name, folder in zip(names, folders, strict=True)
-    }
+    """A short name for each run, also told apart in ids: its folder's, with its parents' or a number where needed.
+
+    A folder that comes twice is one run.
+    """
+    places: dict[Path, Path] = {}
+    alike: dict[str, list[Path]] = {}
+    for folder in folders:
+        place = folder.resolve()
+        if place not in places:
+            places[place] = folder
+            alike.setdefault(slug(place.name), []).append(place)
+    long = {place: name for group in alike.values() for place, name in zip(group, _told_apart(group), strict=True)}
+    named: dict[str, Path] = {}
+    for place, folder in places.items():
+        taken = {slug(name) for name in named}
+        named[next(name for name in numbered(long[place]) if slug(name) not in taken)] = folder
+    return named
+
+
+def _told_apart(places: list[Path]) -> list[str]:
+    """The folders' names with as few parents as tell most of them apart."""
+
+    def names(depth: int) -> list[str]:
+        return ["-".join(part for part in place.parts[-depth:] if part != place.anchor) for place in places]
+
+    depths = range(1, max(len(place.parts) for place in places) + 1)
+    return names(max(depths, key=lambda depth: len({slug(name) for name in names(depth)})))
 
 
 def _record(folder: Path) -> BenchmarkRecord:

@@ -3,20 +3,30 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import replace
+from itertools import count
 
 from fewstep.errors import InputError
-from fewstep.records import BenchmarkRecord
+from fewstep.records import ArmSummary, BenchmarkRecord, Run
 
 ALIKE = ("prompts", "alignment_model", "preference_model", "feature_extractor")
 """What two benchmarks must share for their figures to be set side by side."""
+
+ODD = {
+    "seed": "{name} drew with seed {own}, {first} with {theirs}: its pictures start from other noise",
+    "num_images": "{name} drew {own} pictures a prompt, {first} {theirs}: Fréchet distances differ by that",
+    "resolution": "{name} drew at a resolution of {own}, {first} of {theirs}: quality and times differ by that",
+    "frechet_images": "{name} took {own} references a prompt, {first} {theirs}: Fréchet distances differ by that",
+}
+"""Settings in which two benchmarks may differ, but not without a word."""
 
 
 def side_by_side(records: Mapping[str, BenchmarkRecord]) -> tuple[BenchmarkRecord, dict[str, tuple[str, str]]]:
     """One record of all arms; the first run's teacher is the teacher, and what a later run drew alike is left out.
 
-    Differences stay those that each run measured, against its own teacher.
+    Differences stay those that each run measured, against its own teacher, which the record's `runs` know. Left out is
+    what is the same pictures, never what is only called the same.
 
     Args:
         records: by a name for each run.
@@ -32,6 +42,7 @@ def side_by_side(records: Mapping[str, BenchmarkRecord]) -> tuple[BenchmarkRecor
     origins = {arm: (first_name, arm) for arm in summary}
     adapters, warnings = dict(first.adapters), list(first.warnings)
     drawn = {_same_pictures(first, arm): arm for arm in summary}
+    runs, prefixes = {first_name: _run(first, first.summary)}, [slug(first_name)]
     for name, record in others:
         for what in ALIKE:
             if getattr(record, what) != getattr(first, what):
@@ -40,26 +51,65 @@ def side_by_side(records: Mapping[str, BenchmarkRecord]) -> tuple[BenchmarkRecor
                     "judged alike; draw one of them again"
                 )
         warnings += _odd_about(name, record, first_name, first)
-        renamed = {arm: drawn.get(_same_pictures(record, arm)) or f"{_slug(name)}-{arm}" for arm in record.summary}
-        for arm, found in record.summary.items():
-            new = renamed[arm]
-            if new in summary:
+        prefix = _prefix(name, [*record.summary, *record.adapters], [*prefixes, *summary, *adapters])
+        prefixes.append(prefix)
+        shared = {arm: drawn[same] for arm in record.summary if (same := _same_pictures(record, arm)) in drawn}
+        renamed = {arm: shared.get(arm, f"{prefix}-{arm}") for arm in record.summary}
+        runs[name] = _run(record, {renamed[arm]: _renamed(found, renamed) for arm, found in record.summary.items()})
+        for arm in record.summary:
+            if arm in shared:
                 continue
-            summary[new] = replace(
-                found,
-                arm=replace(found.arm, id=new, is_baseline=False),
-                control=renamed.get(found.control) if found.control else None,
-                over_solvers={renamed[solver]: over for solver, over in found.over_solvers.items()},
-                plain=renamed.get(found.plain) if found.plain else None,
-            )
+            new = renamed[arm]
+            found = runs[name].arms[new]
+            summary[new] = replace(found, arm=replace(found.arm, is_baseline=False))
             origins[new] = (name, arm)
             scores += [replace(score, arm=new) for score in record.scores if score.arm == arm]
-        adapters |= {f"{_slug(name)}-{key}": facts for key, facts in record.adapters.items()}
+        adapters |= {f"{prefix}-{key}": facts for key, facts in record.adapters.items()}
         if record.adapter:
-            adapters[_slug(name)] = record.adapter
+            adapters[prefix] = record.adapter
         warnings += [warning for warning in record.warnings if warning not in warnings]
-    merged = replace(first, summary=summary, scores=tuple(scores), adapters=adapters, warnings=tuple(warnings))
+    merged = replace(
+        first,
+        summary=summary,
+        scores=tuple(scores),
+        adapters=adapters,
+        warnings=tuple(warnings),
+        runs=runs if others else {},
+    )
     return merged, origins
+
+
+def slug(name: str) -> str:
+    """A name as it stands in ids: small letters, digits and hyphens."""
+    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-") or "run"
+
+
+def numbered(name: str) -> Iterator[str]:
+    """The name, then the same with -2, -3 and so on behind."""
+    yield name
+    yield from (f"{name}-{number}" for number in count(2))
+
+
+def _prefix(name: str, ids: Collection[str], taken: Collection[str]) -> str:
+    """What stands before the ids of a run's arms and adapters, so that neither it nor one of them is taken."""
+    return next(
+        prefix for prefix in numbered(slug(name)) if not {prefix, *(f"{prefix}-{one}" for one in ids)} & {*taken}
+    )
+
+
+def _run(record: BenchmarkRecord, arms: dict[str, ArmSummary]) -> Run:
+    return Run(settings=record.settings, machine=record.machine, base=record.base, arms=arms)
+
+
+def _renamed(found: ArmSummary, names: Mapping[str, str]) -> ArmSummary:
+    """The same figures, under the new name and with the new names of what they are compared with."""
+    return replace(
+        found,
+        arm=replace(found.arm, id=names[found.arm.id]),
+        control=names.get(found.control) if found.control else None,
+        over_solvers={names[solver]: over for solver, over in found.over_solvers.items()},
+        plain=names.get(found.plain) if found.plain else None,
+    )
 
 
 def _odd_about(name: str, record: BenchmarkRecord, first_name: str, first: BenchmarkRecord) -> list[str]:
@@ -73,13 +123,28 @@ def _odd_about(name: str, record: BenchmarkRecord, first_name: str, first: Bench
         )
     if {**record.machine, "precision": theirs} != {**first.machine, "precision": theirs}:
         found.append(f"{name} was timed on another machine than {first_name}: times differ by that")
+    for setting, told in ODD.items():
+        mine, others = (one.settings.get(setting, "the default") for one in (record, first))
+        if mine != others:
+            found.append(told.format(name=name, own=mine, first=first_name, theirs=others))
+    if record.base["fingerprint"] != first.base["fingerprint"]:
+        mine, others = (f"{one.base.get('name', '?')}, {one.base['fingerprint'][:8]}" for one in (record, first))
+        found.append(f"{name} drew with another base ({mine}) than {first_name} ({others}): all its arms are shown")
+    teachers = [one.baseline.arm for one in (record, first) if one.baseline is not None]
+    if len({(teacher.steps, teacher.guidance) for teacher in teachers}) > 1:
+        mine, others = (f"{teacher.steps} steps at guidance {teacher.guidance:g}" for teacher in teachers)
+        found.append(
+            f"{name}'s teacher takes {mine}, {first_name}'s {others}: differences and speed-ups are to its own teacher"
+        )
     return found
 
 
 def _same_pictures(record: BenchmarkRecord, arm: str) -> object:
     """What makes two runs' arms the same pictures; with an adapter they never count as the same."""
     found = record.summary[arm].arm
-    names = ("seed", "num_images", "resolution", "negative_prompt")
+    names = ["seed", "num_images", "resolution", "negative_prompt"]
+    if not found.is_drawn:
+        names += ["data_dir", "dataset_name"]
     return (
         found,
         record.base["fingerprint"],
@@ -87,7 +152,3 @@ def _same_pictures(record: BenchmarkRecord, arm: str) -> object:
         tuple(record.settings.get(name) for name in names),
         id(record) if found.adapter else None,
     )
-
-
-def _slug(name: str) -> str:
-    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-") or "run"

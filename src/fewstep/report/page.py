@@ -82,31 +82,19 @@ def _notes(record: BenchmarkRecord) -> list[str]:
     """What a careful reader must know about the table."""
     arms = list(record.summary.values())
     pictures = sum(arm.pictures for arm in arms)
+    noises = {(run.settings.get("seed"), run.settings.get("resolution")) for run in record.runs.values()}
     notes = [
         f"{len(record.prompts)} prompts, {pictures} pictures in {len(arms)} arms; a picture starts from the same noise "
-        "in every arm. Intervals are 95 %, by bootstrap over prompts; differences are paired."
+        f"in every arm{' of a run' if len(noises) > 1 else ''}. Intervals are 95 %, by bootstrap over prompts; "
+        "differences are paired."
     ]
+    if record.runs:
+        notes += _teachers(record)
     if record.alignment_model:
         notes.append(f"Alignment by {record.alignment_model}.")
     if record.preference_model:
         notes.append(f"Preference by {record.preference_model}.")
-    frechet = next((arm.frechet for arm in arms if arm.frechet), None)
-    if frechet:
-        beside = (
-            f" Real pictures against real ones at this N: {record.real.frechet.through_vae.value:.2f}."
-            if record.real and record.real.frechet
-            else ""
-        )
-        few = (
-            " There are no more pictures than dimensions: it says little."
-            if min(frechet.pictures, frechet.references) <= frechet.dimensions
-            else ""
-        )
-        notes.append(
-            f"Fréchet distance in {frechet.dimensions} dimensions, N = {frechet.pictures} pictures against "
-            f"{frechet.references} of the same captions. It grows with small N: compare within this table alone."
-            f"{beside}{few}"
-        )
+    notes += _about_frechet(record)
     if record.feature_extractor:
         notes.append(
             f"Distances, precision, recall, diversity and faithfulness over {record.feature_extractor}; CMMD over the "
@@ -123,7 +111,7 @@ def _notes(record: BenchmarkRecord) -> list[str]:
     if timing:
         notes.append(
             f"Times are medians of {timing.end_to_end.repeats} repeats at batch {timing.batch_size}, warmed up and "
-            f"synchronised, from text to finished picture, on {record.machine.get('device', '?')}."
+            f"synchronised, from text to finished picture, on {_devices(record)}."
         )
         reached = [arm.timings[0].share_of_floor for arm in arms if arm.timings]
         notes.append(
@@ -134,11 +122,67 @@ def _notes(record: BenchmarkRecord) -> list[str]:
     return notes
 
 
+def _about_frechet(record: BenchmarkRecord) -> list[str]:
+    """What the distances rest on, and which of them may be compared: those of as many pictures and references."""
+    found = {name: arm.frechet for name, arm in record.summary.items() if arm.frechet}
+    arms: dict[tuple[int, int], list[str]] = {}
+    for name, frechet in found.items():
+        arms.setdefault((frechet.pictures, frechet.references), []).append(name)
+    if not arms:
+        return []
+    dimensions = next(iter(found.values())).dimensions
+    few = any(min(sizes) <= dimensions for sizes in arms)
+    real = record.real.frechet if record.real else None
+    if len(arms) == 1:
+        ((pictures, references),) = arms
+        told = (
+            f"Fréchet distance in {dimensions} dimensions, N = {pictures} pictures against {references} of the same "
+            "captions. It grows with small N: compare within this table alone."
+        )
+        told += f" Real pictures against real ones at this N: {real.through_vae.value:.2f}." if real else ""
+        return [told + (" There are no more pictures than dimensions: it says little." if few else "")]
+    each = "; ".join(
+        f"N = {pictures} against {references} in {', '.join(names)}" for (pictures, references), names in arms.items()
+    )
+    told = (
+        f"Fréchet distance in {dimensions} dimensions to pictures of the same captions, of several N: {each}. It grows "
+        "with small N: distances of different N are not comparable with each other."
+    )
+    if real:
+        told += (
+            f" Real pictures against real ones at N = {real.pictures} against {real.references}: "
+            f"{real.through_vae.value:.2f}."
+        )
+    return [told + (" Where there are no more pictures than dimensions, it says little." if few else "")]
+
+
+def _teachers(record: BenchmarkRecord) -> list[str]:
+    """Which arm is the teacher of which run, where that is not one for all."""
+    names = {name: run.baseline.arm.id for name, run in record.runs.items() if run.baseline is not None}
+    if len(set(names.values())) < 2:
+        return []
+    each = ", ".join(f"{teacher} for those of {name}" for name, teacher in names.items())
+    return [f"The teacher that an arm's differences, ratios and speed-ups are taken against: {each}."]
+
+
+def _devices(record: BenchmarkRecord) -> str:
+    """What the arms were timed on."""
+    first = record.machine.get("device", "?")
+    others = {name: run.machine.get("device", "?") for name, run in record.runs.items()}
+    return ", ".join([first, *(f"those of {name} on {place}" for name, place in others.items() if place != first)])
+
+
+def _teacher(student: ArmSummary, record: BenchmarkRecord) -> ArmSummary | None:
+    """The teacher of a student's own run; without one, the record's."""
+    return record.run_of(student.arm.id).baseline or record.baseline
+
+
 def _compared(record: BenchmarkRecord) -> list[ArmSummary]:
     """The arms that the verdict is about: the student, its teacher and its control, and the real pictures."""
     student = headline(list(record.summary.values()))
     control = None if student is None else record.summary.get(student.control or "")
-    return [arm for arm in (record.baseline, student, control, record.real) if arm is not None]
+    teacher = record.baseline if student is None else _teacher(student, record)
+    return [arm for arm in (teacher, student, control, record.real) if arm is not None]
 
 
 def _with_options(arms: Sequence[ArmSummary]) -> list[ArmSummary]:
@@ -158,11 +202,10 @@ def _losses(record: BenchmarkRecord) -> dict[int, float]:
         if value is not None:
             found.setdefault((score.arm, score.prompt_idx), []).append(value)
     means = {key: sum(values) / len(values) for key, values in found.items()}
-    teacher = record.baseline.arm.id if record.baseline else ""
+    teacher = _teacher(student, record)
+    own = teacher.arm.id if teacher else ""
     return {
-        prompt: means.get((teacher, prompt), 0.0) - mean
-        for (arm, prompt), mean in means.items()
-        if arm == student.arm.id
+        prompt: means.get((own, prompt), 0.0) - mean for (arm, prompt), mean in means.items() if arm == student.arm.id
     }
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from fewstep.records import ArmSummary, BenchmarkRecord, Interval
+from fewstep.records import ArmSummary, BenchmarkRecord, Interval, Run
 
 SATURATION_TOLERANCE = 0.05
 
@@ -15,7 +15,8 @@ MAIN = 3
 def verdict(record: BenchmarkRecord) -> list[str]:
     """Up to seven sentences about the student that matters most; what was not measured is not spoken of.
 
-    The first `MAIN` say how good it is, how fast, and whether the teacher by a better solver would not do as well.
+    The first `MAIN` say how good it is, how fast, and whether the teacher by a better solver would not do as well. The
+    teacher is the one of its own run, with the figures found there.
     """
     student = headline(list(record.summary.values()))
     if student is None:
@@ -26,8 +27,10 @@ def verdict(record: BenchmarkRecord) -> list[str]:
         _solvers(student, record),
         _control(student, record),
         _options(student, record),
+        _distribution(student, record),
+        _saturation(student, record),
     ]
-    return [sentence for sentence in [*sentences, _distribution(student), _saturation(student)] if sentence]
+    return [sentence for sentence in sentences if sentence]
 
 
 def headline(arms: Sequence[ArmSummary]) -> ArmSummary | None:
@@ -78,8 +81,15 @@ def signed(interval: Interval, scale: float = 1.0, digits: int = 1) -> str:
     return f"{scale * interval.value:+.{digits}f}{bounds}".replace("-", "−")
 
 
+def _the_teacher(student: ArmSummary, record: BenchmarkRecord) -> str:
+    """How to speak of its own run's teacher: by its id where that is another arm than the record's."""
+    teacher = record.run_of(student.arm.id).baseline
+    known = record.baseline.arm.id if record.baseline else None
+    return "the teacher" if teacher is None or teacher.arm.id == known else teacher.arm.id
+
+
 def _quality(student: ArmSummary, record: BenchmarkRecord) -> str | None:
-    teacher, name = record.baseline, student.arm.id
+    teacher, name = record.run_of(student.arm.id).baseline, student.arm.id
     if student.all_right:
         text = f"{name} gets everything in the caption right in {percent(student.all_right)} of its pictures"
         if teacher is None or teacher.all_right is None or student.delta_all_right is None:
@@ -89,13 +99,14 @@ def _quality(student: ArmSummary, record: BenchmarkRecord) -> str | None:
             f"{_judged(student.delta_all_right, record)}."
         )
     if student.alignment:
+        whose = f"{_the_teacher(student, record)}'s"
         text = f"{name} scores {student.alignment.value:.2f} in alignment"
         if student.floor is not None:
             text += f", where shuffled captions score {student.floor.value:.2f}"
         if teacher is None or teacher.alignment is None or student.delta_alignment is None:
             return f"{text}."
         kept = (
-            f"; of the teacher's lift over its floor it keeps {percent(student.retention_corrected)}"
+            f"; of {whose} lift over its floor it keeps {percent(student.retention_corrected)}"
             if student.retention_corrected
             else ""
         )
@@ -120,8 +131,8 @@ def _judged(difference: Interval, record: BenchmarkRecord) -> str:
 def _cost(student: ArmSummary, record: BenchmarkRecord) -> str | None:
     if student.time_per_image_s is None:
         return None
-    batch = student.timings[0].batch_size
-    place, teacher = record.machine.get("device", "?"), record.baseline
+    batch, run = student.timings[0].batch_size, record.run_of(student.arm.id)
+    place, teacher = run.machine.get("device", "?"), run.baseline
     text = f"It takes {seconds(student.time_per_image_s)} a picture at batch {batch} on {place}"
     if teacher is None or teacher.time_per_image_s is None or student.speedup_vs_baseline is None:
         return f"{text}."
@@ -134,7 +145,7 @@ def _cost(student: ArmSummary, record: BenchmarkRecord) -> str | None:
 
 def _solvers(student: ArmSummary, record: BenchmarkRecord) -> str | None:
     """What the alternative that costs no training has to say."""
-    solvers = [arm for arm in record.summary.values() if arm.arm.role == "solver"]
+    solvers = [arm for arm in _comparable(student, record) if arm.arm.role == "solver"]
     reached, own = quality(student), student.time_per_image_s
     if not solvers or reached is None or own is None:
         return None
@@ -158,6 +169,21 @@ def _solvers(student: ArmSummary, record: BenchmarkRecord) -> str | None:
     return f"{told} and takes {ratio:.1f} times as long{missing}."
 
 
+def _comparable(student: ArmSummary, record: BenchmarkRecord) -> list[ArmSummary]:
+    """The arms of its own run, as timed there, and those of others that were drawn and timed as they were."""
+    own = record.run_of(student.arm.id)
+    others = [
+        arm
+        for name, arm in record.summary.items()
+        if name not in own.arms and _conditions(record.run_of(name)) == _conditions(own)
+    ]
+    return [*own.arms.values(), *others]
+
+
+def _conditions(run: Run) -> object:
+    return run.machine, run.base.get("fingerprint"), run.settings.get("resolution")
+
+
 def _as_good(solver: ArmSummary, student: ArmSummary) -> bool:
     """Whether a student is not shown to be better: by their paired difference, where one prompt is not all there is."""
     over, found, reached = student.over_solvers.get(solver.arm.id), quality(solver), quality(student)
@@ -167,7 +193,7 @@ def _as_good(solver: ArmSummary, student: ArmSummary) -> bool:
 
 
 def _control(student: ArmSummary, record: BenchmarkRecord) -> str | None:
-    control = record.summary.get(student.control or "")
+    control = record.run_of(student.arm.id).arms.get(student.control or "")
     gain = student.gain_all_right if student.all_right else student.gain_alignment
     reached = quality(control) if control else None
     if control is None or gain is None or reached is None:
@@ -203,7 +229,7 @@ def _options(student: ArmSummary, record: BenchmarkRecord) -> str | None:
     return f"{told}."
 
 
-def _distribution(student: ArmSummary) -> str | None:
+def _distribution(student: ArmSummary, record: BenchmarkRecord) -> str | None:
     frechet = student.frechet
     if frechet is None or frechet.difference is None or frechet.difference.low is None:
         return None
@@ -211,22 +237,22 @@ def _distribution(student: ArmSummary) -> str | None:
     sure = "" if frechet.difference.excludes_zero else ", within the interval"
     return (
         f"Its Fréchet distance to pictures of the same captions is "
-        f"{frechet.through_vae.value:.2f}, {signed(frechet.difference, 1, 2)} against the teacher's ({against}{sure}; "
-        f"N = {frechet.pictures})."
+        f"{frechet.through_vae.value:.2f}, {signed(frechet.difference, 1, 2)} against "
+        f"{_the_teacher(student, record)}'s ({against}{sure}; N = {frechet.pictures})."
     )
 
 
-def _saturation(student: ArmSummary) -> str | None:
+def _saturation(student: ArmSummary, record: BenchmarkRecord) -> str | None:
     if student.saturation is None:
         return None
     worst = max(student.saturation, key=lambda ratio: abs(ratio - 1))
     if abs(worst - 1) <= SATURATION_TOLERANCE:
         return None
+    spread = f"{100 * (worst - 1):+.1f} %".replace("-", "−")
     return (
-        f"Its latents spread {100 * (worst - 1):+.1f} % against the teacher's in the worst channel, beyond the 5 % of "
-        "a faithful student: pictures are "
-        f"{'burnt' if worst > 1 else 'washed out'}."
-    ).replace("-", "−")
+        f"Its latents spread {spread} against {_the_teacher(student, record)}'s in the worst channel, beyond the 5 % "
+        f"of a faithful student: pictures are {'burnt' if worst > 1 else 'washed out'}."
+    )
 
 
 def seconds(value: float) -> str:
