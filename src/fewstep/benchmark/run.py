@@ -151,7 +151,7 @@ def _clear(outdir: Path, folders: Iterable[Path], reporter: Reporter) -> None:
     stale = [outdir / name for name in RESULT_FILES if (outdir / name).exists()]
     drawn = [folder for folder in folders if folder.exists()]
     if drawn:
-        reporter.warn(f"{outdir} holds earlier pictures or tables: they are replaced")
+        reporter.warn(f"{outdir} holds an earlier benchmark, or pictures: tables and pictures are replaced")
     for path in stale:
         path.unlink()
     for folder in drawn:

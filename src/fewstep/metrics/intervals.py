@@ -3,12 +3,18 @@
 Pictures of one prompt resemble each other, so that prompts, not pictures, are the independent draws: whole prompts are
 resampled with their pictures (cluster bootstrap; Davison and Hinkley 1997, section 3.8). Comparisons are paired: two
 arms draw the same prompts from the same noise, and it is their differences that are resampled.
+
+Means of resamples scatter by √((n − 1) / n) too little, and plain percentiles know nothing of Student's t: of 10
+prompts such intervals at 95 % hold the truth 91 times in 100, of 5 prompts 83 times. So the percentiles are taken
+further out, at Φ(√(n / (n − 1)) t_{α/2, n−1}) (the expanded percentile interval, Hesterberg 2015): 95 and 91 times.
+With fewer than four prompts none is far enough out, and there is no interval.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from functools import cache
 from statistics import NormalDist
 
 import numpy as np
@@ -22,6 +28,9 @@ Statistic = Callable[[NDArray[np.float64]], NDArray[np.float64]]
 RESAMPLES = 4000
 LEVEL = 0.95
 
+FEWEST = 4
+"""Prompts below which there is no interval; as for distances, whose halves need as many."""
+
 
 def bootstrap(
     columns: ArrayLike,
@@ -32,7 +41,7 @@ def bootstrap(
     resamples: int = RESAMPLES,
     seed: int = 0,
 ) -> Interval:
-    """A statistic of column means with its percentile interval, whole clusters resampled.
+    """A statistic of column means with its expanded percentile interval, whole clusters resampled.
 
     Args:
         columns: [N] or [N, K], one line a picture.
@@ -41,8 +50,8 @@ def bootstrap(
         level: two-sided; a one-sided 95 % bound is the bound of a two-sided 90 %.
 
     Returns:
-        The interval; without bounds where there are fewer than two clusters, or where the statistic is not finite in
-        every resample (a ratio whose denominator may be zero has no honest interval).
+        The interval; without bounds where there are fewer than `FEWEST` clusters, or where the statistic is not finite
+        in every resample (a ratio whose denominator may be zero has no honest interval).
     """
     values = np.asarray(columns, dtype=np.float64)
     values = values[:, None] if values.ndim == 1 else values
@@ -58,21 +67,34 @@ def bootstrap(
     counts = np.bincount(index).astype(np.float64)
     with np.errstate(divide="ignore", invalid="ignore"):
         value = float(of(values.mean(axis=0, keepdims=True))[0])
-        if len(unique) < 2:
+        if len(unique) < FEWEST:
             return Interval(value=value)
         # How often each cluster is drawn in each resample: [R, clusters].
         drawn = np.random.default_rng(seed).multinomial(len(unique), np.full(len(unique), 1 / len(unique)), resamples)
         resampled = of((drawn @ sums) / (drawn @ counts)[:, None])
     if not np.isfinite(resampled).all():
         return Interval(value=value)
-    low, high = np.quantile(resampled, [(1 - level) / 2, (1 + level) / 2])
+    widened = math.sqrt(len(unique) / (len(unique) - 1))
+    tail = NormalDist().cdf(widened * student_t((1 - level) / 2, len(unique) - 1))
+    low, high = np.quantile(resampled, [tail, 1 - tail])
     return Interval(
         value=value,
         low=float(low),
         high=float(high),
-        standard_error=float(resampled.std(ddof=1)),
+        standard_error=widened * float(resampled.std(ddof=1)),
         method="bootstrap over prompts",
     )
+
+
+@cache
+def student_t(share: float, freedom: int) -> float:
+    """The value of Student's t, at so many degrees of freedom, that a share of them lies below.
+
+    With t = √ν tan θ its density is that of cos^{ν−1} θ over an angle, which is summed up.
+    """
+    angles = np.linspace(-np.pi / 2, np.pi / 2, 200_001)
+    below = np.cumsum(np.cos(angles) ** (freedom - 1))
+    return math.sqrt(freedom) * math.tan(float(np.interp(share, below / below[-1], angles)))
 
 
 def paired_difference(
