@@ -14,6 +14,7 @@ from PIL import Image
 from pyarrow import parquet
 
 from fewstep.data import OpenedData, open_data
+from fewstep.data.pictures import FORMATS
 from fewstep.errors import DataError
 
 from . import makers
@@ -53,7 +54,7 @@ REASONS = {
     "more than 89 megapixels": 1,
     "truncated or damaged": 1,
     "caption is empty": 1,
-    "not a picture (JPEG, PNG, WEBP, GIF, BMP, TIFF)": 1,
+    f"not a picture ({', '.join(FORMATS)})": 1,
     "smaller than 8 pixels": 1,
 }
 NOT_UTF8: Samples = {"latin.png": (makers.numbered(2), "Größe".encode("latin-1"))}

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import random
+import shutil
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 from hypothesis import given, settings
@@ -16,6 +17,7 @@ from fewstep.data.folder import scan_folder
 from fewstep.data.pairs import Pair
 from fewstep.data.report import Drops
 from fewstep.errors import DataError, FewstepError, InputError
+from fewstep.reporting import SILENT, Wordless
 
 from . import makers
 from .makers import write
@@ -75,8 +77,43 @@ def test_train_is_taken_before_val_and_years_are_asked_for(tmp_path: Path) -> No
 
 def test_annotations_without_their_pictures(tmp_path: Path) -> None:
     write(tmp_path, {"annotations/captions_train2017.json": makers.coco([], [])})
-    with pytest.raises(DataError, match=r"train2017\.zip"):
+    with pytest.raises(DataError, match=r"captions_train2017\.json is there but its .*train2017\.zip"):
         read(tmp_path)
+    write(tmp_path, {"annotations/captions_val2017.json": makers.coco([], [])})
+    named = r"train2017\.json and .*val2017\.json are there but .* unpack train2017\.zip or val2017\.zip there"
+    with pytest.raises(DataError, match=named) as caught:
+        read(tmp_path)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("year", ["2014", "2017"])
+@pytest.mark.parametrize("pictures", ["", "images/"])
+def test_the_split_whose_pictures_are_there_is_taken(tmp_path: Path, year: str, pictures: str) -> None:
+    make(tmp_path, f"val{year}", [1], pictures)
+    others = [f"annotations/captions_train{each}.json" for each in ("2014", "2017")]
+    write(tmp_path, {name: makers.coco([], []) for name in others})  # as in the archive
+    assert [pair.name for pair in read(tmp_path)[0]] == [FILE_NAMES[f"val{year}"].format(1)]
+    with pytest.raises(DataError, match=r"train2017 or .*; unpack"):
+        read(tmp_path / others[1])
+
+
+def test_where_both_splits_are_there_it_says_how_to_have_the_other(tmp_path: Path) -> None:
+    class Listener(Wordless):
+        said: ClassVar[list[str]] = []
+
+        def say(self, text: str) -> None:
+            self.said.append(text)
+
+    make(tmp_path, "train2017", [1])
+    make(tmp_path, "val2017", [2])
+    listener = Listener(SILENT)
+    scan_folder(tmp_path, Drops(), reporter=listener)
+    other = tmp_path / "annotations/captions_val2017.json"
+    assert listener.said == [f"data: captions_train2017.json is read; for {other.name} pass --data_dir {other}"]
+    scan_folder(other, Drops(), reporter=listener)
+    shutil.rmtree(tmp_path / "val2017")
+    scan_folder(tmp_path, Drops(), reporter=listener)
+    assert len(listener.said) == 1
 
 
 def test_everything_that_can_be_wrong_is_counted(tmp_path: Path) -> None:

@@ -109,6 +109,33 @@ def test_names_that_are_not_utf8_pair_all_the_same(tmp_path: Path) -> None:
     assert not dropped
 
 
+def test_files_of_endings_that_are_not_read_are_named_with_what_to_do(tmp_path: Path) -> None:
+    write(
+        tmp_path,
+        {
+            "good.png": b"", "good.txt": "good", "good.caption": "the same", "good.heic": b"the same",
+            "1.HEIC": b"", "1.txt": "one", "2.heif": b"", "sub/3.jxl": b"", "sub/3.caption": "three",
+            "4.png": b"", "4.caption": "four", "orphan.caption": "no picture",
+        },
+    )  # fmt: skip
+    scanned, dropped = scan(tmp_path)
+    assert scanned.pairs == [Pair("good.png", ("good",))]
+    assert dropped == {
+        ".heic files are not read (convert them to .jpg or .png)": 1,
+        ".heif files are not read (convert them to .jpg or .png)": 1,
+        ".jxl files are not read (convert them to .jpg or .png)": 1,
+        ".caption files are not read (rename them to .txt)": 1,
+        "no picture of the same stem": 1,
+    }
+
+
+def test_notes_are_captions_below_the_top_or_where_a_picture_has_their_name(tmp_path: Path) -> None:
+    write(tmp_path, {"notice.png": b"", "notice.txt": "a notice", "sub/README.txt": "whose?", "README.txt": "notes"})
+    scanned, dropped = scan(tmp_path)
+    assert scanned.pairs == [Pair("notice.png", ("a notice",))]
+    assert dropped == {"no picture of the same stem": 1}
+
+
 # ------------------------------------------------------------------------------------------------- images/ + captions/
 
 
@@ -158,7 +185,37 @@ def test_metadata_columns_can_be_named(tmp_path: Path) -> None:
     scanned, _ = scan(tmp_path, image_column="picture", caption_column="prompt")
     assert scanned.pairs == [Pair("a.png", ("right",))]
     with pytest.raises(InputError, match=r"several columns .*--caption_column"):
-        scan(tmp_path)
+        scan(tmp_path, image_column="picture")
+
+
+@pytest.mark.parametrize(
+    ("options", "wrong"),
+    [
+        ({}, "no image_column 'file_name'"), ({"image_column": "img"}, "no image_column 'img'"),
+        ({"image_column": "image", "caption_column": "capt"}, "no caption_column 'capt'"),
+    ],
+)  # fmt: skip
+def test_columns_that_are_not_there_are_answered_with_those_that_are(
+    tmp_path: Path, options: dict[str, str], wrong: str
+) -> None:
+    write(tmp_path, {"metadata.jsonl": lines({"image": "a.png", "text": "a"}, {"image": "b.png", "url": "x"})})
+    flag = wrong.split()[1]
+    with pytest.raises(InputError, match=f"{wrong}; allowed: image, text, url; say which with --{flag} NAME"):
+        scan(tmp_path, **options)
+
+
+@pytest.mark.parametrize("below", ["", "data/"])
+def test_the_part_to_pass_is_named_where_each_has_a_metadata_of_its_own(tmp_path: Path, below: str) -> None:
+    for part in ("test", "train"):
+        rows = lines({"file_name": "a.png", "text": part})
+        write(tmp_path, {f"{below}{part}/metadata.jsonl": rows, f"{below}{part}/a.png": b""})
+    for options in ({}, {"caption_column": "text"}):
+        with pytest.raises(DataError, match=rf"{below}test/metadata\.jsonl, .*; pass --data_dir .*/{below}train$"):
+            scan(tmp_path, **options)
+    assert scan(tmp_path / f"{below}train")[0].pairs == [Pair("a.png", ("train",))]
+    for part in ("test", "train"):
+        write(tmp_path, {f"{below}{part}/a.txt": "beside"})
+    assert [pair.captions for pair in scan(tmp_path)[0].pairs] == [("beside",), ("beside",)]
 
 
 def test_bad_lines_are_counted_and_named(tmp_path: Path) -> None:
@@ -186,15 +243,19 @@ def test_bad_lines_are_counted_and_named(tmp_path: Path) -> None:
     }
 
 
-def test_one_name_with_two_captions_belongs_to_neither(tmp_path: Path) -> None:
+def test_a_picture_has_the_captions_of_all_its_lines(tmp_path: Path) -> None:
     rows = [
-        {"file_name": "same.png", "text": "a cat"}, {"file_name": "fine.png", "text": "a dog"},
-        {"file_name": "fine.png", "text": "a dog"}, {"file_name": "./same.png", "text": "a bus"},
+        {"file_name": "some.png", "text": "a cat"}, {"file_name": "same.png", "text": "a dog"},
+        {"file_name": "same.png", "text": "a dog"}, {"file_name": "./some.png", "text": ["a pet", "a cat"]},
+        {"file_name": "some.png", "text": " "}, {"file_name": "mute.png", "text": ""}, {"file_name": "mute.png"},
     ]  # fmt: skip
     write(tmp_path, {"metadata.jsonl": lines(*rows)})
-    scanned, dropped = scan(tmp_path)
-    assert scanned.pairs == [Pair("fine.png", ("a dog",))]
-    assert dropped == {"several lines with different captions": 1}
+    drops = Drops()
+    assert scan_folder(tmp_path, drops).pairs == [Pair("same.png", ("a dog",)), Pair("some.png", ("a cat", "a pet"))]
+    assert list(drops.report("", 2, 3).lines())[1:] == [
+        "dropped 1 caption: caption is empty: some.png (line 5)",
+        "dropped 1 picture: caption is empty: mute.png (line 6)",
+    ]
 
 
 @given(st.binary(max_size=400) | st.lists(st.text(max_size=30)).map(lambda rows: "\n".join(rows).encode()))
@@ -227,7 +288,6 @@ def test_every_row_is_kept_or_counted(tmp_path_factory: pytest.TempPathFactory, 
         cells = [row.get("text") for row in rows if safe_name(row.get("file_name")) == pair.name]
         texts = [text for cell in cells for text in (cell if isinstance(cell, list) else [cell])]
         assert set(pair.captions) == set(clean_list(texts)[0])
-        assert all(cell == cells[0] for cell in cells)
     named = {name for row in rows if (name := safe_name(row.get("file_name"))) is not None}
     nameless = sum(safe_name(row.get("file_name")) is None for row in rows)
     assert drops.report("", 0, 0).dropped_of("pictures") == len(named) - len(pairs) + nameless
@@ -246,6 +306,13 @@ def test_folders_that_are_no_data(tmp_path: Path) -> None:
         scan(tmp_path)
     with pytest.raises(DataError, match="is a file"):
         scan(tmp_path / "a.png")
+    write(tmp_path, {"README.txt": "notes", "a.caption": "a", "b.caption": "b"})
+    named = r"2 pictures and 0 caption files, and 2 \.caption files are not read \(rename them to \.txt\); allowed"
+    with pytest.raises(DataError, match=named):
+        scan(tmp_path)
+    write(tmp_path / "sub", {"a.HEIC": b"", "b.heic": b"", "a.txt": "a"})
+    with pytest.raises(DataError, match=r"0 pictures and 1 caption files, and 2 \.heic files are not read \(convert"):
+        scan(tmp_path / "sub")
 
 
 def test_columns_where_there_are_none(tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ import pytest
 from fewstep.data import open_data
 from fewstep.data.folder import holds_rows
 from fewstep.data.hub import ScannedRows, scan_hub
-from fewstep.data.pictures import PictureError
+from fewstep.data.pictures import FORMATS, PictureError
 from fewstep.data.report import Drops
 from fewstep.errors import DataError, InputError
 
@@ -67,7 +67,7 @@ def test_bad_rows_are_counted_and_the_others_keep_their_captions(tmp_path: Path)
     rows, dropped = scan(parquet(tmp_path / "set", images, captions=captions))
     assert dropped == {
         "no picture in the row": 1,
-        "not a picture (JPEG, PNG, WEBP, GIF, BMP, TIFF)": 1,
+        f"not a picture ({', '.join(FORMATS)})": 1,
         "smaller than 8 pixels": 1,
         "caption is empty": 2,  # one row without any, one caption of several
     }

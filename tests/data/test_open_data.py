@@ -11,6 +11,7 @@ import pytest
 from fewstep.config import TrainSettings
 from fewstep.data import OpenedData, open_data
 from fewstep.data.pairs import Strings
+from fewstep.data.pictures import FORMATS
 from fewstep.data.report import Drops, shown
 from fewstep.errors import DataError, InputError
 
@@ -118,7 +119,7 @@ def test_unusable_pictures_are_dropped_counted_and_named(tmp_path: Path) -> None
     assert told[:-1] == [
         "dropped 1 caption: no picture of the same stem: orphan.txt",
         "dropped 1 picture: empty file: 0004.png",
-        "dropped 1 picture: not a picture (JPEG, PNG, WEBP, GIF, BMP, TIFF): 0001.png",
+        f"dropped 1 picture: not a picture ({', '.join(FORMATS)}): 0001.png",
         "dropped 1 picture: smaller than 8 pixels: 0002.png (1x1)",
     ]
     assert told[-1].startswith("dropped 1 picture: truncated or damaged: cut.jpg (image file is truncated")
@@ -132,6 +133,29 @@ def test_one_in_a_hundred_is_let_pass_and_two_are_not(tmp_path: Path) -> None:
     write(tmp_path, {"0018.txt": ""})
     with pytest.raises(DataError, match=r"2\.00%"):
         open_data(Settings(data_dir=tmp_path), Base())
+
+
+@pytest.mark.parametrize("name", ["README.txt", "readme.TXT", "License.txt", "captions/NOTICE.txt"])
+def test_notes_beside_the_data_are_no_lost_captions(tmp_path: Path, name: str) -> None:
+    write_numbered(tmp_path / "plain", 40)
+    for number in range(40):
+        files = {f"images/{number}.png": numbered(number), f"captions/{number}.txt": f"number {number}"}
+        write(tmp_path / "two", files)
+    place = tmp_path / ("two" if "/" in name else "plain")
+    write(place, {name: "not data"})
+    report = open_data(Settings(data_dir=place), Base()).report
+    assert (report.pictures, report.dropped) == (40, ())
+
+
+def test_endings_that_are_not_read_count_as_dropped(tmp_path: Path) -> None:
+    write_numbered(tmp_path, 8)
+    write(tmp_path, {"1.HEIC": b"", "1.txt": "one", "2.heic": b"", "2.txt": "two"})
+    with pytest.raises(DataError, match=r"20\.00% .*2 pictures: \.heic files are not read \(convert them to"):
+        open_data(Settings(data_dir=tmp_path), Base())
+    opened = open_data(Settings(data_dir=tmp_path, max_dropped=0.2), Base())
+    assert list(opened.report.lines())[1:] == [
+        "dropped 2 pictures: .heic files are not read (convert them to .jpg or .png): 1.HEIC, 2.heic"
+    ]
 
 
 def test_nothing_left_is_an_error_whatever_is_allowed(tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ import warnings
 import zlib
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -19,7 +20,10 @@ from PIL import Image
 from fewstep.data import captions
 from fewstep.data.captions import CaptionError
 from fewstep.data.pictures import (
+    FORMATS,
+    KNOWN,
     MAX_PIXELS,
+    SUFFIXES,
     PictureError,
     decode,
     decode_file,
@@ -33,6 +37,8 @@ from fewstep.data.shards import scan_shards
 from fewstep.errors import DataError
 
 from .makers import encoded, noise, picture
+
+AVIF = [kind for kind in FORMATS if kind == "AVIF"]  # a Pillow may be built without it
 
 
 def decoded(raw: bytes, resolution: int = 16) -> np.ndarray:
@@ -91,7 +97,7 @@ def test_a_large_jpeg_decoded_small_is_the_same_picture() -> None:
 # ------------------------------------------------------------------------------------------------- kinds of pictures
 
 
-@pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP", "BMP", "TIFF", "GIF"])
+@pytest.mark.parametrize("kind", FORMATS)
 def test_formats(kind: str) -> None:
     raw = encoded(picture((200, 30, 60)), kind)
     assert looked_over(raw) == len(raw)
@@ -104,6 +110,20 @@ def test_modes(mode: str) -> None:
     raw = encoded(image, "PNG" if mode not in ("CMYK", "YCbCr") else "TIFF" if mode == "YCbCr" else "JPEG")
     assert looked_over(raw) == len(raw)
     assert near(decoded(raw), (255, 255, 255))
+
+
+@pytest.mark.skipif(not AVIF, reason="this Pillow reads no AVIF")
+def test_avif() -> None:
+    assert ".avif" in SUFFIXES
+    half = picture((200, 0, 0)).convert("RGBA")
+    half.putalpha(128)
+    assert near(decoded(encoded(half, "AVIF", quality=100)), (227, 127, 127), by=3)
+
+
+def test_every_known_ending_is_read_or_not() -> None:
+    assert {".jpg", ".jfif", ".png"} <= SUFFIXES
+    assert {".heic", ".heif", ".jxl"} <= KNOWN - SUFFIXES
+    assert ".avif" in KNOWN
 
 
 def test_cmyk_keeps_its_colours() -> None:
@@ -142,7 +162,7 @@ def test_values_without_a_range_are_refused(array: np.ndarray) -> None:
 
 def test_the_first_frame_of_an_animation() -> None:
     frames = [picture((0, 200, 0)), picture((0, 0, 200))]
-    for kind in ("GIF", "WEBP", "PNG"):
+    for kind in ("GIF", "WEBP", "PNG", *AVIF):
         raw = encoded(frames[0], kind, save_all=True, append_images=frames[1:])
         looked_over(raw)
         assert near(decoded(raw), (0, 200, 0), by=4)
@@ -158,8 +178,13 @@ def test_exif_says_which_side_is_up(orientation: int) -> None:
         stored = stored.transpose(Image.Transpose(undo[orientation]))
     exif = Image.Exif()
     exif[0x0112] = orientation
-    for kind, options in (("JPEG", {"quality": 100, "subsampling": 0}), ("PNG", {})):
-        pixels = decoded(encoded(stored, kind, exif=exif, **options), 32)
+    sharp: dict[str, dict[str, Any]] = {
+        "PNG": {},
+        "JPEG": {"quality": 100, "subsampling": 0},
+        "AVIF": {"quality": 100, "subsampling": "4:4:4"},
+    }
+    for kind in ("PNG", "JPEG", *AVIF):
+        pixels = decoded(encoded(stored, kind, exif=exif, **sharp[kind]), 32)
         assert np.abs(pixels.astype(int) - upright).mean() < 4, kind
 
 
@@ -209,7 +234,7 @@ def test_the_limit_does_not_depend_on_pillows_own(monkeypatch: pytest.MonkeyPatc
         looked_over(png_claiming(MAX_PIXELS // 1000 + 1, 1000))
 
 
-@pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP", "BMP", "TIFF", "GIF"])
+@pytest.mark.parametrize("kind", FORMATS)
 @pytest.mark.parametrize("share", [0.1, 0.5, 0.9])
 def test_truncated_pictures_are_found_in_the_scan(kind: str, share: float) -> None:
     raw = encoded(noise(), kind)
@@ -230,7 +255,7 @@ def test_damage_inside_is_found_when_decoded() -> None:
         decode(io.BytesIO(raw), 16)
 
 
-WHOLE = [encoded(noise((24, 16)), kind) for kind in ("PNG", "JPEG", "WEBP", "BMP", "TIFF", "GIF")]
+WHOLE = [encoded(noise((24, 16)), kind) for kind in FORMATS]
 
 
 @given(st.sampled_from(WHOLE), st.data())

@@ -123,6 +123,22 @@ def test_which_key_is_asked_for_where_it_is_not_clear(tmp_path: Path) -> None:
         scan(tmp_path)
     with pytest.raises(InputError, match="image_column 'jpg' came"):
         scan(tmp_path, image_column="jpg")
+    with pytest.raises(InputError, match=r"no caption_column 'capt'; allowed: prompt, text; .*--caption_column NAME"):
+        scan(tmp_path, caption_column="capt")
+
+
+def test_members_of_endings_that_are_not_read_are_named(tmp_path: Path) -> None:
+    members: list[tuple[str, bytes | str | tarfile.TarInfo]] = [
+        *pairs(0), ("0000.heic", b"the same"), ("1.heic", b""), ("1.txt", "one"),
+        ("2.png", numbered(2)), ("2.caption", "two"), ("", header("3.heic", tarfile.SYMTYPE)),
+    ]  # fmt: skip
+    found, dropped = scan(shard(tmp_path / "x.tar", members))
+    assert found == [Pair("x.tar/0000.png", ("number 0",))]
+    assert dropped == {
+        ".heic files are not read (convert them to .jpg or .png)": 1,
+        ".caption files are not read (rename them to .txt)": 1,
+        "a link or a sparse file in its tar": 1,
+    }
 
 
 def test_what_belongs_to_nobody_is_counted(tmp_path: Path) -> None:

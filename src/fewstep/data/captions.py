@@ -14,6 +14,9 @@ from fewstep.errors import InputError
 COLUMNS = ("text", "caption", "captions", "prompt", "description")
 """Names that a column of captions is known by."""
 
+UNREAD = frozenset({".caption", ".captions", ".text"})
+"""Endings of caption files that are known, so that they are missed, and not read."""
+
 MAX_CHARACTERS = 65_536  # a text encoder reads some 300; what is longer than this is no caption but another file
 _MAX_BYTES = 4 * MAX_CHARACTERS + 3  # as UTF-8 with a byte-order mark
 
@@ -92,6 +95,18 @@ def read(file: Path) -> str:
         raise CaptionError(f"caption file cannot be read ({error.strerror or error})") from error
 
 
+def check_column(setting: str, column: str, columns: Sequence[str], source: str) -> None:
+    """Raise an `InputError` that says which columns there are, unless `column` is one of them.
+
+    Args:
+        setting: which one chooses the column: image_column or caption_column.
+    """
+    if column not in columns:
+        raise InputError(
+            f"{source} has no {setting} {shown(column)!r}; allowed: {_named(columns)}; say which with --{setting} NAME"
+        )
+
+
 def guess_column(columns: Sequence[str], source: str) -> str:
     """The one column that is named as captions are.
 
@@ -101,8 +116,11 @@ def guess_column(columns: Sequence[str], source: str) -> str:
     known = [name for name in COLUMNS if name in columns]
     if len(known) == 1:
         return known[0]
-    found = ", ".join(shown(name) for name in columns[:20]) or "none"
     raise InputError(
-        f"{source} has {'several' if known else 'no'} columns that may be the captions (columns: {found}); allowed is "
-        f"one named {', '.join(COLUMNS)}; say which with --caption_column NAME"
+        f"{source} has {'several' if known else 'no'} columns that may be the captions (columns: {_named(columns)}); "
+        f"allowed is one named {', '.join(COLUMNS)}; say which with --caption_column NAME"
     )
+
+
+def _named(columns: Sequence[str]) -> str:
+    return ", ".join(shown(name) for name in columns[:20]) or "none"

@@ -3,7 +3,8 @@
     ROOT/annotations/captions_train2017.json    ROOT/train2017/000000000009.jpg
     ROOT/annotations/captions_train2014.json    ROOT/train2014/COCO_train2014_000000000009.jpg
 
-The same for val. Pictures may also lie in ROOT/images/train2017/.
+The same for val. Pictures may also lie in ROOT/images/train2017/. The annotations of both splits come in one archive,
+so that a split counts as there where its pictures are.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from __future__ import annotations
 import json
 import re
 from collections import defaultdict
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,14 +30,15 @@ def is_annotations(file: Path) -> bool:
 
 
 def find_annotations(root: Path) -> Path | None:
-    """The annotation file to train on: train if it is there, else val; None if this is no COCO folder.
+    """The annotation file to train on: train's if its pictures are there, else val's; None if this is no COCO folder.
 
     Raises:
         InputError: 2014 and 2017 are both there (they hold the same pictures, split in two ways).
+        DataError: there are annotations, but the pictures of none.
     """
+    files = _annotations(root)
     for split in ("train", "val"):
-        files = [root / "annotations" / f"captions_{split}{year}.json" for year in (2014, 2017)]
-        present = [file for file in files if file.is_file()]
+        present = [file for file in files if split in file.name and _has_pictures(file)]
         if len(present) > 1:
             raise InputError(
                 f"{root} holds COCO {split} of 2014 and of 2017; allowed is one of them; name the annotation file: "
@@ -43,7 +46,15 @@ def find_annotations(root: Path) -> Path | None:
             )
         if present:
             return present[0]
+    if files:
+        raise _no_pictures(files)
     return None
+
+
+def other_split(annotations: Path) -> Path | None:
+    """The annotations of val where those are of train, and the pictures of val are there too."""
+    other = annotations.with_name(annotations.name.replace("train", "val"))
+    return other if other != annotations and other.is_file() and _has_pictures(other) else None
 
 
 def picture_folder(annotations: Path) -> Path:
@@ -52,17 +63,43 @@ def picture_folder(annotations: Path) -> Path:
     Raises:
         DataError: it is not there.
     """
+    for place in _places(annotations):
+        if place.is_dir():
+            return place
+    raise _no_pictures([annotations])
+
+
+def _annotations(root: Path) -> list[Path]:
+    """The annotation files in a COCO folder."""
+    names = [f"captions_{split}{year}.json" for split in ("train", "val") for year in (2014, 2017)]
+    return [file for name in names if (file := root / "annotations" / name).is_file()]
+
+
+def _places(annotations: Path) -> list[Path]:
+    """Where the pictures of an annotation file may lie.
+
+    Raises:
+        DataError: it is not named as COCO's are.
+    """
     match = _NAME.fullmatch(annotations.name)
     if match is None:
         raise DataError(f"{annotations} came; allowed is a file named like captions_train2017.json; rename it")
     root = annotations.parent.parent if annotations.parent.name == "annotations" else annotations.parent
-    places = [root / match[1], root / "images" / match[1]]
-    for place in places:
-        if place.is_dir():
-            return place
-    raise DataError(
-        f"{annotations} is there but its pictures are not; allowed is {places[0]} or {places[1]}; unpack "
-        f"{match[1]}.zip there"
+    return [root / match[1], root / "images" / match[1]]
+
+
+def _has_pictures(annotations: Path) -> bool:
+    return any(place.is_dir() for place in _places(annotations))
+
+
+def _no_pictures(files: Sequence[Path]) -> DataError:
+    """The error for annotation files of whose pictures nothing is there."""
+    places = [place for file in files for place in _places(file)]
+    zips = dict.fromkeys(f"{place.name}.zip" for place in places)
+    one = len(files) == 1
+    return DataError(
+        f"{' and '.join(map(str, files))} {'is' if one else 'are'} there but {'its' if one else 'their'} pictures are "
+        f"not; allowed is {' or '.join(map(str, places))}; unpack {' or '.join(zips)} there"
     )
 
 

@@ -1,7 +1,8 @@
 """Local folders that hold pictures and captions: which layout it is, and which caption belongs to which picture.
 
 Pairs are made by name alone, never by order. Whatever is ambiguous belongs to nobody: it is dropped and counted.
-Names that start with a dot are skipped, as are files that are neither pictures nor captions by their ending.
+Names that start with a dot are skipped, as are files that are neither pictures nor captions by their ending, and a
+README.txt or the like beside the data. Pictures and captions of endings that are known and not read are counted.
 """
 
 from __future__ import annotations
@@ -16,8 +17,8 @@ from typing import Any
 
 from fewstep.data import captions, coco
 from fewstep.data.pairs import Files, FolderFiles, Pair, safe_name
-from fewstep.data.pictures import SUFFIXES
-from fewstep.data.report import Drops
+from fewstep.data.pictures import KNOWN, SUFFIXES
+from fewstep.data.report import Drops, shown
 from fewstep.data.shards import scan_shards
 from fewstep.data.stems import HERE, Listing, pair_by_stem
 from fewstep.errors import DataError, InputError
@@ -28,6 +29,8 @@ LAYOUTS = (
     "with files of the same stem, pictures with a .txt of the same stem beside each, .tar shards of such pairs, or "
     ".parquet"
 )
+
+_NOTES = ("readme", "license", "notice")  # .txt files that belong to no picture, unless one has that stem
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,6 +99,9 @@ def scan_folder(
     annotations = coco.find_annotations(place)
     if annotations is not None:
         refuse_columns(image_column, caption_column, place)
+        other = coco.other_split(annotations)
+        if other is not None:
+            reporter.say(f"data: {annotations.name} is read; for {other.name} pass --data_dir {other}")
         return _with_coco(annotations, drops)
     if (place / "images").is_dir() and (place / "captions").is_dir():
         pictures, texts = PurePosixPath("images"), PurePosixPath("captions")
@@ -103,13 +109,7 @@ def scan_folder(
     else:
         pictures = texts = HERE
         source = f"pictures with .txt in {place}"
-    listing = Listing()
-    for file in _files(place / pictures):
-        if file.suffix.lower() in SUFFIXES:
-            listing.add_picture(file, pictures)
-    for file in _files(place / texts):
-        if file.suffix.lower() == ".txt":
-            listing.add_caption(file, texts)
+    listing, parts = _listing(place, pictures, texts)
     shards = sorted(file for file in place.glob("*.tar") if not file.name.startswith("."))
     if shards and not listing.pictures:
         return _with_shards(shards, drops, image_column, caption_column, reporter)
@@ -118,12 +118,16 @@ def scan_folder(
             f"data_dir {place} holds pictures and also shards, such as {shards[0].name}; allowed is one of the two; "
             "move the others elsewhere"
         )
+    if parts and not listing.pictures.keys() & listing.captions.keys():
+        raise _in_parts(place, parts)
     refuse_columns(image_column, caption_column, place)
     if not listing.pictures or not listing.captions:
-        raise DataError(
-            f"data_dir {place} has {sum(map(len, listing.pictures.values()))} pictures and "
-            f"{sum(map(len, listing.captions.values()))} caption files; allowed is one of these layouts: {LAYOUTS}"
-        )
+        found = [
+            f"{sum(map(len, listing.pictures.values()))} pictures and "
+            f"{sum(map(len, listing.captions.values()))} caption files",
+            *listing.unread(),
+        ]
+        raise DataError(f"data_dir {place} has {', and '.join(found)}; allowed is one of these layouts: {LAYOUTS}")
     pairs = pair_by_stem(listing, lambda name: _caption(place / name), drops, reporter)
     return Scanned(source=source, files=FolderFiles(place), pairs=pairs)
 
@@ -154,6 +158,33 @@ def _with_coco(annotations: Path, drops: Drops) -> Scanned:
 
 
 # ------------------------------------------------------------------------------------------------------ files by stem
+
+
+def _listing(place: Path, pictures: PurePosixPath, texts: PurePosixPath) -> tuple[Listing, list[Path]]:
+    """(files in the folders of the pictures and of the captions below `place`; folders that have a metadata.jsonl)."""
+    listing = Listing()
+    parts: list[Path] = []
+    for file in _files(place / pictures):
+        if file.suffix.lower() in KNOWN:
+            listing.add_picture(file, pictures)
+        elif file.name == "metadata.jsonl" and (place / pictures / file).is_file():
+            parts.append(place / pictures / file.parent)
+    taken = listing.pictures.keys() | listing.unread_pictures.keys()
+    for file in _files(place / texts):
+        is_note = file.stem.lower() in _NOTES and file.parent == HERE and file.stem not in taken
+        if file.suffix.lower() in captions.UNREAD | {".txt"} and not is_note:
+            listing.add_caption(file, texts)
+    return listing, parts
+
+
+def _in_parts(place: Path, parts: Sequence[Path]) -> DataError:
+    """The error for a folder whose parts, such as train/ and test/, have a metadata.jsonl each."""
+    best = next((part for part in parts if part.name == "train"), parts[0])
+    named = ", ".join(shown(str(part.relative_to(place) / "metadata.jsonl")) for part in parts[:3])
+    return DataError(
+        f"data_dir {place} has no metadata.jsonl, but {named}{', ...' if len(parts) > 3 else ''}; allowed is the "
+        f"folder of one of them; pass --data_dir {best}"
+    )
 
 
 def _files(root: Path) -> Iterator[PurePosixPath]:
@@ -189,12 +220,19 @@ def _caption(file: Path) -> tuple[list[str], list[str]]:
 
 
 def _with_metadata(file: Path, drops: Drops, image_column: str | None, caption_column: str | None) -> Scanned:
-    """A JSON object a line: the picture's file name and its caption, or a list of captions."""
+    """A JSON object a line: the picture's file name and its caption, or a list of captions.
+
+    Several lines may name the same picture: it has the captions of them all.
+    """
     image_column = image_column or "file_name"
     lines = list(_objects(file, drops))
-    caption_column = caption_column or captions.guess_column(
-        sorted({key for _, values in lines for key in values}), str(file)
-    )
+    keys = sorted({key for _, values in lines for key in values})
+    if keys:
+        captions.check_column("image_column", image_column, keys, str(file))
+    if caption_column is None:
+        caption_column = captions.guess_column(keys, str(file))
+    elif keys:
+        captions.check_column("caption_column", caption_column, keys, str(file))
     of_file: dict[str, list[tuple[int, object]]] = defaultdict(list)
     for number, values in lines:
         name = safe_name(values.get(image_column))
@@ -206,18 +244,16 @@ def _with_metadata(file: Path, drops: Drops, image_column: str | None, caption_c
             of_file[name].append((number, values.get(caption_column)))
     pairs: list[Pair] = []
     for name, entries in sorted(of_file.items()):
-        numbers = ", ".join(str(number) for number, _ in entries[:3])
-        if any(value != entries[0][1] for _, value in entries):
-            # Two pictures saved under one name look just like this, and one of the captions would be a lie.
-            drops.add("pictures", "several lines with different captions", name, f"lines {numbers}")
-            continue
-        good, bad = captions.clean_list(entries[0][1])
-        if not good:
-            drops.add("pictures", bad[0], name, f"line {numbers}")
-            continue
-        for reason in bad:
-            drops.add("captions", reason, name, f"line {numbers}")
-        pairs.append(Pair(name, tuple(good)))
+        good: dict[str, None] = {}
+        bad: list[tuple[int, str]] = []
+        for number, value in entries:
+            texts, reasons = captions.clean_list(value)
+            good.update(dict.fromkeys(texts))
+            bad += [(number, reason) for reason in reasons]
+        for number, reason in bad if good else bad[:1]:
+            drops.add("captions" if good else "pictures", reason, name, f"line {number}")
+        if good:
+            pairs.append(Pair(name, tuple(good)))
     return Scanned(source=f"metadata.jsonl in {file.parent}", files=FolderFiles(file.parent), pairs=pairs)
 
 

@@ -17,12 +17,29 @@ from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, UnidentifiedImageError, features
 
 from fewstep.errors import DataError
 
-FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
-SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff"})
+_AVIF = bool(features.check("avif"))  # a Pillow may be built without it
+
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", *(["AVIF"] if _AVIF else []))
+SUFFIXES = frozenset(
+    {".jpg", ".jpeg", ".jfif", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", *([".avif"] if _AVIF else [])}
+)
+UNREAD = (
+    frozenset(
+        {
+            ".heic", ".heif", ".hif", ".avif", ".jxl", ".jp2", ".j2k", ".jpx", ".psd", ".tga",
+            ".dng", ".cr2", ".cr3", ".nef", ".arw", ".orf", ".rw2", ".raf",
+        }
+    )
+    - SUFFIXES
+)  # fmt: skip
+"""Endings of pictures that are known, so that they are missed, and not read."""
+
+KNOWN = SUFFIXES | UNREAD
+
 MIN_SIDE = 8  # pixels
 MAX_PIXELS = 89_478_485  # Pillow's own line, a quarter of a gibibyte as RGB: what is above it may be a bomb
 
@@ -33,7 +50,7 @@ _SIXTEEN_BIT = frozenset({"I;16", "I;16L", "I;16B", "I;16N"})
 
 _BROKEN = (  # what Pillow's decoders raise on bytes that they cannot make sense of
     OSError, SyntaxError, ValueError, TypeError, LookupError, ArithmeticError, AttributeError, EOFError,
-    NotImplementedError, AssertionError, struct.error, zlib.error, Image.DecompressionBombError,
+    RuntimeError, AssertionError, struct.error, zlib.error, Image.DecompressionBombError,
     Image.DecompressionBombWarning,
 )  # fmt: skip
 

@@ -22,13 +22,15 @@ import numpy as np
 
 from fewstep.data import captions
 from fewstep.data.pairs import READERS, Pair
-from fewstep.data.pictures import SUFFIXES, decode, gone, inspect
+from fewstep.data.pictures import KNOWN, SUFFIXES, UNREAD, decode, gone, inspect
 from fewstep.data.report import Drops, Kind, shown
 from fewstep.data.stems import Listing, pair_by_stem
 from fewstep.errors import DataError
 from fewstep.reporting import SILENT, Reporter
 
 _LONGEST = 2**20  # bytes of a header, or of a file of captions: nothing longer is read at once while indexing
+
+_ENDINGS = KNOWN | captions.UNREAD | {".txt", ".json"}  # of members that are taken up
 
 _TOO_LONG = f"file of captions is longer than {_LONGEST} bytes"
 
@@ -103,7 +105,7 @@ def scan_shards(
 
     Raises:
         DataError: a shard cannot be read, or is cut short or damaged.
-        InputError: it is not clear which key of the .json files is the caption.
+        InputError: it is not clear which key of the .json files is the caption, or none of them has the one named.
     """
     shards: list[_Shard] = []
     places: dict[str, tuple[int, int, int]] = {}
@@ -125,15 +127,18 @@ def scan_shards(
                 if caption_column is not None or file.with_suffix("") not in with_text:
                     records[str(below / file)] = record
                     listing.add_caption(below / file)
+            for file in index.unread:
+                (listing.add_picture if file.suffix.lower() in UNREAD else listing.add_caption)(below / file)
             for file in index.no_files:
-                kind: Kind = "pictures" if file.suffix.lower() in SUFFIXES else "captions"
+                kind: Kind = "pictures" if file.suffix.lower() in KNOWN else "captions"
                 drops.add(kind, "a link or a sparse file in its tar", str(below / file))
             bar.advance()
+    column, source = caption_column or "", f"the .json in the shards of {paths[0].parent}"
+    keys = sorted({key for record in records.values() if isinstance(record, dict) for key in record})
     if records and caption_column is None:
-        keys = {key for record in records.values() if isinstance(record, dict) for key in record}
-        column = captions.guess_column(sorted(keys), f"the .json in the shards of {paths[0].parent}")
-    else:
-        column = caption_column or ""
+        column = captions.guess_column(keys, source)
+    elif keys:
+        captions.check_column("caption_column", column, keys, source)
 
     def read(name: str) -> _Captions:
         if name in texts:
@@ -155,6 +160,7 @@ class _Index:
     pictures: list[tuple[PurePosixPath, tuple[int, int]]] = field(default_factory=list)  # first byte, length
     texts: list[tuple[PurePosixPath, _Captions]] = field(default_factory=list)
     records: list[tuple[PurePosixPath, dict[str, Any] | str]] = field(default_factory=list)  # or what is wrong with it
+    unread: list[PurePosixPath] = field(default_factory=list)  # of endings that are known and not read
     no_files: list[PurePosixPath] = field(default_factory=list)
 
     def add(self, member: tarfile.TarInfo, stream: io.FileIO) -> None:
@@ -162,10 +168,12 @@ class _Index:
         file = PurePosixPath(member.name.lstrip("/"))
         suffix = file.suffix.lower()
         hidden = any(part.startswith(".") for part in file.parts)
-        if hidden or member.isdir() or suffix not in SUFFIXES | {".txt", ".json"}:
+        if hidden or member.isdir() or suffix not in _ENDINGS:
             return
         if not member.isreg() or member.issparse():
             self.no_files.append(file)
+        elif suffix in UNREAD | captions.UNREAD:
+            self.unread.append(file)
         elif suffix in SUFFIXES:
             self.pictures.append((file, (member.offset_data, member.size)))
         else:
