@@ -2,7 +2,7 @@
 
 >>> import fewstep
 >>> result = fewstep.distill(fewstep.TrainSettings(max_steps=300))
->>> fewstep.generate(fewstep.GenerateSettings(prompt="a red house by the sea"))
+>>> fewstep.generate(fewstep.GenerateSettings(prompt="a red house on the left, a night sky, a moon"))
 
 Everything is loaded on first use: importing this package takes no time and no torch.
 """

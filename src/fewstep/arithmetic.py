@@ -40,6 +40,11 @@ def peak_memory(work: Callable[[], object], device: torch.device) -> int | None:
     return peak_so_far(device) if known else None
 
 
+def allocated(device: torch.device) -> int | None:
+    """Bytes in use on a GPU by now; None where nobody tells."""
+    return int(torch.cuda.memory_allocated(device)) if device.type == "cuda" else None
+
+
 def _start_anew(device: torch.device) -> bool:
     """Have the device's peak begin from here; whether it can."""
     if device.type == "cuda":

@@ -259,7 +259,12 @@ def _usage_error(error: CycloptsError, program: str) -> str:
             return refusal(name, "", settings)
     if isinstance(error, UnusedCliTokensError):
         extra = " ".join(error.unused_tokens or ())
-        reason = f"{extra!r} belongs to no flag; texts with spaces need quotes"
+        if extra.lower() in ("true", "false"):
+            fix = "a switch is on where it is named, and off with no_ before its name, as in --no_compare_baseline"
+        else:
+            example = ", as --prompt before a prompt" if settings and "prompt" in settings.model_fields else ""
+            fix = f"texts with spaces need quotes, and every value needs its flag{example}"
+        reason = f"{extra!r} belongs to no flag; {fix}"
     else:
         reason = str(error).rstrip(".")
     return f"{reason}; see {command} --help"

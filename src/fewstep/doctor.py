@@ -153,10 +153,12 @@ class _Examination:
 
     def model(self) -> str:
         recorded = start.recorded_base(self._settings, self._resumed)
+        stray = start.stray_data(self._settings, recorded)
         self._backbone, self._settings = start.open_base(self._settings, self._settings.device, recorded, SILENT)
         networks = (self._base.unet, self._base.vae, self._base.text_encoder)
         count = sum(parameter.numel() for network in networks for parameter in network.parameters())
-        return f"{self._base.name} ({self._base.why}), {count / 1e6:,.1f} M parameters"
+        told = f"{self._base.name} ({self._base.why}), {count / 1e6:,.1f} M parameters"
+        return told if stray is None else f"{told}; {stray}"
 
     def settings(self) -> str:
         method = start.method_of(self._settings, self._base)

@@ -61,12 +61,18 @@ def read_prompts(settings: SamplingSettings) -> list[str] | None:
 
 
 def warn_of_prompts(prompts: Sequence[str], backbone: Backbone, reporter: Reporter) -> None:
-    """Say which prompts came twice, and which are longer than the text encoder reads."""
+    """Say which prompts came twice, which words the base does not know, and which are longer than it reads."""
     repeated = sorted({prompt for prompt in prompts if prompts.count(prompt) > 1})
     if repeated:
         reporter.warn(
             f"{len(repeated)} prompts came more than once, such as {repeated[0]!r}; each is drawn from other noise, "
             "but intervals take them for different prompts"
+        )
+    unknown = backbone.abilities.unknown_words(list(prompts)) if backbone.abilities is not None else []
+    if unknown:
+        shown = " ".join(unknown[:8]) + (f" and {len(unknown) - 8} more" if len(unknown) > 8 else "")
+        reporter.warn(
+            f"the base {backbone.name} was never taught these words, and does not draw what they ask: {shown}"
         )
     for number, (cut, text) in enumerate(zip(backbone.token_overflow(prompts), backbone.unread(prompts), strict=True)):
         if cut:

@@ -88,6 +88,9 @@ class FakeAbilities:
     def prompts(self, count: int, seed: int) -> list[str]:
         return [f"caption {seed}-{number}" for number in range(count)]
 
+    def unknown_words(self, prompts: list[str]) -> list[str]:
+        return sorted({word for prompt in prompts for word in prompt.split() if word == "unheard"})
+
     def reference_pictures(self, prompts: list[str], per_prompt: int, seed: int) -> np.ndarray:
         random = np.random.default_rng(seed)
         return random.integers(0, 256, (len(prompts) * per_prompt, self.side, self.side, 3), dtype=np.uint8)

@@ -41,6 +41,13 @@ def test_earlier_pictures_are_replaced_and_that_is_said(base: Backbone, tmp_path
     assert any("holds earlier pictures" in line for line in notes.warned)
 
 
+def test_words_that_a_base_was_never_taught_are_named(base: Backbone, tmp_path: Path, notes: Notes) -> None:
+    settings = GenerateSettings(prompt="an unheard house", steps=(1,), outdir=tmp_path, device="cpu")
+    generate(settings, reporter=notes, backbone=base)
+    (line,) = [line for line in notes.warned if "never taught" in line]
+    assert line.endswith("does not draw what they ask: unheard")
+
+
 def test_what_was_stopped_before_its_first_picture_can_be_asked_for_again(base: Backbone, tmp_path: Path) -> None:
     class Interrupting(Notes):
         def progress(self, name: str, total: int) -> Any:

@@ -175,6 +175,8 @@ def test_flags_win_over_the_file(procedures: Procedures, tmp_path: Path) -> None
         ("bench --seed x", "seed: x came"),
         ("bench --stebs 2", "Unknown option: --stebs. Did you mean --steps?; see fewstep bench --help"),
         ("bench --prompt a house", "'house' belongs to no flag; texts with spaces need quotes"),
+        ("generate house", "and every value needs its flag, as --prompt before a prompt; see fewstep generate --help"),
+        ("bench --compare_baseline false", "off with no_ before its name, as in --no_compare_baseline; see fewstep"),
         ("bench --seed 1 --seed 2", "--seed specified multiple times"),
         ("bench --lora_path a --lora_id b", "lora_path and lora_id came together"),
         ("bench --negative_prompt fog", "negative_prompt came with flash_guidance 1"),

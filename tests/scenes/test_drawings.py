@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from fewstep.scenes import drawings
 from fewstep.scenes.abilities import SceneAbilities
 from fewstep.scenes.attributes import COMBINATIONS, HELD_OUT_SHARE, VALUES, Attributes, sample_attributes
-from fewstep.scenes.captions import PHRASINGS, read_caption, write_caption
+from fewstep.scenes.captions import PHRASINGS, read_caption, unknown_words, write_caption
 from fewstep.scenes.drawings import drawn_pixels, flawed_drawings, numbered_attributes, numbered_drawing
 from fewstep.scenes.judge import CLASSES, IGNORED, answers, labels
 from fewstep.scenes.layout import COLUMNS, FLAWS, JITTER, PLACES, SIZE, parameters
@@ -28,6 +28,7 @@ def test_enough_to_caption() -> None:
 def test_every_phrasing_is_read_back(attributes: Attributes, phrasing: int) -> None:
     caption = write_caption(attributes, phrasing)
     assert read_caption(caption) == {name: getattr(attributes, name) for name in VALUES}
+    assert unknown_words(caption) == []
 
 
 @pytest.mark.parametrize(
@@ -41,6 +42,10 @@ def test_every_phrasing_is_read_back(attributes: Attributes, phrasing: int) -> N
 )
 def test_free_text_is_judged_on_what_it_names(prompt: str, named: dict[str, str]) -> None:
     assert read_caption(prompt) == named
+
+
+def test_words_of_no_caption_are_unknown() -> None:
+    assert unknown_words("A red house and astronauts on horses, 5 birds") == ["astronauts", "horses", "5"]
 
 
 def test_unknown_values_are_refused() -> None:

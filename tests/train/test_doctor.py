@@ -13,7 +13,7 @@ from fewstep import cli, doctor
 from fewstep.backbone import Backbone
 from fewstep.config import TrainSettings
 from fewstep.errors import FewstepError, InputError
-from fewstep.train import DistillResult
+from fewstep.train import DistillResult, start
 from tests.train.conftest import Heard
 
 
@@ -100,6 +100,17 @@ def test_a_disk_that_is_full_and_a_folder_that_is_no_place_to_write(
     assert states["disk"] == states["folder"] == "FAIL"
     assert "5 bytes are free; make room" in texts["disk"]
     assert "cannot be written to: Permission denied; choose another --output_dir" in texts["folder"]
+
+
+def test_pictures_for_a_base_that_nobody_named_are_told(asked: TrainSettings) -> None:
+    told = "data_dir came and no base_model: it would teach scenes"
+    assert told in verdicts(asked.replace(base_model=None, resolution=128))[1]["model"]
+    assert told not in verdicts(asked)[1]["model"]
+    assert start.stray_data(asked.replace(base_model=None, default_base="someone/else"), None) is None
+    assert start.stray_data(asked.replace(base_model=None), "recorded") is None
+    heard = Heard()
+    start.open_base(asked.replace(base_model=None), "cpu", None, heard)
+    assert any(told in line for line in heard.warned)
 
 
 def test_a_run_that_is_there_is_not_written_over(whole: DistillResult, settings: TrainSettings) -> None:

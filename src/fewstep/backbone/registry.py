@@ -37,6 +37,10 @@ class Abilities(Protocol):
         """`per_prompt` right pictures for each prompt, uint8 [len(prompts) * per_prompt, H, W, 3]."""
         ...
 
+    def unknown_words(self, prompts: list[str]) -> list[str]:
+        """The words in `prompts` that the base was never taught, each once."""
+        ...
+
     def answers(self, pixels: Tensor, prompts: list[str]) -> dict[str, Tensor]:
         """What is right in pictures [B, 3, H, W] in 0..1: bool [B] for each attribute, "intact" and "all_right"."""
         ...

@@ -9,7 +9,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from fewstep.arithmetic import flops, peak_memory
+from fewstep.arithmetic import allocated, flops, peak_memory
 from fewstep.arms import Arm
 from fewstep.backbone import Backbone
 from fewstep.benchmark.plan import Plan
@@ -96,6 +96,7 @@ def time_arm(plan: Plan, backbone: Backbone, arm: Arm, operations: Operations, b
         return Spread(median=timing.median, iqr=timing.iqr, repeats=len(timing.seconds))
 
     drawn: list[Spread] = []
+    before = allocated(backbone.device)
     peak = peak_memory(lambda: drawn.append(timed(draw, warm_up=lambda: draw(few))), backbone.device)
     return ArmTiming(
         batch_size=batch_size,
@@ -106,15 +107,26 @@ def time_arm(plan: Plan, backbone: Backbone, arm: Arm, operations: Operations, b
         unet_calls=arm.steps,
         flops=batch_size * a_picture,
         decode_flops=batch_size * operations.decoding,
-        peak_memory_bytes=_without_idle(peak, backbone, plan.backbone),
+        peak_memory_bytes=_without_idle(peak, before, backbone, plan.backbone),
         precision=str(backbone.dtype).removeprefix("torch."),
         matrix_rate=_matrix_rate(backbone.device, backbone.dtype),
     )
 
 
-def _without_idle(peak: int | None, painter: Backbone, base: Backbone) -> int | None:
-    """The ``peak`` while ``painter`` draws, without the ``base`` that a copy leaves idle."""
-    if peak is None or painter is base:
-        return peak
-    idle = (network for network in (base.unet, base.vae, base.text_encoder))
-    return peak - sum(tensor.nbytes for network in idle for tensor in (*network.parameters(), *network.buffers()))
+def _without_idle(peak: int | None, before: int | None, painter: Backbone, base: Backbone) -> int | None:
+    """The ``peak`` while ``painter`` draws, without what only lies there: judges, and the ``base`` of a copy.
+
+    Args:
+        before: what was in use before it drew, its own networks included; None where that cannot be told, as in main
+            memory, of which judges of a few million numbers are a small part.
+    """
+    if peak is None:
+        return None
+    if before is not None:
+        return peak - before + _bytes(painter)
+    return peak if painter is base else peak - _bytes(base)
+
+
+def _bytes(backbone: Backbone) -> int:
+    networks = (backbone.unet, backbone.vae, backbone.text_encoder)
+    return sum(tensor.nbytes for network in networks for tensor in (*network.parameters(), *network.buffers()))

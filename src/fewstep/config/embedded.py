@@ -22,7 +22,7 @@ class PretrainSettings(Settings):
 
 
 class DemoSettings(BaseModelSettings):
-    """Distil the base into a LoRA, measure it against its teacher, and show both."""
+    """Distil a base that draws its own data into a LoRA, measure it against its teacher, and show both."""
 
     outdir: Folder = Field(Path("./demo_outputs"), description="Folder for the adapter, pictures and tables.")
     teacher_rollouts: Count = Field(480, description="Paths of the teacher, gone through again and again.")

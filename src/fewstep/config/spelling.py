@@ -95,6 +95,7 @@ def _bounds(metadata: Iterable[Any]) -> list[str]:
     words = {"ge": "at least", "gt": "above", "le": "at most", "lt": "below", "multiple_of": "a multiple of"}
     # ``Annotated[int, Field(ge=1)]`` keeps its constraints one level down.
     flat = [part for item in metadata for part in (item.metadata if isinstance(item, FieldInfo) else [item])]
+    words |= {"pattern": "matching", "max_length": "of a length of at most", "min_length": "of a length of at least"}
     return [
         f"{word} {spell(getattr(part, bound))}"
         for part in flat

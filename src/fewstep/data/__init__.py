@@ -129,9 +129,9 @@ def open_data(
     else:
         if not isinstance(backbone.abilities, DrawsPictures):
             raise InputError(
-                f"no training data came, and base model {backbone.name} draws none of its own; allowed: --data_dir "
-                f"FOLDER with {folder.LAYOUTS}; --dataset_name ID of a Hugging Face dataset; or --prompts_file FILE "
-                "with a caption a line and no pictures"
+                f"no training data came, and base model {backbone.name} draws none of its own; allowed, for fewstep "
+                f"train, is --data_dir FOLDER with {folder.LAYOUTS}; --dataset_name ID of a Hugging Face dataset; or "
+                "--prompts_file FILE with a caption a line and no pictures"
             )
         drawings = GeneratedPictures(backbone.abilities, settings.seed, resolution)
         data, fingerprint = drawings, drawings.fingerprint()

@@ -73,3 +73,23 @@ def read_caption(caption: str) -> dict[str, str]:
             word = next(group for group in match.groups() if group)
             found[name] = _SPELLINGS.get(word, word)
     return found
+
+
+_WORDS = frozenset(
+    re.findall(
+        "[a-z]+",
+        " ".join(
+            [
+                *(re.sub(r"\{\w+\}", " ", phrasing) for phrasing in PHRASINGS),
+                *(value for values in VALUES.values() for value in values),
+                *_PLACES.values(),
+                *(_counted(number, thing) for number in "0123" for thing in ("lit window", "bird", "flower")),
+            ]
+        ),
+    )
+)
+
+
+def unknown_words(prompt: str) -> list[str]:
+    """The words of a prompt that stand in no caption: the text encoder was never taught them."""
+    return [word for word in dict.fromkeys(re.findall(r"\w+", prompt.lower())) if word not in _WORDS]

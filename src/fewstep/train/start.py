@@ -15,7 +15,7 @@ from torch import nn
 from fewstep import checkpoint, lora
 from fewstep.arithmetic import flops
 from fewstep.arms import sampler_timesteps
-from fewstep.backbone import Backbone, load_backbone
+from fewstep.backbone import BASES, Backbone, load_backbone
 from fewstep.backbone.threads import is_small
 from fewstep.config import TrainSettings
 from fewstep.data import Batches, OpenedData, Slices
@@ -62,6 +62,9 @@ def open_base(
     """
     name, why = settings.chosen_base(recorded)
     reporter.say(f"base: {name} ({why})")
+    stray = stray_data(settings, recorded)
+    if stray is not None:
+        reporter.warn(stray)
     backbone = load_backbone(
         name,
         revision=settings.revision,
@@ -76,6 +79,18 @@ def open_base(
     if not is_small(backbone.vae):  # one picture of Stable Diffusion's size keeps a device busy: no memory for more
         backbone.vae.enable_slicing()
     return backbone, resolved(settings, backbone)
+
+
+def stray_data(settings: TrainSettings, recorded: str | None) -> str | None:
+    """What is odd about pictures that came for a base which nobody named and which draws its own."""
+    came = next((name for name in ("data_dir", "dataset_name") if getattr(settings, name)), None)
+    name, _ = settings.chosen_base(recorded)
+    if came is None or name not in BASES or settings.base_model is not None or recorded is not None:
+        return None
+    return (
+        f"{came} came and no base_model: it would teach {name}, which draws data of its own and knows few words; for "
+        "Stable Diffusion 1.5 pass --base_model stable-diffusion-v1-5/stable-diffusion-v1-5"
+    )
 
 
 def slices_of(settings: TrainSettings, processes: PartialState) -> Slices:
