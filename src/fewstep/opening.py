@@ -89,12 +89,14 @@ def open_base(
     with_adapter: bool,
     step_counts: Sequence[int],
     reporter: Reporter,
+    recorded: str | None = None,
 ) -> Opened:
     """Open the base and, if wanted, attach the adapter: the given one, else the one that is shipped with the base.
 
     Args:
         backbone: a base that is loaded already; an adapter on it is kept where the settings name no other.
         step_counts: what the adapter will be asked for; a count that it does not promise is warned about.
+        recorded: the base that other adapters name, where this one names none.
 
     Raises:
         InputError: no adapter was given and the base ships none, or the base cannot be used.
@@ -103,7 +105,8 @@ def open_base(
     asked = with_adapter and (settings.lora_path is not None or settings.lora_id is not None)
     source = lora.locate(settings.lora_path, settings.lora_id) if asked else None
     if backbone is None:
-        name, why = settings.chosen_base(checkpoint.recorded_base(source.folder) if source else None)
+        own = checkpoint.recorded_base(source.folder) if source else None
+        name, why = settings.chosen_base(own or recorded)
         record = checkpoint.recorded(source.folder) if source else None
         known = record if record and record.base_model == name else None
         said = checkpoint.recorded_prediction_type(source.folder) if source and known else None

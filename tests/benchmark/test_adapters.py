@@ -12,6 +12,7 @@ import pytest
 from fewstep import lora, opening
 from fewstep.backbone import Backbone
 from fewstep.benchmark import BenchmarkResult, benchmark
+from fewstep.benchmark.adapters import recorded_base
 from fewstep.config import adapter_entries, load_adapters
 from fewstep.errors import CheckpointError, InputError
 from fewstep.report import picture_path
@@ -90,6 +91,29 @@ def test_every_adapter_draws_as_it_does_alone(base: Backbone, other: Path, tmp_p
 def test_a_file_of_adapters_alone_leaves_the_bases_own_out(base: Backbone, other: Path, tmp_path: Path) -> None:
     found = run(tmp_path, base, f'[[adapter]]\nid = "mine"\nlora_path = "{other}"\nsteps = 1\n', compare_baseline=False)
     assert [arm.arm.id for arm in found.arms] == ["mine-1"] and found.record.adapter is None
+
+
+def test_the_base_is_the_one_that_an_adapter_of_the_file_names(
+    base: Backbone, other: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shipped = base.abilities.adapter()  # type: ignore[union-attr]
+    text = f'[[adapter]]\nid = "released"\nlora_path = "{shipped}"\n[[adapter]]\nid = "mine"\nlora_path = "{other}"\n'
+    asked = settings(tmp_path, adapters_file=listed(tmp_path, text))
+    assert recorded_base(asked) is None
+    manifest = {"schema_version": 1, "step": 10, "base_model": "their-own", "base_fingerprint": "f" * 32, "files": {}}
+    (other / "manifest.json").write_text(json.dumps(manifest | {"step_counts": [1]}))
+    assert recorded_base(asked) == "their-own"
+    opened: list[tuple[str, str]] = []
+
+    def load(name: str, *, why: str, **_: object) -> Backbone:
+        opened.append((name, why))
+        raise InputError("seen enough")
+
+    monkeypatch.setattr(opening, "load_backbone", load)
+    for changes in ({}, {"base_model": "another"}):
+        with pytest.raises(InputError, match="seen enough"):
+            benchmark(asked.replace(**changes))
+    assert opened == [("their-own", "recorded in the adapter"), ("another", "asked for with base_model")]
 
 
 def test_one_adapter_alone_is_what_its_arms_draw_with(base: Backbone, other: Path, tmp_path: Path) -> None:

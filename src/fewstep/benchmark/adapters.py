@@ -10,6 +10,7 @@ from functools import partial
 from fewstep import lora
 from fewstep.arms import Arm, base_arm, sampler_timesteps, student_arm
 from fewstep.backbone import Backbone, adapters_off
+from fewstep.checkpoint import recorded_base as base_of
 from fewstep.checkpoint import recorded_steps
 from fewstep.config import AdapterEntry, BenchSettings, adapter_entries
 from fewstep.errors import InputError
@@ -27,6 +28,12 @@ class Further:
     sampling: Sampling
     steps: tuple[int, ...]
     facts: Mapping[str, str]
+
+
+def recorded_base(settings: BenchSettings) -> str | None:
+    """The base that the first further adapter which names one was trained on."""
+    sources = (lora.locate(entry.lora_path, entry.lora_id) for entry in adapter_entries(settings))
+    return next(filter(None, (base_of(source.folder) for source in sources)), None)
 
 
 class Adapters:
