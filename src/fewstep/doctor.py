@@ -152,9 +152,9 @@ class _Examination:
         return f"{device} ({name}), {str(dtype).removeprefix('torch.')}{memory}"
 
     def model(self) -> str:
-        recorded = start.recorded_base(self._settings, self._resumed)
-        stray = start.stray_data(self._settings, recorded)
-        self._backbone, self._settings = start.open_base(self._settings, self._settings.device, recorded, SILENT)
+        origin = start.origin_of(self._settings, self._resumed)
+        stray = start.stray_data(self._settings, origin)
+        self._backbone, self._settings = start.open_base(self._settings, self._settings.device, origin, SILENT)
         networks = (self._base.unet, self._base.vae, self._base.text_encoder)
         count = sum(parameter.numel() for network in networks for parameter in network.parameters())
         told = f"{self._base.name} ({self._base.why}), {count / 1e6:,.1f} M parameters"

@@ -75,8 +75,9 @@ def generate(
     drawn = [folder for folder in folders.values() if folder.exists()]
     if drawn:
         reporter.warn(f"{drawn[0]} holds earlier pictures: all in the folders of these step counts are replaced")
+    for folder in drawn:
+        folder.unlink() if folder.is_symlink() else shutil.rmtree(folder)
     for folder in folders.values():
-        shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
     reporter.say(settings_toml(settings).strip())
     write_text_atomic(settings.outdir / "settings.toml", settings_toml(settings))

@@ -13,7 +13,7 @@ import torch
 from fewstep import checkpoint, lora
 from fewstep.arms import Sampler
 from fewstep.backbone import Backbone, load_backbone
-from fewstep.config import SamplingSettings
+from fewstep.config import BaseModelSettings, SamplingSettings
 from fewstep.errors import CheckpointError, InputError
 from fewstep.randomness import generator
 from fewstep.reporting import SILENT, Reporter
@@ -89,14 +89,14 @@ def open_base(
     with_adapter: bool,
     step_counts: Sequence[int],
     reporter: Reporter,
-    recorded: str | None = None,
+    origin: checkpoint.Origin | None = None,
 ) -> Opened:
     """Open the base and, if wanted, attach the adapter: the given one, else the one that is shipped with the base.
 
     Args:
         backbone: a base that is loaded already; an adapter on it is kept where the settings name no other.
         step_counts: what the adapter will be asked for; a count that it does not promise is warned about.
-        recorded: the base that other adapters name, where this one names none.
+        origin: the base that other adapters name, where this one names none.
 
     Raises:
         InputError: no adapter was given and the base ships none, or the base cannot be used.
@@ -105,20 +105,8 @@ def open_base(
     asked = with_adapter and (settings.lora_path is not None or settings.lora_id is not None)
     source = lora.locate(settings.lora_path, settings.lora_id) if asked else None
     if backbone is None:
-        own = checkpoint.recorded_base(source.folder) if source else None
-        name, why = settings.chosen_base(own or recorded)
-        record = checkpoint.recorded(source.folder) if source else None
-        known = record if record and record.base_model == name else None
-        said = checkpoint.recorded_prediction_type(source.folder) if source and known else None
-        backbone = load_backbone(
-            name,
-            revision=settings.revision or (known.revision if known else None),
-            prediction_type=settings.prediction_type or said,
-            device=settings.device,
-            dtype=settings.mixed_precision,
-            allow_pickle=settings.allow_pickle,
-            why=why,
-        )
+        origin = (checkpoint.recorded_origin(source.folder) if source else None) or origin
+        backbone = load_chosen(settings, settings.device, origin)
     reporter.say(f"base: {backbone.name} ({backbone.why})")
     if not with_adapter:
         return Opened(backbone, None)
@@ -151,6 +139,25 @@ def open_base(
     )
 
 
+def load_chosen(settings: BaseModelSettings, device: str, origin: checkpoint.Origin | None) -> Backbone:
+    """The base that the settings name, else that of `origin`, which is opened as it was then unless they say otherwise.
+
+    Raises:
+        InputError, CheckpointError: as `load_backbone`.
+    """
+    name, why = settings.chosen_base(origin.base_model if origin else None)
+    known = origin if origin is not None and origin.base_model == name else None
+    return load_backbone(
+        name,
+        revision=settings.revision or (known.revision if known else None),
+        prediction_type=settings.prediction_type or (known.prediction_type if known else None),
+        device=device,
+        dtype=settings.mixed_precision,
+        allow_pickle=settings.allow_pickle,
+        why=why,
+    )
+
+
 def describe_adapter(source: lora.AdapterSource, info: lora.AdapterInfo) -> str:
     """An adapter in one line."""
     return (
@@ -168,10 +175,12 @@ def warn_of_another_base(source: lora.AdapterSource, backbone: Backbone, warn: C
             f"here is {backbone.name} ({backbone.fingerprint[:8]}): it fits, but was not made for it"
         )
     said = checkpoint.recorded_prediction_type(source.folder)
+    same = record is not None and record.base_fingerprint == backbone.fingerprint
+    fix = f"pass --prediction_type {said}" if same else "pass the base that it was trained on"
     if said is not None and said != backbone.schedule.prediction_type:
         warn(
             f"the adapter {source.name} was trained to predict {said}, the base here is taken to predict "
-            f"{backbone.schedule.prediction_type}: expect noise; pass --prediction_type {said}, or a base that does"
+            f"{backbone.schedule.prediction_type}: expect noise; {fix}"
         )
 
 

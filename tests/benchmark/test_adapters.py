@@ -12,7 +12,8 @@ import pytest
 from fewstep import lora, opening
 from fewstep.backbone import Backbone
 from fewstep.benchmark import BenchmarkResult, benchmark
-from fewstep.benchmark.adapters import recorded_base
+from fewstep.benchmark.adapters import recorded_origin
+from fewstep.checkpoint import Origin
 from fewstep.config import adapter_entries, load_adapters
 from fewstep.errors import CheckpointError, InputError
 from fewstep.report import picture_path
@@ -99,21 +100,25 @@ def test_the_base_is_the_one_that_an_adapter_of_the_file_names(
     shipped = base.abilities.adapter()  # type: ignore[union-attr]
     text = f'[[adapter]]\nid = "released"\nlora_path = "{shipped}"\n[[adapter]]\nid = "mine"\nlora_path = "{other}"\n'
     asked = settings(tmp_path, adapters_file=listed(tmp_path, text))
-    assert recorded_base(asked) is None
+    assert recorded_origin(asked) is None
     manifest = {"schema_version": 1, "step": 10, "base_model": "their-own", "base_fingerprint": "f" * 32, "files": {}}
-    (other / "manifest.json").write_text(json.dumps(manifest | {"step_counts": [1]}))
-    assert recorded_base(asked) == "their-own"
-    opened: list[tuple[str, str]] = []
+    (other / "manifest.json").write_text(json.dumps(manifest | {"step_counts": [1], "revision": "abc"}))
+    (other / "settings.toml").write_text('prediction_type = "v_prediction"\n')
+    assert recorded_origin(asked) == Origin("their-own", "abc", "v_prediction")
+    opened: list[tuple[object, ...]] = []
 
-    def load(name: str, *, why: str, **_: object) -> Backbone:
-        opened.append((name, why))
+    def load(name: str, *, why: str, revision: str | None, prediction_type: str | None, **_: object) -> Backbone:
+        opened.append((name, why, revision, prediction_type))
         raise InputError("seen enough")
 
     monkeypatch.setattr(opening, "load_backbone", load)
     for changes in ({}, {"base_model": "another"}):
         with pytest.raises(InputError, match="seen enough"):
             benchmark(asked.replace(**changes))
-    assert opened == [("their-own", "recorded in the adapter"), ("another", "asked for with base_model")]
+    assert opened == [
+        ("their-own", "recorded in the adapter", "abc", "v_prediction"),
+        ("another", "asked for with base_model", None, None),
+    ]
 
 
 def test_one_adapter_alone_is_what_its_arms_draw_with(base: Backbone, other: Path, tmp_path: Path) -> None:

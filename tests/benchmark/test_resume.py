@@ -26,6 +26,7 @@ from fewstep.config import BenchSettings
 from fewstep.errors import InputError, Interrupted
 from fewstep.locks import alone_in
 from fewstep.reporting import Bar
+from fewstep.schedule import NoiseSchedule
 from tests.benchmark.fakes import make_adapter
 from tests.benchmark.test_benchmark import settings
 
@@ -255,6 +256,12 @@ def test_settings_are_not_mixed(
         benchmark(asked, backbone=base)
     assert "\n" not in str(caught.value) and "--outdir" in str(caught.value)
     assert {path: path.read_bytes() for path in whole.outdir.iterdir() if path.is_file()} == before
+
+
+def test_nor_is_what_the_base_is_taken_to_predict(base: Backbone, whole: BenchmarkResult, tmp_path: Path) -> None:
+    other = replace(base, schedule=NoiseSchedule.from_config(base.scheduler_config, "v_prediction"))
+    with pytest.raises(InputError, match="prediction_type 'v_prediction' came"):
+        benchmark(small(tmp_path, resume=True).replace(outdir=whole.outdir), backbone=other)
 
 
 @pytest.mark.parametrize("change", [{"scale": 0.02}, {"alpha": 2}])

@@ -191,6 +191,10 @@ def test_an_adapter_tells_what_its_base_was_taken_to_predict(settings: TrainSett
         return found.backbone.schedule.prediction_type, [line for line in heard.warned if "to predict" in line]
 
     assert opened() == ("v_prediction", [])
+    heard = Heard()
+    second = overruled.replace(run_name="second", prediction_type=None, init_lora=drawing.lora_path)
+    assert distill(second, reporter=heard).settings.prediction_type == "v_prediction"
+    assert not any("to predict" in line for line in heard.warned)
     for found, warned in (opened(prediction_type="epsilon"), opened(load_backbone(settings.base_model or ""))):
         assert found == "epsilon" and "was trained to predict v_prediction" in warned[0]
 

@@ -11,6 +11,7 @@ import torch
 
 from fewstep import cli, doctor
 from fewstep.backbone import Backbone
+from fewstep.checkpoint import Origin
 from fewstep.config import TrainSettings
 from fewstep.errors import FewstepError, InputError
 from fewstep.train import DistillResult, start
@@ -107,7 +108,7 @@ def test_pictures_for_a_base_that_nobody_named_are_told(asked: TrainSettings) ->
     assert told in verdicts(asked.replace(base_model=None, resolution=128))[1]["model"]
     assert told not in verdicts(asked)[1]["model"]
     assert start.stray_data(asked.replace(base_model=None, default_base="someone/else"), None) is None
-    assert start.stray_data(asked.replace(base_model=None), "recorded") is None
+    assert start.stray_data(asked.replace(base_model=None), Origin("recorded")) is None
     heard = Heard()
     start.open_base(asked.replace(base_model=None), "cpu", None, heard)
     assert any(told in line for line in heard.warned)

@@ -11,7 +11,7 @@ from typing import Any
 from fewstep import lora
 from fewstep.arms import Arm, check_arms, real_arm, solver_arm, student_arm, teacher_arm
 from fewstep.backbone import Backbone
-from fewstep.benchmark.adapters import Adapters, controls, recorded_base
+from fewstep.benchmark.adapters import Adapters, controls, recorded_origin
 from fewstep.benchmark.options import Options
 from fewstep.benchmark.real import DataPictures, OwnPictures, RealPictures, pictures_of_data
 from fewstep.config import BenchSettings
@@ -81,6 +81,7 @@ class Plan:
         names = ("seed", "num_images", "batch_size", "resolution", "negative_prompt")
         return {name: getattr(self.settings, name) for name in names} | {
             "base": self.backbone.fingerprint,
+            "prediction_type": self.backbone.schedule.prediction_type,
             "precision": str(self.backbone.dtype).removeprefix("torch."),
             "device": self.backbone.device.type,
             "alignment_model": self.alignment.name if self.alignment else None,
@@ -136,7 +137,7 @@ def make_plan(
         with_adapter=wants_adapter,
         step_counts=settings.steps,
         reporter=reporter,
-        recorded=recorded_base(settings) if backbone is None else None,
+        origin=recorded_origin(settings) if backbone is None else None,
     )
     backbone = opened.backbone
     data = pictures_of_data(settings, backbone, reporter)
@@ -195,6 +196,7 @@ def _resolved(settings: BenchSettings, backbone: Backbone, data: DataPictures | 
     own_pictures = data.references if data else 0 if backbone.abilities is None else REFERENCES
     return settings.replace(
         base_model=backbone.name,
+        prediction_type=backbone.schedule.prediction_type,
         resolution=settings.resolution or backbone.resolution,
         frechet_images=own_pictures if settings.frechet_images is None else settings.frechet_images,
         baseline_guidance=backbone.guidance_scale if settings.baseline_guidance is None else settings.baseline_guidance,

@@ -18,7 +18,15 @@ for.
 from .finding import checkpoints, drop_newer, prune, resolve
 from .manifest import MANIFEST, Record, verify
 from .names import BEST, FINAL, SETTINGS
-from .recorded import recorded, recorded_base, recorded_prediction_type, recorded_span, recorded_steps
+from .recorded import (
+    Origin,
+    recorded,
+    recorded_base,
+    recorded_origin,
+    recorded_prediction_type,
+    recorded_span,
+    recorded_steps,
+)
 from .resuming import load
 from .saving import save
 from .state import Stateful
@@ -28,6 +36,7 @@ __all__ = [
     "FINAL",
     "MANIFEST",
     "SETTINGS",
+    "Origin",
     "Record",
     "Stateful",
     "checkpoints",
@@ -36,6 +45,7 @@ __all__ = [
     "prune",
     "recorded",
     "recorded_base",
+    "recorded_origin",
     "recorded_prediction_type",
     "recorded_span",
     "recorded_steps",

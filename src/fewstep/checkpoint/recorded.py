@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tomllib
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +51,23 @@ def recorded_span(folder: Path) -> float:
     """The share of the schedule in which the timesteps of the adapter in `folder` lie; 1 where nothing states it."""
     span = _settings(folder).get("timestep_span", 1.0)
     return float(span) if isinstance(span, float | int) and 0 < span <= 1 else 1.0
+
+
+@dataclass(frozen=True)
+class Origin:
+    """The base that an adapter was trained on, as far as that is recorded; `prediction_type`: what it predicted."""
+
+    base_model: str
+    revision: str | None = None
+    prediction_type: str | None = None
+
+
+def recorded_origin(folder: Path) -> Origin | None:
+    """The base of the adapter in `folder`, and how it was opened; None where nothing states it."""
+    base, record = recorded_base(folder), recorded(folder)
+    if base is None:
+        return None
+    return Origin(base, record.revision if record else None, recorded_prediction_type(folder))
 
 
 def recorded_prediction_type(folder: Path) -> str | None:

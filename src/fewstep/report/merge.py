@@ -17,6 +17,7 @@ ODD = {
     "seed": "{name} drew with seed {own}, {first} with {theirs}: its pictures start from other noise",
     "num_images": "{name} drew {own} pictures a prompt, {first} {theirs}: Fréchet distances differ by that",
     "resolution": "{name} drew at a resolution of {own}, {first} of {theirs}: quality and times differ by that",
+    "prediction_type": "{name} took its base to predict {own}, {first} {theirs}: all its arms are shown",
     "frechet_images": "{name} took {own} references a prompt, {first} {theirs}: Fréchet distances differ by that",
 }
 """Settings in which two benchmarks may differ, but not without a word."""
@@ -142,7 +143,7 @@ def _odd_about(name: str, record: BenchmarkRecord, first_name: str, first: Bench
 def _same_pictures(record: BenchmarkRecord, arm: str) -> object:
     """What makes two runs' arms the same pictures; with an adapter they never count as the same."""
     found = record.summary[arm].arm
-    names = ["seed", "num_images", "resolution", "negative_prompt"]
+    names = ["seed", "num_images", "resolution", "negative_prompt", "prediction_type"]
     if not found.is_drawn:
         names += ["data_dir", "dataset_name"]
     return (

@@ -67,11 +67,11 @@ class SceneAbilities:
     def _judge(self) -> Glance:
         return Glance(load_judge(self.folder / "judge"))
 
-    @torch.no_grad()
     def unknown_words(self, prompts: list[str]) -> list[str]:
         """The words of the prompts that stand in no caption, each once."""
         return list(dict.fromkeys(word for prompt in prompts for word in unknown_words(prompt)))
 
+    @torch.no_grad()
     def answers(self, pixels: Tensor, prompts: list[str]) -> dict[str, Tensor]:
         """What is right about pictures [B, 3, 128, 128] in 0…1: booleans [B] by attribute, "intact", "all_right"."""
         return answers(read(self._judge(pixels.float().cpu())[0]), [read_caption(prompt) for prompt in prompts])

@@ -90,8 +90,8 @@ def rehearse(settings: TrainSettings, *, reporter: Reporter = SILENT) -> DryRun:
     processes = join_processes(settings.device)
     reporter = reporter if processes.is_main_process else SILENT
     resumed = resuming.checkpoint_to_resume(settings, reporter)
-    recorded = start.recorded_base(settings, resumed)
-    backbone, settings = start.open_base(settings, own_device(settings.device, processes), recorded, reporter)
+    origin = start.origin_of(settings, resumed)
+    backbone, settings = start.open_base(settings, own_device(settings.device, processes), origin, reporter)
     opened = open_data(settings, backbone, streaming=settings.streaming, reporter=reporter)
     method = start.method_of(settings, backbone)
     quick = {size: engine.quickened(backbone, settings, size) for size in (1, 2)}

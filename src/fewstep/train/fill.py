@@ -43,8 +43,8 @@ def fill(
     processes = join_processes(settings.device)
     main = processes.is_main_process
     reporter = reporter if main else SILENT
-    recorded = start.recorded_base(settings, None)
-    backbone, resolved = start.open_base(settings, own_device(settings.device, processes), recorded, reporter)
+    origin = start.origin_of(settings, None)
+    backbone, resolved = start.open_base(settings, own_device(settings.device, processes), origin, reporter)
     opened = open_data(resolved, backbone, streaming=resolved.streaming, reporter=reporter)
     slices = start.slices_of(settings, processes)
     method, shape = start.method_of(resolved, backbone), backbone.latent_shape(resolved.resolution)

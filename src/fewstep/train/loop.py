@@ -102,8 +102,8 @@ def distill(
         processes.wait_for_everyone()  # nobody writes into the run's folder before everybody has looked at it
 
         # ---- The base, and what its defaults make of the settings.
-        recorded = start.recorded_base(settings, resumed)
-        backbone, settings = start.open_base(settings, own_device(settings.device, processes), recorded, reporter)
+        origin = start.origin_of(settings, resumed)
+        backbone, settings = start.open_base(settings, own_device(settings.device, processes), origin, reporter)
         assert settings.resolution is not None
         shape, device = backbone.latent_shape(settings.resolution), backbone.device
 

@@ -15,14 +15,14 @@ from torch import nn
 from fewstep import checkpoint, lora
 from fewstep.arithmetic import flops
 from fewstep.arms import sampler_timesteps
-from fewstep.backbone import BASES, Backbone, load_backbone
+from fewstep.backbone import BASES, Backbone
 from fewstep.backbone.threads import is_small
 from fewstep.config import TrainSettings
 from fewstep.data import Batches, OpenedData, Slices
 from fewstep.errors import Interrupted
 from fewstep.methods import METHODS
 from fewstep.methods.kstep import KStep
-from fewstep.opening import warn_of_another_base
+from fewstep.opening import load_chosen, warn_of_another_base
 from fewstep.reporting import Bar, Reporter
 from fewstep.telemetry import Throughput
 from fewstep.timesteps import promised_points
@@ -35,45 +35,37 @@ ORACLE_PICTURES = 16
 """Pictures an arm of the oracle where none are asked for and the base has an answer key."""
 
 
-def recorded_base(settings: TrainSettings, resumed: Path | None) -> str | None:
-    """The base that the checkpoint to go on from names, else the one that the adapter to begin with names.
+def origin_of(settings: TrainSettings, resumed: Path | None) -> checkpoint.Origin | None:
+    """The base of the checkpoint to go on from, else of the adapter to begin with, as far as it is recorded.
 
     Raises:
         CheckpointError: there is no such adapter.
     """
     if resumed is not None:
-        return checkpoint.recorded_base(resumed)
+        return checkpoint.recorded_origin(resumed)
     if settings.init_lora is None:
         return None
-    return checkpoint.recorded_base(lora.locate(settings.init_lora, flag="init_lora").folder)
+    return checkpoint.recorded_origin(lora.locate(settings.init_lora, flag="init_lora").folder)
 
 
 def open_base(
-    settings: TrainSettings, device: str, recorded: str | None, reporter: Reporter
+    settings: TrainSettings, device: str, origin: checkpoint.Origin | None, reporter: Reporter
 ) -> tuple[Backbone, TrainSettings]:
     """The base, and the settings with what it makes of them; the first line that is said names it and why.
 
     Args:
         device: of this process.
-        recorded: see `recorded_base`.
+        origin: see `origin_of`.
 
     Raises:
         InputError, CheckpointError: as `load_backbone`.
     """
-    name, why = settings.chosen_base(recorded)
+    name, why = settings.chosen_base(origin.base_model if origin else None)
     reporter.say(f"base: {name} ({why})")
-    stray = stray_data(settings, recorded)
+    stray = stray_data(settings, origin)
     if stray is not None:
         reporter.warn(stray)
-    backbone = load_backbone(
-        name,
-        revision=settings.revision,
-        device=device,
-        dtype=settings.mixed_precision,
-        allow_pickle=settings.allow_pickle,
-        prediction_type=settings.prediction_type,
-        why=why,
-    )
+    backbone = load_chosen(settings, device, origin)
     if settings.channels_last:
         backbone.use_channels_last()
     if not is_small(backbone.vae):  # one picture of Stable Diffusion's size keeps a device busy: no memory for more
@@ -81,11 +73,11 @@ def open_base(
     return backbone, resolved(settings, backbone)
 
 
-def stray_data(settings: TrainSettings, recorded: str | None) -> str | None:
+def stray_data(settings: TrainSettings, origin: checkpoint.Origin | None) -> str | None:
     """What is odd about pictures that came for a base which nobody named and which draws its own."""
     came = next((name for name in ("data_dir", "dataset_name") if getattr(settings, name)), None)
-    name, _ = settings.chosen_base(recorded)
-    if came is None or name not in BASES or settings.base_model is not None or recorded is not None:
+    name = settings.default_base
+    if came is None or name not in BASES or settings.base_model is not None or origin is not None:
         return None
     return (
         f"{came} came and no base_model: it would teach {name}, which draws data of its own and knows few words; for "
