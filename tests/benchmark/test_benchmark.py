@@ -120,6 +120,11 @@ def test_results_csv_starts_with_the_columns_of_the_contract(run: tuple[Benchmar
     assert of_arm == {timed["time_per_image_s"]} and timed["batch_size"] == "1"
 
 
+def test_the_bases_own_judge_is_named_by_its_base(run: tuple[BenchmarkResult, Notes], shared_base: Backbone) -> None:
+    """Not by the folder that it lies in: two checkouts' benchmarks are to be set side by side."""
+    assert run[0].record.alignment_model == f"the alignment model of {shared_base.name}"
+
+
 def test_the_untrained_solvers_are_guided_as_the_teacher_is(run: tuple[BenchmarkResult, Notes]) -> None:
     arms = {arm.arm.id: arm.arm for arm in run[0].arms}
     teacher, plain, karras = (arms[name] for name in ARMS[:3])

@@ -235,7 +235,9 @@ def _alignment(settings: BenchSettings, backbone: Backbone, reporter: Reporter) 
     own = backbone.abilities is not None and asked == BenchSettings.model_fields["clip_model_id"].default
     model = backbone.abilities.alignment_model() if own and backbone.abilities else asked
     try:
-        return CLIPAlignment(model, device=backbone.device, allow_pickle=settings.allow_pickle)
+        # Named by its base, not by the folder that it lies in: that is another one in another checkout.
+        name = f"the alignment model of {backbone.name}" if own else None
+        return CLIPAlignment(model, device=backbone.device, allow_pickle=settings.allow_pickle, name=name)
     except ModelNotAtHand as error:
         raise CheckpointError(f"{error}, or --clip_model_id {NO_ALIGNMENT} to leave alignment out") from error
 

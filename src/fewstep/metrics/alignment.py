@@ -25,6 +25,7 @@ class CLIPAlignment:
         allow_pickle: also take weights that are not safetensors.
         fetch: whether a Hub id that is not in the cache is fetched.
         flag: that named it, for errors.
+        name: how results speak of it. None: as it was asked for.
 
     Attributes:
         logit_scale: what the model multiplies cosines with; PickScore's score is the product.
@@ -42,14 +43,15 @@ class CLIPAlignment:
         allow_pickle: bool = False,
         fetch: bool = True,
         flag: str = "--clip_model_id",
+        name: str | None = None,
     ) -> None:
         # Heavy, and only needed by those who score pictures.
         from transformers import CLIPImageProcessorPil, CLIPModel, CLIPTokenizer
 
-        self.name = str(model)
+        self.name = name or str(model)
         self.device = torch.device(device)
         self._model, self._tokenizer, self._processor = load_pretrained(
-            self.name,
+            str(model),
             CLIPModel,
             CLIPTokenizer,
             CLIPImageProcessorPil,
