@@ -197,7 +197,7 @@ def _call(command: Command, settings: Checked) -> None:
     keep_freed_memory()
     # torchrun and accelerate give each process its number: the first one speaks for all.
     reporter = ConsoleReporter(quiet=os.environ.get("RANK", "0") != "0")
-    with reporter.holding_signals():
+    with reporter.holding_signals(), reporter.hearing_warnings():
         module, function = command.procedure.split(":")
         try:
             getattr(import_module(module), function)(settings, reporter=reporter)
@@ -220,7 +220,8 @@ def _run(app: App, argv: Sequence[str] | None, program: str) -> int:
             help_on_error=False,
             result_action="return_none",
         )
-        sys.stdout.flush()
+        if sys.stdout is not None:  # as after `>&-`
+            sys.stdout.flush()
     except CycloptsError as error:
         return _fail(_usage_error(error, program), WRONG_INPUT)
     except FewstepError as error:

@@ -50,8 +50,11 @@ def own_device(device: str, processes: PartialState) -> str:
 
 
 @contextmanager
-def noticing_losses() -> Iterator[None]:
+def noticing_losses(again: str = "go on with --resume_from_checkpoint auto") -> Iterator[None]:
     """Inside, what torch raises where another process has died is told as what it is.
+
+    Args:
+        again: how to go on, for the error's last words.
 
     Raises:
         Interrupted: it was one of those that were started together.
@@ -63,12 +66,12 @@ def noticing_losses() -> Iterator[None]:
         reason = first_line(error)
         if isinstance(error, DistError) or "gloo" in reason:  # gloo's errors have no class of their own
             raise Interrupted(
-                f"another process of this run has gone ({reason}); look at what it said last, then start all again "
-                "with --resume_from_checkpoint auto"
+                f"another process of this run has gone ({reason}); look at what it said last, then {again} in all of "
+                "them"
             ) from error
         if reason.startswith("DataLoader worker"):
             raise DataError(
                 f"a process that loads data was ended from outside ({reason}), as systems do that run out of memory; "
-                "make room in it, then go on with --resume_from_checkpoint auto"
+                f"make room in it, then {again}"
             ) from error
         raise

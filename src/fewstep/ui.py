@@ -12,9 +12,11 @@ import signal
 import sys
 import threading
 import time
+import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import Final
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any, Final
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
@@ -24,6 +26,19 @@ from fewstep.hiding import without_secrets
 from fewstep.reporting import Bar
 
 _SECONDS_BETWEEN_LINES: Final = 10.0
+_PACKAGE: Final = Path(__file__).parent
+
+
+class _Console(Console):
+    """A console that goes quiet when its reader has gone, as in `| head`: what runs goes on and saves its results."""
+
+    def on_broken_pipe(self) -> None:
+        """Nothing more is shown; nothing ends."""
+        self.quiet = True
+        devnull = os.open(os.devnull, os.O_WRONLY)
+        with suppress(OSError):  # a stand-in for the stream has no descriptor
+            os.dup2(devnull, self.file.fileno())  # what is in the stream's buffer still has to go somewhere
+        os.close(devnull)
 
 
 class ConsoleReporter:
@@ -36,8 +51,8 @@ class ConsoleReporter:
 
     def __init__(self, *, quiet: bool = False, seconds_between_lines: float = _SECONDS_BETWEEN_LINES) -> None:
         # Looked up at each print: stdout may be exchanged during the life of a reporter.
-        self._out = Console(quiet=quiet, highlight=False, soft_wrap=True)
-        self._err = Console(quiet=quiet, highlight=False, soft_wrap=True, stderr=True)
+        self._out = _Console(quiet=quiet, highlight=False, soft_wrap=True)
+        self._err = _Console(quiet=quiet, highlight=False, soft_wrap=True, stderr=True)
         self._seconds_between_lines = seconds_between_lines
         self._progress: Progress | None = None
         self._open_bars = 0
@@ -102,6 +117,21 @@ class ConsoleReporter:
             raise StopAsked
 
     @contextmanager
+    def hearing_warnings(self) -> Iterator[None]:
+        """Inside, what fewstep says through Python's `warnings` is a line as of `warn`; what others say is as ever."""
+        with warnings.catch_warnings():
+            ordinary = warnings.showwarning
+
+            def show(message: Any, category: type[Warning], filename: str, *rest: Any, **more: Any) -> None:
+                if category is UserWarning and Path(filename).is_relative_to(_PACKAGE):
+                    self.warn(str(message))
+                else:
+                    ordinary(message, category, filename, *rest, **more)
+
+            warnings.showwarning = show
+            yield
+
+    @contextmanager
     def holding_signals(self) -> Iterator[None]:
         """Inside, the first SIGINT or SIGTERM waits for the next `stop_here` if a bar is open.
 
@@ -117,7 +147,8 @@ class ConsoleReporter:
             self._stop_wanted = True
             if not self._err.quiet:
                 # print() may be what the signal came into the middle of; writing to the descriptor is always allowed.
-                os.write(2, b"\nstopping after this step; once more stops at once\n")
+                with suppress(BrokenPipeError):
+                    os.write(2, b"\nstopping after this step; once more stops at once\n")
 
         if threading.current_thread() is not threading.main_thread():  # Python allows handlers in the main thread alone
             yield
@@ -188,7 +219,7 @@ def _spell(values: dict[str, float]) -> str:
 
 def error(text: str) -> None:
     """The one line that a failing command ends with, on stderr."""
-    Console(stderr=True, highlight=False, soft_wrap=True).print(
+    _Console(stderr=True, highlight=False, soft_wrap=True).print(
         f"error: {without_secrets(text)}", markup=False, style="red"
     )
 

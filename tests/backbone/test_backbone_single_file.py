@@ -6,7 +6,9 @@ import json
 import math
 import subprocess
 import sys
+import warnings
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -15,6 +17,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from fewstep import cli
 from fewstep.backbone import Backbone, load_backbone, random_backbone
 from fewstep.backbone.loading import Parts
 from fewstep.backbone.single_file import load_single_file
@@ -109,19 +112,77 @@ def test_marks_of_v_prediction_and_zero_snr(weights: dict[str, Tensor], file: Pa
     assert read(file, tiny_configs).scheduler_config["prediction_type"] == "v_prediction"
 
 
-def test_averaged_weights_are_preferred(
-    tiny: Backbone, weights: dict[str, Tensor], file: Path, tiny_configs: Path
-) -> None:
-    """Training checkpoints hold both; the published folders hold the averaged ones."""
-    start = "model.diffusion_model."
-    averaged = {
-        "model_ema." + key.removeprefix("model.").replace(".", ""): value
+def averages_of(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The UNet's weights again, under the names that a training gives its running averages."""
+    return {
+        "model_ema." + key.removeprefix("model.").replace(".", ""): value.clone()
         for key, value in weights.items()
-        if key.startswith(start)
+        if key.startswith("model.diffusion_model.")
     }
-    trained = {key: value + 1 if key.startswith(start) else value for key, value in weights.items()}
-    save_file(trained | averaged, file)
-    assert same(read(file, tiny_configs), tiny)
+
+
+@pytest.mark.parametrize("lost", [0, 1, 150])
+def test_the_base_is_what_other_tools_draw_with_and_other_averages_are_left_aside(
+    tiny: Backbone, weights: dict[str, Tensor], file: Path, tiny_configs: Path, lost: int
+) -> None:
+    """Merges and fine-tunes keep averages that nobody updated, whole or in part."""
+    stale = {key: value + 1 for key, value in averages_of(weights).items()}
+    for key in list(stale)[:lost]:
+        del stale[key]
+    save_file(weights | stale, file)
+    with pytest.warns(UserWarning, match=r"model\.diffusion_model\.\*, which is taken.* left aside") as heard:
+        parts = read(file, tiny_configs)
+    assert same(parts, tiny)
+    assert len(heard) == 1 and str(file) in str(heard[0].message) and "\n" not in str(heard[0].message)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_averages_that_are_the_same_are_not_spoken_of(
+    weights: dict[str, Tensor], file: Path, tiny_configs: Path, dtype: torch.dtype
+) -> None:
+    """In the precision of the weights that are taken."""
+    counters = {"model_ema.decay": torch.tensor(0.9999), "model_ema.num_updates": torch.tensor(470_000)}
+    halves = {key: value.to(dtype) if key.startswith("model.") else value for key, value in weights.items()}
+    save_file(halves | averages_of(weights) | counters, file)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        read(file, tiny_configs)
+
+
+def test_the_command_says_in_one_line_that_averages_are_left_aside(
+    weights: dict[str, Tensor], file: Path, tiny_configs: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    monkeypatch.setattr("fewstep.backbone.single_file.load_single_file.__kwdefaults__", {"configs": tiny_configs})
+    save_file(weights | {key: value + 1 for key, value in averages_of(weights).items()}, file)
+    words = ["--prompt", "a cat", "--steps", "1", "--num_images", "1", "--device", "cpu"]
+    with warnings.catch_warnings(action="default"):
+        cli.main(["generate", "--base_model", str(file), *words, "--outdir", str(file.parent / "out")])
+    said = [line for line in capsys.readouterr().err.splitlines() if "averaged" in line]
+    assert len(said) == 1 and said[0].startswith(f"warning: base model {str(file)!r} holds two UNets")
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+def test_a_checkpoint_that_lightning_wrote_opens(
+    tiny: Backbone,
+    weights: dict[str, Tensor],
+    tmp_path: Path,
+    tiny_configs: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    zipped: bool,
+) -> None:
+    """As the original releases are: an entry is named by a class of Lightning's, which need not be installed."""
+    place = "pytorch_lightning.callbacks.model_checkpoint"
+    theirs = type("ModelCheckpoint", (), {"__module__": place})
+    path = tmp_path / "model.ckpt"
+    with monkeypatch.context() as patch:
+        for name in ("pytorch_lightning", "pytorch_lightning.callbacks", place):
+            patch.setitem(sys.modules, name, ModuleType(name))
+        patch.setattr(sys.modules[place], "ModelCheckpoint", theirs, raising=False)
+        entries = {"epoch": 3, "callbacks": {theirs: {"best_model_path": ""}}, "lr_schedulers": []}
+        torch.save(entries | {"state_dict": weights}, path, _use_new_zipfile_serialization=zipped)
+    assert same(read(path, tiny_configs, allow_pickle=True), tiny)
+    assert not any(isinstance(one, tuple) for one in torch.serialization.get_safe_globals()), "for that file alone"
 
 
 def test_older_names_of_the_text_encoder(

@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import re
+import subprocess
+import sys
+import warnings
+from pathlib import Path
 
 import pytest
 
+from fewstep import ui
 from fewstep.ui import ConsoleReporter, duration, error
 
 
@@ -74,3 +79,93 @@ def test_error_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
 )
 def test_duration(seconds: float, text: str) -> None:
     assert duration(seconds) == text
+
+
+def test_warnings_of_ours_are_lines_and_those_of_others_are_as_ever(capsys: pytest.CaptureFixture[str]) -> None:
+    with warnings.catch_warnings(record=True, action="always") as as_ever:
+        with ConsoleReporter().hearing_warnings():
+            for file in (ui.__file__, __file__):
+                warnings.warn_explicit("odd", UserWarning, file, 1)
+            warnings.warn_explicit("old", FutureWarning, ui.__file__, 1)
+        warnings.warn_explicit("after", UserWarning, ui.__file__, 1)
+    assert capsys.readouterr().err == "warning: odd\n"
+    assert [(str(one.message), one.filename) for one in as_ever] == [
+        ("odd", __file__),
+        ("old", ui.__file__),
+        ("after", ui.__file__),
+    ]
+
+
+# ---------------------------------------------------------------------------------------------- a reader that goes away
+
+LONG = """
+import os, sys, types
+from pathlib import Path
+from fewstep import cli
+from fewstep.errors import InputError
+
+def train(settings, *, reporter):
+    reporter.say("started")
+    sys.stdin.readline()
+    for number in range(3):
+        reporter.say("more")
+        reporter.warn("more")
+    with reporter.progress("distil", 2) as bar:
+        bar.advance()
+        bar.advance()
+    print("by the way")
+    Path(settings.output_dir, "saved").touch()
+    if settings.seed:
+        raise InputError("seed")
+
+module = types.ModuleType("fewstep.train")
+module.train = train
+sys.modules["fewstep.train"] = module
+sys.exit(cli.main())
+"""
+
+
+@pytest.mark.parametrize("both", [False, True])
+@pytest.mark.parametrize(("seed", "code"), [(0, 0), (1, 2)])
+def test_a_run_whose_reader_goes_away_goes_on(tmp_path: Path, both: bool, seed: int, code: int) -> None:
+    """As in `| head`, with stderr to itself and with `2>&1`."""
+    with subprocess.Popen(
+        [sys.executable, "-c", LONG, "train", "--output_dir", str(tmp_path), "--seed", str(seed)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT if both else subprocess.PIPE,
+        text=True,
+    ) as process:
+        assert process.stdin is not None and process.stdout is not None
+        assert process.stdout.readline() == "started\n"
+        process.stdout.close()
+        process.stdin.write("\n")
+        process.stdin.close()
+        said = "" if process.stderr is None else process.stderr.read()
+        assert process.wait(60) == code
+    assert (tmp_path / "saved").exists()
+    if not both:
+        assert said == "warning: more\n" * 3 + ("error: seed\n" if seed else "")
+
+
+def test_help_whose_reader_has_gone_ends_without_a_word() -> None:
+    waiting = "import sys; from fewstep.cli import main; sys.stdin.readline(); sys.exit(main())"
+    with subprocess.Popen(
+        [sys.executable, "-c", waiting, "train", "--help"],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as process:
+        assert process.stdin is not None and process.stdout is not None and process.stderr is not None
+        process.stdout.close()
+        process.stdin.write("\n")
+        process.stdin.close()
+        assert process.stderr.read() == ""
+        assert process.wait(60) in (0, 1)
+
+
+def test_without_a_stdout() -> None:
+    command = f'"{sys.executable}" -m fewstep --version >&-'
+    done = subprocess.run(command, shell=True, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")

@@ -6,6 +6,8 @@ import json
 import os
 import shutil
 import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -13,6 +15,7 @@ import pytest
 from fewstep.checkpoint import verify
 from tests.faults.conftest import Words
 from tests.faults.harness import (
+    PATIENCE,
     RUN,
     STEPS,
     Child,
@@ -62,6 +65,29 @@ def test_a_process_that_loads_data_and_dies(words: Words, undisturbed: Path, tmp
     assert "a process that loads data was ended" in ended.error
     run_here(words(tmp_path, "--resume_from_checkpoint", "auto")).assert_clean(0)
     assert_same_run(folder, undisturbed)
+
+
+def test_a_process_that_loads_data_for_a_cache_and_dies(words: Words, tmp_path: Path) -> None:
+    fill = ["cache", *words(tmp_path)[1:], "--cache_dir", str(tmp_path / "cache")]
+    with Child(fill, tmp_path / "said", fault="loading_worker") as child:
+        child.until(lambda: descendants(child.process.pid))
+        for worker in descendants(child.process.pid):
+            os.kill(worker, signal.SIGKILL)
+        ended = child.end().assert_clean(3)
+    assert "a process that loads data was ended" in ended.error and ended.error.endswith("then run the same again")
+    run_here(fill).assert_clean(0)
+
+
+def test_whoever_reads_what_is_printed_goes_away(words: Words, undisturbed: Path, tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "fewstep", *words(tmp_path), "--log_file", str(tmp_path / "log")]
+    env = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=env) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline().startswith(b"base: ")
+        process.stdout.close()
+        assert process.wait(PATIENCE) == 0
+    assert f"training: {STEPS} steps" in (tmp_path / "log").read_text()
+    assert_same_run(tmp_path / RUN, undisturbed)
 
 
 def test_a_clock_that_jumps(words: Words, undisturbed: Path, tmp_path: Path) -> None:

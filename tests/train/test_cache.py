@@ -18,11 +18,12 @@ from torch import Tensor
 from fewstep import cli
 from fewstep.backbone import Backbone, load_backbone
 from fewstep.config import CacheSettings, TrainSettings
-from fewstep.errors import CheckpointError, InputError, Interrupted
+from fewstep.errors import CheckpointError, DataError, FewstepError, InputError, Interrupted
 from fewstep.train import distill, encoding
 from fewstep.train.encoding import Shards
 from fewstep.train.fill import fill
 from fewstep.train.keyed import claim
+from fewstep.train.rollouts import Teacher
 from tests.train.conftest import Heard
 from tests.train.test_rollouts import same, weights
 
@@ -97,6 +98,34 @@ def test_one_that_was_stopped_goes_on(settings: TrainSettings, tmp_path: Path, w
     kept = work.done["captions"]
     assert 0 < kept < 13
     assert fill(asked).captions == 13 == work.done["captions"]
+
+
+@pytest.mark.parametrize(
+    ("lost", "became", "end"),
+    [
+        (
+            "DataLoader worker (pid 7) is killed by signal: Killed.",
+            DataError,
+            "make room in it, then run the same again",
+        ),
+        (
+            "[gloo/transport/tcp/pair.cc:553] Connection closed by peer",
+            Interrupted,
+            "then run the same again in all of them",
+        ),
+    ],
+)
+def test_a_process_that_was_lost_is_told_with_the_way_to_go_on(
+    settings: TrainSettings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, lost: str,
+    became: type[FewstepError], end: str,
+) -> None:  # fmt: skip
+    def prepare(*_: object) -> None:
+        raise RuntimeError(lost)
+
+    monkeypatch.setattr(Teacher, "prepare", prepare)
+    with pytest.raises(became) as said:
+        fill(for_fill(cached(settings, tmp_path)))
+    assert str(said.value).endswith(end)
 
 
 def test_a_run_that_was_stopped_while_it_filled_resumes_bit_for_bit(settings: TrainSettings, tmp_path: Path) -> None:

@@ -87,7 +87,7 @@ def stable_diffusion() -> Backbone:
 
 @pytest.mark.slow
 def test_sd15s_own_architecture_takes_a_step(pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("fewstep.train.start.load_backbone", lambda *_, **__: stable_diffusion())
+    monkeypatch.setattr("fewstep.opening.load_backbone", lambda *_, **__: stable_diffusion())
     heard = Heard()
     result = distill(
         TrainSettings(

@@ -5,6 +5,7 @@ The configurations and the tokenizer, which such a file does not hold, are packa
 
 from __future__ import annotations
 
+import warnings
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -27,6 +28,8 @@ if TYPE_CHECKING:
 
 UNET = "model.diffusion_model."
 TEXT_ENCODER = "cond_stage_model.transformer."
+AVERAGED = "model_ema."
+"""Before the names of the UNet's averaged weights, which are UNET's without `model.` and their other dots."""
 
 CONV_IN = UNET + "input_blocks.0.0.weight"
 CONV_OUT = UNET + "out.2.weight"
@@ -38,9 +41,19 @@ TWO_ENCODERS = "conditioner.embedders.1."
 V_PREDICTION = "v_pred"
 ZERO_SNR = "ztsnr"
 
+LIGHTNINGS_CALLBACK = "pytorch_lightning.callbacks.model_checkpoint.ModelCheckpoint"
+"""The class by which Lightning's checkpoints, as the original releases are, name an entry of theirs."""
+
+
+class _Callback:
+    """Stands for LIGHTNINGS_CALLBACK: a name, nothing that runs."""
+
 
 def load_single_file(path: Path, *, dtype: torch.dtype, allow_pickle: bool, configs: Path = sd15.FOLDER) -> Parts:
-    """Read the file `path`; its EMA weights where it holds both kinds, as the published folders do.
+    """Read the file `path`, of its UNet the weights that other tools draw with: those under `model.diffusion_model.`.
+
+    Averaged weights (`model_ema.`) that differ from them are left aside with a `UserWarning`: in merges and fine-tunes
+    they are often those of another model.
 
     Whether the network predicts v, and whether its schedule ends at zero SNR, is taken from the marks that such files
     carry (keys `v_pred` and `ztsnr`, or `modelspec.prediction_type` in the header); without a mark it is epsilon.
@@ -54,6 +67,7 @@ def load_single_file(path: Path, *, dtype: torch.dtype, allow_pickle: bool, conf
         CheckpointError: damaged or incomplete.
     """
     weights, header = _read(path, allow_pickle)
+    left_aside = _differ(_take_averages(weights), weights)
     with quiet_libraries():
         from diffusers import AutoencoderKL, UNet2DConditionModel
 
@@ -61,7 +75,7 @@ def load_single_file(path: Path, *, dtype: torch.dtype, allow_pickle: bool, conf
         for part, cls in (("unet", UNet2DConditionModel), ("vae", AutoencoderKL)):
             try:
                 networks[part] = cls.from_single_file(
-                    weights, config=str(configs), subfolder=part, dtype=dtype, local_files_only=True, extract_ema=True
+                    weights, config=str(configs), subfolder=part, dtype=dtype, local_files_only=True
                 )
             except (RuntimeError, ValueError, KeyError, AttributeError) as error:
                 raise CheckpointError(_unfit(path, part, " ".join(str(error).split())[:200])) from error
@@ -69,6 +83,13 @@ def load_single_file(path: Path, *, dtype: torch.dtype, allow_pickle: bool, conf
             if empty:
                 raise CheckpointError(_unfit(path, part, f"it lacks {empty[0]}"))
         text_encoder = _text_encoder(weights, path, configs, dtype)
+    if left_aside:
+        warnings.warn(
+            f"base model {str(path)!r} holds two UNets: {UNET}*, which is taken, as other tools do, and averaged "
+            f"weights, {AVERAGED}*, which differ and are left aside; for those pass a file that holds them alone, as "
+            "the original releases named emaonly do",
+            stacklevel=3,
+        )
     scheduler_config = read_json(configs / "scheduler" / "scheduler_config.json", str(path))
     if V_PREDICTION in weights or header.get("modelspec.prediction_type") == "v":
         scheduler_config["prediction_type"] = "v_prediction"
@@ -110,7 +131,8 @@ def _read(path: Path, allow_pickle: bool) -> tuple[dict[str, Tensor], dict[str, 
             "them; fetch it from whoever made it"
         )
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+        with torch.serialization.safe_globals([(_Callback, LIGHTNINGS_CALLBACK)]):
+            content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except (UnpicklingError, RuntimeError, OSError, EOFError, ValueError) as error:
         reason = " ".join(str(error).split())[:200]
         raise CheckpointError(
@@ -121,6 +143,21 @@ def _read(path: Path, allow_pickle: bool) -> tuple[dict[str, Tensor], dict[str, 
     weights = {key: value for key, value in content.items() if isinstance(value, Tensor)}
     _check({key: tuple(value.shape) for key, value in weights.items()}, path)
     return _current_names(weights), {}
+
+
+def _take_averages(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Take the averaged weights out of those of a file."""
+    return {key: weights.pop(key) for key in list(weights) if key.startswith(AVERAGED)}
+
+
+def _differ(averages: Mapping[str, Tensor], weights: Mapping[str, Tensor]) -> bool:
+    """Whether averaged weights are others than those that they are averages of; in the precision of these."""
+    pairs = ((averages.get(_averaged(key)), value) for key, value in weights.items() if key.startswith(UNET))
+    return any(one is not None and not torch.equal(one.to(value.dtype), value) for one, value in pairs)
+
+
+def _averaged(key: str) -> str:
+    return AVERAGED + key.removeprefix("model.").replace(".", "")
 
 
 def _current_names(weights: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -9,7 +9,7 @@ from pathlib import Path
 from fewstep.config import CacheSettings
 from fewstep.data import Batches, open_data
 from fewstep.errors import Interrupted
-from fewstep.processes import join_processes, own_device
+from fewstep.processes import join_processes, noticing_losses, own_device
 from fewstep.reporting import SILENT, Reporter
 from fewstep.train import start
 from fewstep.train.rollouts import Teacher
@@ -29,6 +29,7 @@ class FillResult:
     captions: int
 
 
+@noticing_losses("run the same again")
 def fill(
     settings: CacheSettings, *, reporter: Reporter = SILENT, should_stop: Callable[[], bool] = lambda: False
 ) -> FillResult:
@@ -38,7 +39,7 @@ def fill(
 
     Raises:
         InputError, DataError, CheckpointError: as `distill`.
-        Interrupted: stopped on request; what was computed is kept.
+        Interrupted: stopped on request, and what was computed is kept; or another process of the run has died.
     """
     processes = join_processes(settings.device)
     main = processes.is_main_process
