@@ -25,7 +25,7 @@ from fewstep.hiding import without_secrets
 from fewstep.locks import alone_in
 from fewstep.opening import versions
 from fewstep.pictures import Evaluation, encode_prompts
-from fewstep.processes import join_processes, own_device
+from fewstep.processes import join_processes, noticing_losses, own_device
 from fewstep.records import ArmSummary, ArmTiming, BenchmarkRecord, Row
 from fewstep.report import (
     CELLS,
@@ -61,6 +61,7 @@ class BenchmarkResult:
         return verdict(self.record)
 
 
+@noticing_losses("go on with --resume")
 def benchmark(
     settings: BenchSettings,
     *,
@@ -79,7 +80,7 @@ def benchmark(
     Raises:
         InputError: prompts, arms or a base that cannot be used; no adapter to measure; somebody else writes there.
         CheckpointError: an adapter that attaches nothing or changes nothing; CLIP weights that are not at hand.
-        Interrupted: stopped on request; what was drawn is kept.
+        Interrupted: stopped on request, or another process of the run has died; what was drawn is kept.
     """
     processes = join_processes(settings.device)
     main = processes.is_main_process
