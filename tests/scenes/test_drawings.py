@@ -138,10 +138,31 @@ def test_parameters_have_one_length_and_know_what_is_not_there() -> None:
     assert missing > 0
 
 
+def test_parameters_do_not_claim_what_a_flaw_took_away() -> None:
+    ends = np.cumsum([len(values) for values in VALUES.values()])
+    undefined = {
+        "no building": {"building", "colour", "place", "windows"},
+        "two buildings": {"building", "colour", "place", "windows"},
+        "no light": {"light"},
+        "two lights": {"light"},
+        "four birds": {"birds"},
+        "four flowers": {"flowers"},
+        None: set(),
+    }
+    for flaw in (*FLAWS, None):
+        for index in range(6):
+            drawing = numbered_drawing(2, index, flaw=flaw)
+            one_hot = dict(zip(VALUES, np.split(parameters(drawing.attributes, drawing.layout), ends), strict=False))
+            assert {name for name, part in one_hot.items() if np.isnan(part).all()} == undefined[flaw]
+            for position, (name, part) in enumerate(one_hot.items()):
+                if name not in undefined[flaw]:
+                    assert part.tolist() == np.eye(len(part))[drawing.attributes.indices()[position]].tolist()
+
+
 def test_other_processes_draw_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
-    here = list(flawed_drawings(9, [None, "second light"]))
+    here = list(flawed_drawings(9, [None, "two lights"]))
     monkeypatch.setattr(drawings, "FEW", 1)
-    there = list(flawed_drawings(9, [None, "second light"]))
+    there = list(flawed_drawings(9, [None, "two lights"]))
     assert all(np.array_equal(one.pixels, other.pixels) for one, other in zip(here, there, strict=True))
     assert [one.attributes for one in here] == [other.attributes for other in there]
 

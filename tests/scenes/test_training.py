@@ -10,17 +10,41 @@ import pytest
 import torch
 from diffusers import StableDiffusionPipeline
 from torch import nn
+from transformers import CLIPTokenizer
 
 from fewstep.config import PretrainSettings
 from fewstep.errors import InputError
-from fewstep.pretrain import pretrain
+from fewstep.pretrain import denoiser as pretrain_denoiser
+from fewstep.pretrain import latents, pretrain
+from fewstep.pretrain.latents import cached_latents
+from fewstep.pretrain.workshop import Workshop
 from fewstep.reporting import SILENT
-from fewstep.scenes.judge import Features, Glance, Judge, gaussian_blur, load_judge, read, soften, whiten_features
+from fewstep.scenes.abilities import FOLDER
+from fewstep.scenes.drawings import flawed_drawings
+from fewstep.scenes.judge import (
+    CLASSES,
+    Features,
+    Glance,
+    Judge,
+    gaussian_blur,
+    load_judge,
+    read,
+    soften,
+    whiten_features,
+)
+from fewstep.scenes.layout import FLAWS
 from fewstep.scenes.loop import Plan, averaged, batch_indices, made_ahead, run
-from fewstep.scenes.text import build_tokenizer
+from fewstep.scenes.measure import flaws_seen
+from fewstep.scenes.text import build_tokenizer, tokenize
 from fewstep.scenes.vae import build_vae, fold_latent_statistics
 
 CPU = torch.device("cpu")
+
+
+def workshop(folder: Path) -> Workshop:
+    return Workshop(
+        PretrainSettings(output_dir=folder, size="tiny", seed=0, device="cpu", mixed_precision="no"), SILENT
+    )
 
 
 def test_tokenizer_has_one_token_a_caption_word(tmp_path: Path) -> None:
@@ -28,6 +52,123 @@ def test_tokenizer_has_one_token_a_caption_word(tmp_path: Path) -> None:
     words = "a purple lighthouse in the middle with three lit windows , sunset sky"
     assert len(tokenizer(words).input_ids) == len(words.split()) + 2
     assert len(tokenizer("Łódź 2026!").input_ids) > 2  # other text falls back to bytes
+
+
+def test_tokenizer_is_the_shipped_one_however_often_it_is_trained(tmp_path: Path) -> None:
+    shipped = json.loads((FOLDER / "base" / "tokenizer" / "tokenizer.json").read_text())["model"]
+    for number in range(20):  # within one process, too, a hash table lists the words in another order each time
+        build_tokenizer(tmp_path / str(number))
+        trained = json.loads((tmp_path / str(number) / "tokenizer.json").read_text())["model"]
+        assert trained["vocab"] == shipped["vocab"]
+        assert trained["merges"] == shipped["merges"]
+
+
+def test_a_tokenizer_that_is_there_is_not_trained_again(tmp_path: Path) -> None:
+    first = workshop(tmp_path).tokenizer
+    captions = ["a red house", "no birds and one flower", "Łódź 2026!"]
+    assert torch.equal(tokenize(first, captions), tokenize(build_tokenizer(tmp_path / "other"), captions))
+    file = tmp_path / "work" / "tokenizer" / "tokenizer.json"
+    content = json.loads(file.read_text())
+    vocab = content["model"]["vocab"]
+    vocab["house</w>"], vocab["red</w>"] = vocab["red</w>"], vocab["house</w>"]
+    file.write_text(json.dumps(content))
+    again = workshop(tmp_path).tokenizer
+    before, after = (tokenizer("red house").input_ids[1:-1] for tokenizer in (first, again))
+    assert after == before[::-1]
+    assert (again.model_max_length, again.pad_token) == (first.model_max_length, first.pad_token)
+
+
+def test_what_a_stage_leaves_is_there_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def cut(self: CLIPTokenizer, folder: Path) -> None:
+        folder.mkdir(parents=True)
+        (folder / "tokenizer.json").write_text("{")
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(CLIPTokenizer, "save_pretrained", cut)
+        with pytest.raises(KeyboardInterrupt):
+            _ = workshop(tmp_path).tokenizer
+    assert list((tmp_path / "work").iterdir()) == []
+    assert len(workshop(tmp_path).tokenizer("a red house").input_ids) == 5
+
+    def half(tensors: dict[str, torch.Tensor], file: Path, *_: object, **__: object) -> None:
+        file.write_bytes(b"half")
+        raise KeyboardInterrupt
+
+    vae = build_vae("tiny").eval()
+    vae.save_pretrained(tmp_path / "work" / "vae" / "folded")
+    with monkeypatch.context() as patch:
+        patch.setattr(latents, "save_file", half)
+        with pytest.raises(KeyboardInterrupt):
+            cached_latents(workshop(tmp_path), vae)
+    assert cached_latents(workshop(tmp_path), vae).shape == (96, 4, 16, 16)
+
+
+def test_latents_of_another_vae_are_computed_anew(tmp_path: Path) -> None:
+    shop = workshop(tmp_path)
+    found = []
+    for seed in (0, 1, 1):
+        torch.manual_seed(seed)
+        vae = build_vae("tiny").eval().requires_grad_(False)
+        vae.save_pretrained(shop.folded)
+        found.append(cached_latents(shop, vae))
+        written = (shop.work / "latents.safetensors").stat().st_mtime_ns
+    assert not torch.equal(found[0], found[1]) and torch.equal(found[1], found[2])
+    cached_latents(shop, vae)
+    assert (shop.work / "latents.safetensors").stat().st_mtime_ns == written
+
+
+def test_work_goes_on_only_as_it_was_begun(tmp_path: Path) -> None:
+    shop = workshop(tmp_path)
+    shop.begin()
+    note = (shop.work / "made_from.json").read_text()
+    assert json.loads(note) | {"size": "tiny", "seed": 0} == json.loads(note)  # and the drawings' hash
+    shop.begin()  # the same again
+    for changes, told in (
+        ({"seed": 1}, "seed 1 came, the work in .* was begun with 0; allowed is the same; choose another --output_dir"),
+        ({"size": "full"}, "size full came, the work in .* was begun with tiny; "),
+        ({"size": "full", "seed": 1}, "size full and seed 1 came, the work in .* was begun with tiny and 0; "),
+    ):
+        settings = PretrainSettings(output_dir=tmp_path, stage="judges", **({"size": "tiny", "seed": 0} | changes))  # type: ignore[arg-type]
+        with pytest.raises(InputError, match=f"^{told}"):
+            pretrain(settings)
+    assert (shop.work / "made_from.json").read_text() == note
+    (shop.work / "made_from.json").write_text(json.dumps(json.loads(note) | {"drawings_sha256": "ab"}))
+    with pytest.raises(InputError, match=r"^drawings_sha256 .* came, the work in .* was begun with ab; "):
+        shop.begin()
+
+
+def test_work_from_before_the_note_is_gone_on_with(tmp_path: Path) -> None:
+    (tmp_path / "work" / "vae").mkdir(parents=True)
+    workshop(tmp_path).begin()
+    assert json.loads((tmp_path / "work" / "made_from.json").read_text())["size"] == "tiny"
+
+
+class Says(Judge):
+    """A judge that says `always` of every picture, and of all other heads class 0."""
+
+    def __init__(self, **always: int) -> None:
+        super().__init__("tiny", 7)
+        self.always = always
+
+    def forward(self, pixels: torch.Tensor) -> tuple[dict[str, torch.Tensor], torch.Tensor, torch.Tensor]:
+        said = {
+            name: nn.functional.one_hot(torch.full((len(pixels),), self.always.get(name, 0)), count).float()
+            for name, count in CLASSES.items()
+        }
+        return said, torch.zeros(len(pixels), 64), torch.zeros(len(pixels), 7)
+
+
+@pytest.mark.parametrize(
+    ("always", "share"),
+    [({"buildings": 1, "lights": 1}, 0.0), ({"buildings": 1}, 1.0), ({"buildings": 1, "lights": 1, "birds": 4}, 1.0)],
+)
+def test_a_judge_that_sees_no_flaws_is_told(always: dict[str, int], share: float) -> None:
+    flaws = [*FLAWS, *FLAWS]
+    figures = flaws_seen(Says(**always), list(flawed_drawings(0, flaws)), flaws)
+    assert figures["flawed_tested"] == 12
+    assert figures["reader_sees_flawed"] == share
+    assert figures["reader_sees_by_flaw"] == dict.fromkeys(FLAWS, share)
 
 
 def test_folding_standardises_latents_and_changes_no_picture() -> None:
@@ -86,14 +227,26 @@ def test_a_stopped_stage_goes_on_as_if_it_had_not_been(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("stage", "missing"), [("judges", "vae"), ("denoiser", "vae"), ("refine", "vae"), ("refine", "denoiser")]
+    ("stage", "missing"),
+    [
+        ("judges", "vae"),
+        ("denoiser", "vae"),
+        ("refine", "vae"),
+        ("refine-half", "judges"),
+        ("refine", "judges"),
+        ("refine", "denoiser"),
+    ],
 )
 def test_a_stage_says_which_one_comes_before_it(tmp_path: Path, stage: str, missing: str) -> None:
-    if (stage, missing) == ("refine", "denoiser"):
+    if missing in ("judges", "denoiser"):
         build_vae("tiny").save_pretrained(tmp_path / "work" / "vae" / "folded")
+    if missing == "denoiser":
+        for judge in ("judge", "alignment"):
+            (tmp_path / judge).mkdir()
     with pytest.raises(InputError, match=f"run --stage {missing} first"):
         pretrain(PretrainSettings(size="tiny", stage=stage, output_dir=tmp_path, device="cpu"))  # type: ignore[arg-type]
-    assert not (tmp_path / "work" / "text").exists()  # nothing was trained in vain
+    trained = [name for name in ("text", "denoiser", "refine") if (tmp_path / "work" / name).exists()]
+    assert trained == []  # nothing in vain
 
 
 def test_a_batch_in_parts_trains_as_the_whole_batch_does(tmp_path: Path) -> None:
@@ -195,7 +348,9 @@ def test_softening_blurs_and_flattens() -> None:
     assert flat[1].std().item() == pytest.approx(0.5 * picture[1].std().item(), rel=0.01)
 
 
-def test_pretraining_from_nothing_gives_a_base_that_a_stock_pipeline_draws_with(tmp_path: Path) -> None:
+def test_pretraining_from_nothing_gives_a_base_that_a_stock_pipeline_draws_with(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     result = pretrain(PretrainSettings(output_dir=tmp_path, size="tiny", seed=0, mixed_precision="no"))
     assert set(result.figures) == {"vae", "judges", "denoiser-half", "denoiser", "refine-half", "refine"}
     assert json.loads((tmp_path / "figures.json").read_text()) == result.figures
@@ -208,6 +363,18 @@ def test_pretraining_from_nothing_gives_a_base_that_a_stock_pipeline_draws_with(
     picture = pipeline("a red house", num_inference_steps=2, output_type="np").images[0]
     assert picture.shape == (128, 128, 3)
     assert read(load_judge(tmp_path / "judge")(torch.rand(2, 3, 128, 128))[0])["birds"].shape == (2,)
+    # What judges is whole, whoever looks; nothing half-written is left.
+    assert result.figures["judges"]["flawed_tested"] == 12
+    assert not list(tmp_path.rglob("*.partial"))
+    tokenizers = [tmp_path / folder / "tokenizer.json" for folder in ("work/tokenizer", "base/tokenizer", "alignment")]
+    one, *others = [json.loads(file.read_text())["model"] for file in tokenizers]
+    assert others == [one, one]
+    config = (FOLDER / "base" / "tokenizer" / "tokenizer_config.json").read_text()
+    assert json.loads((tmp_path / "base" / "tokenizer" / "tokenizer_config.json").read_text()) == json.loads(config)
+    # Where nothing is left to train, where things stand in 40,000 drawings is not worked out again.
+    monkeypatch.setattr(pretrain_denoiser, "numbered_landmarks", None)
+    halves = PretrainSettings(output_dir=tmp_path, size="tiny", seed=0, mixed_precision="no", stage="refine-half")
+    assert pretrain(halves).figures["refine-half"]["steps"] == 5
     # Everything is there: the same command again trains nothing and finds the same figures.
     again = pretrain(PretrainSettings(output_dir=tmp_path, size="tiny", seed=0, mixed_precision="no", stage="vae"))
     assert again.figures["vae"]["psnr_db"] == pytest.approx(result.figures["vae"]["psnr_db"])

@@ -20,7 +20,7 @@ from fewstep.scenes.captions import random_caption
 from fewstep.scenes.denoiser import CAPTION_DROPOUT, SCHEDULER, Denoiser, denoiser_losses
 from fewstep.scenes.export import save_base
 from fewstep.scenes.landmarks import numbered_landmarks, standardised_levels
-from fewstep.scenes.loop import averaged, batch_indices
+from fewstep.scenes.loop import averaged, batch_indices, steps_done
 from fewstep.scenes.text import CaptionReader, caption_losses, tokenize
 from fewstep.schedule import NoiseSchedule
 
@@ -61,6 +61,7 @@ def _drawing(shop: Workshop, until: int | None = None) -> Denoiser:
 
 def _refined(shop: Workshop, until: int | None = None) -> Denoiser:
     vae = shop.load_vae()
+    shop.need_judges()  # which measure the base when it is trained
     denoiser = _untrained_denoiser(shop, CaptionReader(shop.tokenizer, shop.size).text_encoder)
     denoiser.load_state_dict(averaged(shop.work / "denoiser", shop.plan("denoiser").steps))
     _train_unet(shop, denoiser, vae, "refine", shop.seed + 1, until)
@@ -76,7 +77,10 @@ def _train_unet(
     shop: Workshop, denoiser: Denoiser, vae: AutoencoderKL, name: str, seed: int, until: int | None
 ) -> None:
     latents, plan = cached_latents(shop, vae), shop.plan(name)
-    landmarks = standardised_levels(numbered_landmarks(shop.train_seed, len(latents)))
+    landmarks: list[Tensor] = []
+    if steps_done(shop.work / name) < (plan.steps if until is None else until):
+        shop.reporter.say(f"landmarks of {len(latents)} drawings")
+        landmarks = standardised_levels(numbered_landmarks(shop.train_seed, len(latents)))
     schedule = NoiseSchedule.from_config(SCHEDULER).to(shop.device)
     denoiser.use_plain_attention(shop.fast and shop.device.type == "cpu")
 

@@ -17,7 +17,7 @@ from fewstep.scenes import measure
 from fewstep.scenes.alignment import alignment_losses, build_alignment_model, save_alignment_model
 from fewstep.scenes.drawings import flawed_drawings, numbered_drawing
 from fewstep.scenes.judge import CLASSES, SOFTNESS, Judge, judge_losses, labels, save_judge, soften, whiten_features
-from fewstep.scenes.layout import FLAWS, parameters
+from fewstep.scenes.layout import FLAWS, Flaw, parameters
 from fewstep.scenes.loop import batch_indices
 from fewstep.scenes.vae import to_pixels
 
@@ -35,11 +35,12 @@ def train_judges(shop: Workshop) -> dict[str, Any]:
 def _train_judge(shop: Workshop, vae: AutoencoderKL) -> dict[str, Any]:
     sizes, plan = shop.sizes, shop.plan("judge")
     total = sizes.drawings + sizes.flawed
-    kinds = [None] * sizes.drawings + [FLAWS[i % len(FLAWS)] for i in range(sizes.flawed)]
+    drawn: list[Flaw | None] = [None] * sizes.drawings
+    drawn += [FLAWS[i % len(FLAWS)] for i in range(sizes.flawed)]
     with shop.reporter.progress("labels", total) as bar:
         examples = []
         pixels = np.empty((total, 128, 128, 3), np.uint8)
-        for index, drawing in enumerate(flawed_drawings(shop.train_seed, kinds)):
+        for index, drawing in enumerate(flawed_drawings(shop.train_seed, drawn)):
             pixels[index] = drawing.pixels
             examples.append((labels(drawing), parameters(drawing.attributes, drawing.layout)))
             bar.advance()
@@ -82,9 +83,11 @@ def _train_judge(shop: Workshop, vae: AutoencoderKL) -> dict[str, Any]:
     judge.cpu()
     real = to_pixels(pixels[: min(sizes.drawings, WHITENED)])
     whiten_features(judge, torch.cat([judge((some + 1) / 2)[1] for some in real.split(64)]))
-    save_judge(judge, shop.size, shop.out / "judge")
+    shop.leave(shop.out / "judge", partial(save_judge, judge, shop.size))
     test = [numbered_drawing(shop.test_seed, index, "unseen") for index in range(sizes.tested)]
-    return measure.reading(judge, vae, test)
+    kinds = [FLAWS[i % len(FLAWS)] for i in range(sizes.tested_flawed)]
+    flawed = list(flawed_drawings(shop.test_seed, kinds))
+    return measure.reading(judge, vae, test) | measure.flaws_seen(judge, flawed, kinds)
 
 
 def _train_alignment(shop: Workshop) -> dict[str, Any]:
@@ -99,6 +102,6 @@ def _train_alignment(shop: Workshop) -> dict[str, Any]:
         return to_pixels(pixels[picked]), tokens.input_ids, tokens.attention_mask
 
     shop.run(model, make, partial(alignment_losses, model), plan, "alignment")
-    save_alignment_model(model.cpu(), shop.tokenizer, shop.out / "alignment")
+    shop.leave(shop.out / "alignment", partial(save_alignment_model, model.cpu(), shop.tokenizer))
     curve = (shop.work / "alignment" / "curve.jsonl").read_text().splitlines()
     return {"alignment_loss": json.loads(curve[-1])["loss"]}

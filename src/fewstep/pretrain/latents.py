@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import torch
 from diffusers import AutoencoderKL
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from fewstep.files import sha256
 from fewstep.pretrain.workshop import Workshop
 from fewstep.scenes.denoiser import latents_of
 from fewstep.scenes.drawings import drawn_in_chunks
@@ -14,13 +18,24 @@ from fewstep.scenes.vae import to_pixels
 
 
 def cached_latents(shop: Workshop, vae: AutoencoderKL) -> Tensor:
-    """Latents of the drawings that the UNet is trained on, computed once: fp16 [N, 4, 16, 16]."""
+    """Latents of the drawings that the UNet is trained on, computed once for each VAE: fp16 [N, 4, 16, 16]."""
     file, count = shop.work / "latents.safetensors", shop.sizes.latents
-    if not file.exists():
+    maker = sha256(shop.folded / "diffusion_pytorch_model.safetensors")
+    if _maker(file) != maker:
         chunks = []
         with shop.reporter.progress("latents", count) as bar, shop.autocast():
             for pixels in drawn_in_chunks(shop.train_seed, count):
                 chunks.append(latents_of(vae, to_pixels(pixels)).half())
                 bar.advance(len(pixels))
-        save_file({"latents": torch.cat(chunks).contiguous()}, file)
+        partial = file.with_suffix(".partial")
+        save_file({"latents": torch.cat(chunks).contiguous()}, partial, {"vae": maker})
+        partial.replace(file)
     return load_file(file)["latents"]
+
+
+def _maker(file: Path) -> str | None:
+    """The hash of the VAE that the latents in `file` are of, where that is known."""
+    if not file.exists():
+        return None
+    with safe_open(file, "pt") as saved:
+        return (saved.metadata() or {}).get("vae")

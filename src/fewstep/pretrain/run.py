@@ -36,9 +36,14 @@ class PretrainResult:
 
 
 def pretrain(settings: PretrainSettings, *, reporter: Reporter = SILENT) -> PretrainResult:
-    """Train the stages asked for and write `base/`, `judge/`, `alignment/` and `figures.json` to the output folder."""
+    """Train the stages asked for and write `base/`, `judge/`, `alignment/` and `figures.json` to the output folder.
+
+    Raises:
+        InputError: the folder's work was begun with another size or seed, or a stage is missing before one asked for.
+    """
     reporter.say("settings: " + ", ".join(f"{name}={value}" for name, value in settings))
     work = Workshop(settings, reporter)
+    work.begin()
     stages = STAGES if settings.stage == "all" else (settings.stage,)
     for stage in stages:
         minutes = work.sizes.minutes[stage]

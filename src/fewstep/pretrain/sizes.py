@@ -19,6 +19,7 @@ class Sizes:
     flawed: int
     reconstructed: int
     tested: int
+    tested_flawed: int
     swept: int
     proved: int
     larger_on_gpu: int  # how many times as large a batch
@@ -38,6 +39,7 @@ SIZES = {
         flawed=6_000,
         reconstructed=10_000,
         tested=2_000,
+        tested_flawed=600,
         swept=200,
         proved=256,
         larger_on_gpu=8,
@@ -55,6 +57,7 @@ SIZES = {
         flawed=24,
         reconstructed=32,
         tested=16,
+        tested_flawed=12,
         swept=4,
         proved=8,
         larger_on_gpu=1,

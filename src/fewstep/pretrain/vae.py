@@ -35,6 +35,6 @@ def train_vae(shop: Workshop) -> dict[str, Any]:
     with shop.autocast():
         latents = latents_of(vae, to_pixels(pixels[:1024]))
     vae = fold_latent_statistics(vae.cpu(), latents.mean((0, 2, 3)), latents.std((0, 2, 3)))
-    vae.save_pretrained(shop.work / "vae" / "folded")
+    shop.leave(shop.folded, vae.save_pretrained)
     test = drawn_pixels(shop.test_seed, shop.sizes.tested)
     return {"psnr_db": measure.psnr(vae, test), "latent_std": latents.std((0, 2, 3)).tolist()}

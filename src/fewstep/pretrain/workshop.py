@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import os
+import shutil
+from collections.abc import Callable
 from dataclasses import replace
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,13 +21,16 @@ from transformers import CLIPTokenizer
 from fewstep.backbone import choose_device
 from fewstep.config import PretrainSettings
 from fewstep.errors import InputError
-from fewstep.files import write_text_atomic
+from fewstep.files import replace_folder_atomic, write_text_atomic
 from fewstep.pretrain.sizes import SIZES
 from fewstep.reporting import Reporter
 from fewstep.scenes.captions import random_caption
-from fewstep.scenes.drawings import drawn_pixels, numbered_attributes
+from fewstep.scenes.drawings import drawn_pixels, numbered_attributes, numbered_drawing
 from fewstep.scenes.loop import Loss, Make, Plan, run
 from fewstep.scenes.text import build_tokenizer
+
+HASHED = 8
+"""Drawings by which work that was begun with other drawings is told."""
 
 
 class Workshop:
@@ -46,6 +54,46 @@ class Workshop:
     def test_seed(self) -> int:
         """Of those that are tested on, disjoint from the others."""
         return self.seed + 1_000_003
+
+    @property
+    def folded(self) -> Path:
+        """Where the first stage leaves the VAE."""
+        return self.work / "vae" / "folded"
+
+    def begin(self) -> None:
+        """Note beside the work what it is made from; work from before such notes is taken for what came.
+
+        Raises:
+            InputError: the work was begun with something else.
+        """
+        file = self.work / "made_from.json"
+        drawings = hashlib.sha256()
+        for index in range(HASHED):
+            drawings.update(numbered_drawing(self.train_seed, index).pixels.tobytes())
+        made_from = {"size": self.size, "seed": self.seed, "drawings_sha256": drawings.hexdigest()}
+        if not file.exists():
+            write_text_atomic(file, json.dumps(made_from, indent=1) + "\n")
+            return
+        begun = json.loads(file.read_text())
+        differing = [name for name in made_from if begun.get(name) != made_from[name]]
+        if differing:
+            if len(differing) > 1:
+                differing.remove("drawings_sha256")  # another seed's are others
+            came = " and ".join(f"{name} {made_from[name]}" for name in differing)
+            was = " and ".join(str(begun.get(name)) for name in differing)
+            raise InputError(
+                f"{came} came, the work in {str(self.work)!r} was begun with {was}; allowed is the same; choose "
+                "another --output_dir"
+            )
+
+    def leave(self, folder: Path, save: Callable[[Path], object]) -> None:
+        """Let `save` write `folder`, which appears whole or not at all."""
+        partial = folder.with_name(f".{folder.name}.{os.getpid()}.partial")
+        try:
+            save(partial)
+            replace_folder_atomic(partial, folder)
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
 
     def record(self, stage: str, figures: dict[str, Any]) -> None:
         """Keep what a stage measured beside the weights, with the command that made it, and say it."""
@@ -87,7 +135,14 @@ class Workshop:
 
     @cached_property
     def tokenizer(self) -> CLIPTokenizer:
-        return build_tokenizer(self.work / "tokenizer")
+        """What the first stage that needed one left: trained once, so that its ids are the same for all."""
+        folder = self.work / "tokenizer"
+        if not folder.exists():
+            self.leave(folder, build_tokenizer)
+        tokenizer: CLIPTokenizer = CLIPTokenizer.from_pretrained(folder)
+        for where_from in ("is_local", "local_files_only"):  # nobody's business: it would be saved with the base
+            tokenizer.init_kwargs.pop(where_from, None)
+        return tokenizer
 
     def load_vae(self) -> AutoencoderKL:
         """What the first stage left, not to be trained any more, on the device.
@@ -95,10 +150,22 @@ class Workshop:
         Raises:
             InputError: the first stage has not been run.
         """
-        folder = self.work / "vae" / "folded"
-        if not folder.exists():
-            raise InputError(f"there is no {str(folder)!r}, which the stage vae leaves; run --stage vae first")
-        return AutoencoderKL.from_pretrained(folder).eval().requires_grad_(False).to(self.device)
+        _need(self.folded, "vae")
+        return AutoencoderKL.from_pretrained(self.folded).eval().requires_grad_(False).to(self.device)
+
+    def need_judges(self) -> None:
+        """Miss the judges before anything long.
+
+        Raises:
+            InputError: the second stage has not been run.
+        """
+        for name in ("judge", "alignment"):
+            _need(self.out / name, "judges")
+
+
+def _need(folder: Path, stage: str) -> None:
+    if not folder.exists():
+        raise InputError(f"there is no {str(folder)!r}, which the stage {stage} leaves; run --stage {stage} first")
 
 
 def _uses_bf16(settings: PretrainSettings, device: torch.device) -> bool:

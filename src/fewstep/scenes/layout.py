@@ -214,22 +214,35 @@ def _on(count: int, values: np.ndarray) -> np.ndarray:
     return values.ravel() if count else np.full(values.size, np.nan)
 
 
+def _not_as_captioned(attributes: Attributes, layout: Layout) -> list[str]:
+    """The attributes of which a flawed picture does not show the one value that its caption names."""
+    flawed = ["building", "colour", "place", "windows"] if len(layout.buildings) != 1 else []
+    if len(layout.lights) != 1:
+        flawed.append("light")
+    counted = {"birds": layout.birds, "flowers": layout.flowers}
+    return flawed + [n for n, rows in counted.items() if np.isfinite(rows[:, 0]).sum() != int(getattr(attributes, n))]
+
+
 def parameters(attributes: Attributes, layout: Layout) -> np.ndarray:
     """Every number a picture was drawn from, NaN where it shows nothing: what the feature trunk regresses.
 
     Captioned attributes come first as one-hot values, then counts, then the layout. Angles and phases
-    are given as cosine and sine, so that near pictures have near parameters.
+    are given as cosine and sine, so that near pictures have near parameters. An attribute that a flawed
+    picture does not show as captioned (four birds, two moons) is NaN.
 
     Returns:
         fp32 array [P].
     """
-    one_hot = [np.eye(len(VALUES[name]))[index] for name, index in zip(VALUES, attributes.indices(), strict=True)]
+    one_hot = {name: np.eye(len(VALUES[name]))[i] for name, i in zip(VALUES, attributes.indices(), strict=True)}
+    for name in _not_as_captioned(attributes, layout):
+        one_hot[name] = np.full(len(VALUES[name]), np.nan)
     light = layout.lights[0] if layout.lights else None
     building = layout.buildings[0] if layout.buildings else None
     away = np.full(5, np.nan)
+    turning = any(one.kind == "windmill" for one in layout.buildings)
     fence_phase = 2 * np.pi * layout.fence_phase
     parts = [
-        *one_hot,
+        *one_hot.values(),
         np.array([len(layout.buildings), len(layout.lights), np.isfinite(layout.birds[:, 0]).sum()], float),
         np.array(
             [np.isfinite(layout.flowers[:, 0]).sum(), layout.horizon, layout.lake_depth, float(layout.lake_depth > 0)]
@@ -246,7 +259,7 @@ def parameters(attributes: Attributes, layout: Layout) -> np.ndarray:
         _on(attributes.weather != "fair", layout.clouds[np.argsort(layout.clouds[:, 0])]),
         _on(attributes.sky == "night", layout.stars.mean(0)),
         _on(attributes.weather == "rainy", layout.drops.mean(0)),
-        np.array([layout.wind if attributes.weather == "rainy" or attributes.building == "windmill" else np.nan]),
+        np.array([layout.wind if attributes.weather == "rainy" or turning else np.nan]),
         np.array([float(layout.fence_y > 0)]),
         _on(
             layout.fence_y > 0,

@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 from accelerate.utils import send_to_device
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
@@ -116,6 +117,15 @@ class _State:
         """Move the average of what is trained towards it; all else never changes."""
         averages, current = [self.ema[name] for name, _ in self.named], [p.detach() for _, p in self.named]
         get_ema_multi_avg_fn(weight)(averages, current, None)
+
+
+def steps_done(folder: Path) -> int:
+    """How many steps what is trained in `folder` has behind it, as far as they are saved."""
+    file = folder / "state.safetensors"
+    if not file.exists():
+        return 0
+    with safe_open(file, "pt") as saved:
+        return int(saved.get_tensor("step"))
 
 
 def averaged(folder: Path, steps: int) -> dict[str, Tensor]:

@@ -7,8 +7,10 @@ import torch
 from diffusers import AutoencoderKL
 from torch import Tensor
 
+from fewstep.scenes.attributes import VALUES
 from fewstep.scenes.drawings import Drawing
-from fewstep.scenes.judge import CLASSES, Judge, labels, read
+from fewstep.scenes.judge import CLASSES, COUNTED, Judge, answers, labels, read
+from fewstep.scenes.layout import Flaw
 from fewstep.scenes.vae import to_pixels
 
 BATCH = 32
@@ -49,3 +51,20 @@ def reading(judge: Judge, vae: AutoencoderKL, drawings: list[Drawing]) -> dict[s
         shares = right.float().mean(1).tolist()
         figures[f"reader_by_attribute_{what}"] = {n: round(s, 4) for n, s in zip(CLASSES, shares, strict=True)}
     return figures
+
+
+def flaws_seen(judge: Judge, drawings: list[Drawing], flaws: list[Flaw]) -> dict[str, object]:
+    """Share of flawed drawings that the judge finds not intact, or with more birds or flowers than any caption names.
+
+    Args:
+        flaws: the flaw of each drawing.
+    """
+    found = read_all(judge, np.stack([drawing.pixels for drawing in drawings]))
+    too_many = torch.stack([found[name] >= len(VALUES[name]) for name in COUNTED]).any(0)
+    seen = ~answers(found, [{}] * len(drawings))["intact"] | too_many
+    by_flaw = {
+        flaw: round(seen[torch.tensor([one == flaw for one in flaws])].float().mean().item(), 4)
+        for flaw in dict.fromkeys(flaws)
+    }
+    share = round(seen.float().mean().item(), 4)
+    return {"flawed_tested": len(drawings), "reader_sees_flawed": share, "reader_sees_by_flaw": by_flaw}

@@ -43,8 +43,10 @@ def _every_word() -> list[str]:
 def build_tokenizer(folder: Path) -> CLIPTokenizer:
     """Train byte-level BPE with CLIP's rules on all caption words (each becomes one token) and save it.
 
-    Any other text still has tokens, down to single bytes.
+    Any other text still has tokens, down to single bytes. The ids are the same in every process.
     """
+    symbols = sorted(ByteLevel.alphabet())
+    symbols += [symbol + "</w>" for symbol in symbols]
     bpe = Tokenizer(BPE(end_of_word_suffix="</w>", unk_token=END))
     bpe.normalizer = Lowercase()
     words = Split(pattern=_CLIP_WORDS, behavior="removed", invert=True)
@@ -53,14 +55,15 @@ def build_tokenizer(folder: Path) -> CLIPTokenizer:
         vocab_size=4096,
         min_frequency=1,
         end_of_word_suffix="</w>",
-        initial_alphabet=sorted(ByteLevel.alphabet()),
+        # Of equally frequent pairs the one with the lower ids is merged first. Symbols that are no special tokens would
+        # be numbered as a hash table lists their words, which differs from one training to the next.
+        special_tokens=symbols,
         show_progress=False,
     )
     bpe.train_from_iterator(_every_word(), trainer)
     model = json.loads(bpe.to_str())["model"]
-    symbols = sorted(ByteLevel.alphabet())
     merges = [tuple(merge) for merge in model["merges"]]
-    tokens = [*symbols, *(symbol + "</w>" for symbol in symbols), *("".join(merge) for merge in merges), START, END]
+    tokens = [*symbols, *("".join(merge) for merge in merges), START, END]
     vocab = {token: index for index, token in enumerate(dict.fromkeys(tokens))}
     tokenizer = CLIPTokenizer(vocab=vocab, merges=merges, model_max_length=MAX_TOKENS, pad_token=END)
     tokenizer.save_pretrained(folder)
