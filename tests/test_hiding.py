@@ -4,18 +4,23 @@ from __future__ import annotations
 
 import re
 import sys
+import tomllib
 from pathlib import Path
 from types import ModuleType
 from typing import Any
+from unittest.mock import MagicMock
 
 import pytest
 
 from fewstep import cli, hub
 from fewstep.benchmark.run import _Listening
+from fewstep.config import TrainSettings, settings_toml
+from fewstep.data import Slices
 from fewstep.errors import InputError
 from fewstep.hiding import without_secrets
 from fewstep.reporting import SILENT
 from fewstep.telemetry import LoggedReporter
+from fewstep.train import announcing, keeping
 
 TOKEN = "hf_" + "Quite4Secret" * 3
 
@@ -25,6 +30,12 @@ TOKEN = "hf_" + "Quite4Secret" * 3
     [
         (f"Illegal header value b'Bearer {TOKEN}'", "Illegal header value b'Bearer ***'"),
         ("https://me:word@mirror.org/x and http://proxy:3128", "https://***@mirror.org/x and http://proxy:3128"),
+        ("https://me:w@rd:1@mirror.org/x@y, mail me@home.org", "https://***@mirror.org/x@y, mail me@home.org"),
+        ("https://me:w?rd#1@mirror.org/x?y=1", "https://***@mirror.org/x?y=***"),
+        (
+            "dataset_name = \"https://host/{0..9}.tar?sv=2024-01&sig=Ab%2Bc/d'e=&se\" and 'http://b/?k=v', then?",
+            "dataset_name = \"https://host/{0..9}.tar?sv=***&sig=***&***\" and 'http://b/?k=***', then?",
+        ),
         ("a red house by the sea, hf_short", "a red house by the sea, hf_short"),
     ],
 )
@@ -77,6 +88,27 @@ def test_no_token_comes_out_of_a_command(
         assert "***" in text and "Secret" not in text
     assert re.findall(r"(said|warned of|refused) \*\*\*", logged) == ["said", "warned of", "refused"]
     assert ("Traceback" in shown.err) is trace
+
+
+def test_a_signed_address_is_neither_said_nor_passed_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It stays in the run's own settings, from which the run can be repeated."""
+    asked = TrainSettings(dataset_name="https://me:word@host/{00..12}.tar?sv=1&sig=Secret#part", output_dir=tmp_path)
+    assert TrainSettings(**tomllib.loads(settings_toml(asked))) == asked
+    shared = tomllib.loads(settings_toml(asked, public=True))
+    assert shared == tomllib.loads(settings_toml(asked)) | {"dataset_name": "https://host/{00..12}.tar"}
+    texts: list[str] = []
+    monkeypatch.setattr(keeping.checkpoint, "save", lambda *_, settings, **__: texts.append(settings))
+    keeper = keeping.Keeper(
+        asked, MagicMock(), MagicMock(), [], MagicMock(), MagicMock(), MagicMock(), identity={}, main=True
+    )
+    keeper.save("final", 1)
+    assert [tomllib.loads(text) for text in texts] == [shared]
+    monkeypatch.setattr(announcing.lora, "trainable_parameters", lambda _: 1)
+    method = MagicMock(num_ddim_steps=50, guidance=7.5, points=(999,), solver="ddim", sampler="ddim")
+    plan = "\n".join(announcing.plan(asked, method, Slices(batch_size=1), MagicMock()))
+    assert "/{00..12}.tar?sv=***&sig=***" in plan and "Secret" not in plan and "word" not in plan
+    of_the_hub = TrainSettings(dataset_name="owner/set:all?:train#1")
+    assert settings_toml(of_the_hub, public=True) == settings_toml(of_the_hub)
 
 
 def test_no_token_comes_into_a_report() -> None:

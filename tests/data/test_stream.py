@@ -11,6 +11,7 @@ import threading
 from collections import Counter
 from collections.abc import Iterator
 from functools import partial
+from http.client import InvalidURL
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ from datasets import data_files
 
 from fewstep.benchmark.real import pictures_of_data
 from fewstep.config import BenchSettings, TrainSettings
-from fewstep.data import Batches, OpenedData, Slices, StreamedPictures, open_data, remote, stream
+from fewstep.data import Batches, OpenedData, Slices, StreamedPictures, hub, open_data, remote, stream
 from fewstep.data.remote import expand
 from fewstep.errors import DataError, InputError
 from fewstep.reporting import SILENT
@@ -211,6 +212,99 @@ def test_another_process_may_take_a_shard_away(server: Server, tmp_path: Path) -
                 stream._remove(place)
         seen += samples(batches(found, start=update, end=update + 1))
     assert seen == whole
+
+
+def served(tmp_path: Path, shards: int, each: int) -> Server:
+    for number in range(shards):
+        members = [member for i in range(each) for member in pairs((number * each + i) % 256)]
+        shard(tmp_path / "many" / f"set-{number:02d}.tar", members)
+    return Server(tmp_path / "many")
+
+
+@pytest.mark.filterwarnings("ignore:This DataLoader will create")
+@pytest.mark.parametrize(("shards", "each", "batch", "workers"), [(24, 8, 8, 8), (24, 16, 24, 4)])
+def test_many_workers_on_small_shards_take_nothing_from_each_other(
+    shards: int, each: int, batch: int, workers: int, tmp_path: Path
+) -> None:
+    server = served(tmp_path, shards, each)
+    try:
+        found = opened(server, dataset_name=f"{server.address}/set-{{00..{shards - 1}}}.tar")
+        epoch = shards * each // batch
+        assert samples(batches(found, Slices(batch_size=batch), end=2 * epoch, workers=workers)) == samples(
+            batches(found, Slices(batch_size=batch), end=2 * epoch)
+        )
+    finally:
+        server.stop()
+
+
+def test_what_others_may_still_be_at_is_kept(server: Server, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(stream, "WINDOW", 1)
+    monkeypatch.setattr(stream, "_in_background", lambda work: work())
+    server = served(tmp_path, 40, EACH)
+
+    def kept(slices: Slices, workers: int) -> tuple[int, bool]:
+        """How many buffers before the twentieth are here once it is read, and whether what was read ahead is."""
+        data = opened(server, dataset_name=f"{server.address}/set-{{00..39}}.tar").data
+        assert isinstance(data, StreamedPictures)
+        Batches(data, slices, seed=5, start=0, end=15, workers=workers)
+
+        def here(window: int) -> bool:
+            return (data._home / f"{data._shards_of(5, window)[0]:06d}").is_dir()
+
+        for window in range(21):
+            data.index_at(5, window * EACH)
+        behind = next(n for n in range(20) if not here(19 - n))
+        for window in (25, 20):
+            data.index_at(5, window * EACH)
+        return behind, here(25)
+
+    assert kept(Slices(batch_size=4), 0) == (1, False), "the one before, and the next"
+    assert kept(Slices(batch_size=4), 3) == (6, True), "seven micro-batches of four, over shards of five"
+    assert kept(Slices(batch_size=1, processes=4, accumulation=2), 1) == (5, True), "six of four"
+    server.stop()
+
+
+def test_a_shard_that_is_taken_away_while_it_is_looked_over_is_fetched_again(
+    server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole, look = samples(batches(opened(server))), remote.RemoteShards.open
+    taken: Counter[int] = Counter()
+
+    def interrupted(self: remote.RemoteShards, number: int, folder: Path) -> stream.OpenedShard:
+        taken[number] += 1
+        if taken[number] < 9:
+            stream._remove(folder)
+        return look(self, number, folder)
+
+    monkeypatch.setattr(remote.RemoteShards, "open", interrupted)
+    assert samples(batches(opened(server))) == whole
+    monkeypatch.setattr(stream, "_REPEATS", 3)
+    taken.clear()
+    with pytest.raises(DataError, match=r"set-00\.tar cannot be read"):
+        opened(server)
+
+
+def test_what_somebody_else_has_fetched_again_is_left_in_its_place(
+    server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The copy that was looked over is gone; another one stands where it was."""
+    found, look = opened(server), remote.RemoteShards.open
+    seen: list[bytes] = []
+
+    def replaced(self: remote.RemoteShards, number: int, folder: Path) -> stream.OpenedShard:
+        if not seen:
+            file = next(folder.glob("*.tar"))
+            seen.append(file.read_bytes())
+            stream._remove(folder)
+            folder.mkdir()
+            (folder / file.name).write_bytes(seen[0])
+            raise DataError("gone")
+        return look(self, number, folder)
+
+    monkeypatch.setattr(remote.RemoteShards, "open", replaced)
+    server.asked.clear()
+    samples(batches(found, end=1))
+    assert seen and len(server.fetched()) == len(set(server.fetched())), "none was fetched twice"
 
 
 def test_two_runs_on_one_source_take_nothing_from_each_other(
@@ -423,6 +517,46 @@ def test_patterns_that_name_no_shards(name: str, message: str) -> None:
         open_data(Settings(dataset_name=name), Base())
 
 
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("https://me:my-word@host/set.tar", "an address with a user name in it; allowed is one without; use a signed"),
+        ("https://me:my-w@rd@host/set-{5..1}.zip", "an address with a user name in it"),
+        ("https://my-word@host/set.tar", "an address with a user name in it"),
+        ("https://my-w?rd@host/set.tar", "an address with a user name in it"),
+        ("https://me:my-w/rd@host/set.tar", r"host or port cannot be read; allowed is https://HOST/PATH\.tar"),
+        ("https://[my-word/set.tar", "host or port cannot be read"),
+        ("https://host/set-{5..1}.tar?sig=my-word", r"'https://host/set-\{5\.\.1\}\.tar' has the range"),
+        ("https://host/set.zip?sig=my-word", r"'https://host/set\.zip' is no shard"),
+    ],
+)
+def test_an_address_with_a_secret_is_refused_without_it(name: str, message: str) -> None:
+    with pytest.raises(InputError, match=message) as caught:
+        open_data(Settings(dataset_name=name), Base())
+    assert "my-w" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["set my-word.tar", "sät-00.tar"])
+def test_an_address_that_cannot_be_asked_for_is_asked_for_once(
+    name: str, server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ask, asked = remote._asked, list[str]()
+    monkeypatch.setattr(remote, "_asked", lambda url, *more: asked.append(url) or ask(url, *more))  # type: ignore[func-returns-value]
+    with pytest.raises(DataError, match=r"is none that can be asked for; allowed is .*check the URL") as caught:
+        opened(server, dataset_name=f"{server.address}/{name}?sig=other-word")
+    assert len(asked) == 1 and "other-word" not in str(caught.value)
+
+
+def test_what_the_client_says_of_an_address_is_not_repeated(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    def asked(*_: Any, **__: Any) -> None:
+        raise InvalidURL("nonnumeric port: 'my-word@host'")
+
+    monkeypatch.setattr(remote, "_asked", asked)
+    with pytest.raises(DataError, match="is none that can be asked for") as caught:
+        opened(server)
+    assert "my-word" not in str(caught.value) and caught.value.__suppress_context__
+
+
 def test_patterns() -> None:
     assert expand("http://h/a{08..11}.tar") == [f"http://h/a{n}.tar" for n in ("08", "09", "10", "11")]
     assert expand("http://h/{0..1}/{5..6}.tar?x={}") == [
@@ -506,6 +640,22 @@ def test_a_dataset_that_vanishes_while_it_is_streamed(tmp_path: Path) -> None:
     ) as said:
         samples(batches(found))
     assert "\n" not in str(said.value)
+
+
+def test_a_file_that_is_taken_away_while_it_is_looked_over_is_read_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    name, look, taken = dataset(tmp_path / "set"), hub.HubShards.open, list[int]()
+
+    def interrupted(self: hub.HubShards, number: int, folder: Path) -> stream.OpenedShard:
+        if number not in taken:
+            taken.append(number)
+            stream._remove(folder)
+        return look(self, number, folder)
+
+    monkeypatch.setattr(hub.HubShards, "open", interrupted)
+    assert samples(batches(open_data(Settings(dataset_name=name), Base(), streaming=True), end=15))
+    assert len(taken) == SHARDS
 
 
 def test_columns_of_a_streamed_dataset_are_found_or_asked_for(tmp_path: Path) -> None:

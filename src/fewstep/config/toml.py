@@ -13,6 +13,7 @@ from fewstep.config.base import Checked, Settings
 from fewstep.config.spelling import unknown_name
 from fewstep.errors import InputError
 from fewstep.files import at_home
+from fewstep.hiding import without_query
 
 SettingsT = TypeVar("SettingsT", bound=Checked)
 
@@ -59,9 +60,15 @@ def merged(
     return settings(**{**(defaults or {}), **filed, **given})
 
 
-def settings_toml(settings: Settings) -> str:
-    """The settings as flat TOML, ``None`` left out: reading it back gives equal settings."""
-    lines = [f"{name} = {_toml_value(value)}" for name, value in dict(settings).items() if value is not None]
+def settings_toml(settings: Settings, *, public: bool = False) -> str:
+    """The settings as flat TOML, ``None`` left out: reading it back gives equal settings.
+
+    Where it is to be passed on, the data's address comes without its query, which may sign for whoever has it.
+    """
+    values = {name: value for name, value in dict(settings).items() if value is not None}
+    if public and "dataset_name" in values:
+        values["dataset_name"] = without_query(values["dataset_name"])
+    lines = [f"{name} = {_toml_value(value)}" for name, value in values.items()]
     return "\n".join(lines) + "\n"
 
 

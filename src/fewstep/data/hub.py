@@ -240,7 +240,13 @@ class HubShards:
         import datasets
 
         drops = Drops()
-        rows = datasets.Dataset.from_file(str(folder / _FILE))
+        try:
+            rows = datasets.Dataset.from_file(str(folder / _FILE))
+        except (OSError, ValueError) as error:  # pyarrow's own are ValueErrors
+            raise DataError(
+                f"{str(folder / _FILE)!r} cannot be read ({_line(error)}); allowed is what was fetched there; check "
+                "the disk, and go on from the last checkpoint"
+            ) from error
         found = scan_rows(rows, self._columns, self._resolution, drops, roots=_roots(self._name))
         report = drops.report(self.name(number), len(found.data), found.captions)
         report.check(self._max_dropped)

@@ -28,6 +28,8 @@ from fewstep.data.pictures import PictureError
 from fewstep.errors import DataError, FewstepError
 from fewstep.randomness import generator
 
+_PREFETCH = 2  # micro-batches that a worker is asked for in advance
+
 _ATTEMPTS = 32  # at finding a replacement; that many failures in a row are no accident
 
 
@@ -72,6 +74,10 @@ class InItsOwnOrder(Protocol):
 
     def index_at(self, seed: int, place: int, attempt: int = 0) -> int:
         """Which item stands at a place of the endless sequence; at a later attempt, another in its place."""
+        ...
+
+    def expect(self, spread: int) -> None:
+        """Told how far apart places of the sequence are that are read at the same time, at most."""
         ...
 
     def notes(self) -> tuple[str, ...]:
@@ -172,6 +178,9 @@ class Batches:
         ]
         self._allowance = allowance
         self._workers = workers
+        if isinstance(data, InItsOwnOrder) and (workers or slices.processes > 1):
+            ahead = 2 * slices.accumulation if slices.processes > 1 else 1  # at most an update before another process
+            data.expect((workers * _PREFETCH + ahead) * slices.batch_size * slices.processes)
         self.replaced: dict[str, str] = {}
         """Names of the pictures that turned out to be no good, and why."""
         self._noted: set[str] = set()
@@ -192,6 +201,7 @@ class Batches:
             sampler=self._order,
             collate_fn=_as_it_is,
             num_workers=self._workers,
+            prefetch_factor=_PREFETCH if self._workers else None,
             worker_init_fn=_leave_signals_to_the_main_process,
             generator=torch.Generator(),  # else the loader draws from, and so changes, torch's global generator
         )

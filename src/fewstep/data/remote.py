@@ -10,7 +10,7 @@ import urllib.request
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from http.client import HTTPException, HTTPResponse, IncompleteRead
+from http.client import HTTPException, HTTPResponse, IncompleteRead, InvalidURL
 from pathlib import Path, PurePosixPath
 from typing import BinaryIO, TypeVar
 from urllib.error import HTTPError, URLError
@@ -49,8 +49,10 @@ def expand(pattern: str) -> list[str]:
     """The URLs that a pattern stands for: {0000..0123} is every number from the one to the other, as wide as the first.
 
     Raises:
-        InputError: it names no .tar, or has a range that no numbers are in.
+        InputError: it names no .tar, has a range that no numbers are in, or holds a user's name.
     """
+    _refuse_users(pattern)
+    said = shown(_bare(pattern))
     parts = re.split(r"\{(\d+\.\.\d+)\}", pattern)
     ranges = []
     count = 1
@@ -60,7 +62,7 @@ def expand(pattern: str) -> list[str]:
         count *= max(size, 0)
         if size < 1 or count > _MOST_SHARDS:
             raise InputError(
-                f"dataset_name {pattern!r} has the range {{{span}}}; allowed is {{FIRST..LAST}} with FIRST up to LAST, "
+                f"dataset_name {said!r} has the range {{{span}}}; allowed is {{FIRST..LAST}} with FIRST up to LAST, "
                 f"of at most {_MOST_SHARDS:,} shards; for example {{0000..0123}}"
             )
         ranges.append([f"{number:0{len(first)}d}" for number in range(int(first), int(last) + 1)])
@@ -70,10 +72,29 @@ def expand(pattern: str) -> list[str]:
     ]
     if not all(urlsplit(url).path.endswith(".tar") and urlsplit(url).hostname for url in urls):
         raise InputError(
-            f"dataset_name {pattern!r} is no shard; allowed by URL are .tar files as webdataset writes them, several "
+            f"dataset_name {said!r} is no shard; allowed by URL are .tar files as webdataset writes them, several "
             "as https://HOST/PATH-{0000..0123}.tar; other data has to be downloaded first"
         )
     return urls
+
+
+def _refuse_users(pattern: str) -> None:
+    """Say no to an address with a user's name in it, without repeating what may be a password.
+
+    Python's client takes the name for a part of the host, and repeats it in its errors.
+    """
+    if "@" in pattern.split("/")[2]:
+        raise InputError(
+            "dataset_name is an address with a user name in it; allowed is one without; use a signed address, or for a "
+            "dataset of the Hub its ID with HF_TOKEN set"
+        )
+    try:
+        _ = urlsplit(re.sub(r"\{(\d+)\.\.\d+\}", r"\1", pattern)).port
+    except ValueError:  # such as of a password with a slash in it
+        raise InputError(
+            "dataset_name is an address whose host or port cannot be read; allowed is https://HOST/PATH.tar or "
+            "https://HOST:PORT/PATH.tar, without a user name; check the address"
+        ) from None
 
 
 @dataclass(frozen=True)
@@ -261,6 +282,11 @@ def _insisting(url: str, work: Callable[[], ResultT]) -> ResultT:
             return work()
         except _Unwritable as error:
             raise error.error from None
+        except (InvalidURL, UnicodeError):  # what they say may hold a part of the address that is secret
+            raise DataError(
+                f"{name} cannot be had: its address, or one that the server passed on to, is none that can be asked "
+                "for; allowed is https://HOST/PATH.tar in ASCII without spaces (%20 stands for one); check the URL"
+            ) from None
         except HTTPError as error:
             reason = f"the server says {error.code} {error.reason}"
             if error.code not in _PASSING:

@@ -9,7 +9,8 @@ resumed run fetches the shards of its buffer again and goes on, and workers and 
 a shard with more pictures some are left out, others each epoch; in one with fewer some come twice.
 
 All processes of a run on a machine share what is fetched; the next buffer is fetched while this one is used, and shards
-that are two buffers back are removed. Another run on the same source has a folder of its own: it is at other shards.
+that are two buffers back are removed, or further back where those that load ahead may still be at them. Another run on
+the same source has a folder of its own: it is at other shards.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from math import ceil
 from pathlib import Path
 from typing import Protocol, TypeVar
 
@@ -40,7 +42,7 @@ from fewstep.randomness import generator
 WINDOW = 4
 """Shards that are read at random at a time."""
 
-_REPEATS = 3  # a shard that another process has removed meanwhile is fetched again, but not for ever
+_REPEATS = 10  # a shard that another process has removed meanwhile is fetched again, but not for ever
 
 _ROWS = 2**32  # more pictures than any shard has
 
@@ -68,6 +70,22 @@ class OpenedShard:
     def mark(self) -> int:
         """64 bits of the fingerprint."""
         return int(self.fingerprint[:16], 16)
+
+
+@dataclass(frozen=True)
+class _Copy:
+    """A shard's folder, and which one it was: it may be removed, and fetched again, while somebody reads it."""
+
+    place: Path
+    which: tuple[int, int, int] | None
+
+    @classmethod
+    def at(cls, place: Path) -> _Copy:
+        return cls(place, _which(place))
+
+    @property
+    def is_there(self) -> bool:
+        return self.which is not None and _which(self.place) == self.which
 
 
 class ShardSource(Protocol):
@@ -119,9 +137,11 @@ class StreamedPictures:
         self._source = source
         self._home = _own_folder(cache_folder() / source.key)
         self._opened: dict[int, OpenedShard] = {}
+        self._copies: dict[int, _Copy] = {}  # of what was opened
+        self._spread = 0  # places
         self._notes: list[str] = []
         self._window = (0, -1)  # seed and number
-        self.first = self._look(0)
+        self.first = self._read(0, lambda opened: opened)
         self._each = len(self.first.data)
 
     def __len__(self) -> int:
@@ -160,6 +180,10 @@ class StreamedPictures:
             number -= size
         raise AssertionError("a number below the sum of the sizes is in one of them")
 
+    def expect(self, spread: int) -> None:
+        """Places up to `spread` apart are read at the same time: what is needed for one of them is not removed."""
+        self._spread = max(self._spread, spread)
+
     def notes(self) -> tuple[str, ...]:
         """What was dropped of the shards that were opened since the last call."""
         said, self._notes = tuple(self._notes), []
@@ -183,7 +207,9 @@ class StreamedPictures:
         following = self._shards_of(seed, window + 1)
         kept = {*self._shards_of(seed, window), *following}
         self._opened = {shard: opened for shard, opened in self._opened.items() if shard in kept}
-        kept |= set(self._shards_of(seed, window - 1)) if window else set()
+        apart = ceil(self._spread / (self._width * self._each))  # buffers that others may be behind, or ahead
+        for near in range(max(0, window - max(1, apart)), window + apart + 2):
+            kept.update(self._shards_of(seed, near))
         for place in self._home.glob("[0-9]*"):
             if place.is_dir() and int(place.name) not in kept:
                 _remove(place)
@@ -211,29 +237,41 @@ class StreamedPictures:
         return self._read(shard, on)
 
     def _read(self, shard: int, work: Callable[[OpenedShard], ResultT]) -> ResultT:
-        """`work` on a shard, fetched if need be."""
-        for _ in range(_REPEATS):
+        """`work` on a shard, fetched if need be, and again where another process removes it meanwhile."""
+        for left in reversed(range(_REPEATS)):
             if shard not in self._opened:
-                self._opened[shard] = self._look(shard)
+                self._copies[shard] = _Copy.at(self._here(shard))
+            copy = self._copies[shard]
             try:
+                if shard not in self._opened:
+                    self._opened[shard] = self._look(shard, copy.place)
                 return work(self._opened[shard])
             except PictureError:
                 raise
-            except DataError as error:
-                del self._opened[shard]
-                failed = error
-        raise failed
+            except DataError:
+                looked_over = self._opened.pop(shard, None) is not None
+                if copy.is_there and not looked_over:
+                    self._discard(copy)  # it is damaged: whoever asks next fetches it again
+                    raise
+                if copy.is_there or not left:
+                    raise
+        raise AssertionError("the last attempt returns or raises")
 
-    def _look(self, shard: int) -> OpenedShard:
-        place = self._here(shard)
-        try:
-            opened = self._source.open(shard, place)
-        except DataError:
-            _remove(place)  # the next attempt fetches it again
-            raise
+    def _look(self, shard: int, place: Path) -> OpenedShard:
+        opened = self._source.open(shard, place)
         if opened.report.dropped:
             self._notes += [f"{self._source.name(shard)}: {line}" for line in list(opened.report.lines())[1:]]
         return opened
+
+    def _discard(self, copy: _Copy) -> None:
+        """Remove what was opened, and nothing that somebody has put into its place."""
+        with suppress(OSError), FileLock(self._lock_of(copy.place)):
+            if copy.is_there:
+                _remove(copy.place)
+
+    def _lock_of(self, place: Path) -> Path:
+        """Held while a shard is fetched."""
+        return place.with_name(f"{place.name}.lock")
 
     def _here(self, shard: int) -> Path:
         """The folder of a shard, which is fetched if it is not there; once, whoever asks."""
@@ -242,7 +280,7 @@ class StreamedPictures:
             return place
         with _writing(self._home):
             self._home.mkdir(parents=True, exist_ok=True)
-            with FileLock(self._home / f"{shard:06d}.lock"):
+            with FileLock(self._lock_of(place)):
                 if not place.is_dir():
                     part = self._home / f".{shard:06d}"
                     shutil.rmtree(part, ignore_errors=True)
@@ -312,12 +350,22 @@ def _writing(folder: Path) -> Iterator[None]:
     except OSError as error:
         raise DataError(
             f"{str(folder)!r} cannot be written to: {error.strerror or error}; shards of the data are kept there while "
-            "they are needed, twelve at most; make room, or set XDG_CACHE_HOME to another folder"
+            "they are needed, about twelve, more where they are small; make room, or set XDG_CACHE_HOME to another "
+            "folder"
         ) from error
 
 
 def _in_background(work: Callable[[], None]) -> None:
     threading.Thread(target=work, daemon=True).start()
+
+
+def _which(place: Path) -> tuple[int, int, int] | None:
+    """What tells a folder from one that comes to its place later; None where there is none."""
+    try:
+        found = place.stat()
+    except OSError:
+        return None
+    return found.st_dev, found.st_ino, found.st_mtime_ns  # numbers of inodes are given out again
 
 
 def _remove(place: Path) -> None:

@@ -8,6 +8,7 @@ from fewstep import lora
 from fewstep.backbone import Backbone
 from fewstep.config import TrainSettings, settings_toml, spell
 from fewstep.data import Slices
+from fewstep.hiding import without_secrets
 from fewstep.methods.kstep import KStep
 from fewstep.train import engine
 from fewstep.train.start import rollouts_to_keep
@@ -64,7 +65,7 @@ def plan(settings: TrainSettings, method: KStep, slices: Slices, backbone: Backb
         f"AdamW {'fused' if engine.fuses(settings, device) else 'plain'}"
     )
     yield "settings:"
-    yield from (f"  {line}" for line in settings_toml(settings).splitlines())
+    yield from (f"  {line}" for line in without_secrets(settings_toml(settings)).splitlines())
 
 
 def stock_call(method: KStep) -> str:

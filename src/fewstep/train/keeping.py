@@ -82,7 +82,7 @@ class Keeper:
             checkpoint.save(
                 folder,
                 self._publish,
-                settings=settings_toml(settings),
+                settings=settings_toml(settings, public=True),
                 record=record,
                 stateful=state,
                 adapter_bytes=self._adapter_bytes,
