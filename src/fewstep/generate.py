@@ -76,7 +76,10 @@ def generate(
     if drawn:
         reporter.warn(f"{drawn[0]} holds earlier pictures: all in the folders of these step counts are replaced")
     for folder in drawn:
-        folder.unlink() if folder.is_symlink() else shutil.rmtree(folder)
+        if folder.is_symlink():
+            folder.unlink()
+        else:
+            shutil.rmtree(folder)
     for folder in folders.values():
         folder.mkdir(parents=True)
     reporter.say(settings_toml(settings).strip())

@@ -12,7 +12,7 @@ import pytest
 from fewstep import lora, opening
 from fewstep.backbone import Backbone
 from fewstep.benchmark import BenchmarkResult, benchmark
-from fewstep.benchmark.adapters import recorded_origin
+from fewstep.benchmark.adapters import origin_of
 from fewstep.checkpoint import Origin
 from fewstep.config import adapter_entries, load_adapters
 from fewstep.errors import CheckpointError, InputError
@@ -100,11 +100,11 @@ def test_the_base_is_the_one_that_an_adapter_of_the_file_names(
     shipped = base.abilities.adapter()  # type: ignore[union-attr]
     text = f'[[adapter]]\nid = "released"\nlora_path = "{shipped}"\n[[adapter]]\nid = "mine"\nlora_path = "{other}"\n'
     asked = settings(tmp_path, adapters_file=listed(tmp_path, text))
-    assert recorded_origin(asked) is None
+    assert origin_of(asked) is None
     manifest = {"schema_version": 1, "step": 10, "base_model": "their-own", "base_fingerprint": "f" * 32, "files": {}}
     (other / "manifest.json").write_text(json.dumps(manifest | {"step_counts": [1], "revision": "abc"}))
     (other / "settings.toml").write_text('prediction_type = "v_prediction"\n')
-    assert recorded_origin(asked) == Origin("their-own", "abc", "v_prediction")
+    assert origin_of(asked) == Origin("their-own", "abc", "v_prediction")
     opened: list[tuple[object, ...]] = []
 
     def load(name: str, *, why: str, revision: str | None, prediction_type: str | None, **_: object) -> Backbone:

@@ -10,8 +10,7 @@ from functools import partial
 from fewstep import lora
 from fewstep.arms import Arm, base_arm, sampler_timesteps, student_arm
 from fewstep.backbone import Backbone, adapters_off
-from fewstep.checkpoint import Origin, recorded_steps
-from fewstep.checkpoint import recorded_origin as origin_of
+from fewstep.checkpoint import Origin, recorded_origin, recorded_steps
 from fewstep.config import AdapterEntry, BenchSettings, adapter_entries
 from fewstep.errors import InputError
 from fewstep.opening import Sampling, describe_adapter, recorded_sampling, trained_for, warn_of_another_base
@@ -30,10 +29,10 @@ class Further:
     facts: Mapping[str, str]
 
 
-def recorded_origin(settings: BenchSettings) -> Origin | None:
+def origin_of(settings: BenchSettings) -> Origin | None:
     """The base that the first further adapter which names one was trained on."""
     sources = (lora.locate(entry.lora_path, entry.lora_id) for entry in adapter_entries(settings))
-    return next(filter(None, (origin_of(source.folder) for source in sources)), None)
+    return next(filter(None, (recorded_origin(source.folder) for source in sources)), None)
 
 
 class Adapters:

@@ -11,7 +11,7 @@ from typing import Any
 from fewstep import lora
 from fewstep.arms import Arm, check_arms, real_arm, solver_arm, student_arm, teacher_arm
 from fewstep.backbone import Backbone
-from fewstep.benchmark.adapters import Adapters, controls, recorded_origin
+from fewstep.benchmark.adapters import Adapters, controls, origin_of
 from fewstep.benchmark.options import Options
 from fewstep.benchmark.real import DataPictures, OwnPictures, RealPictures, pictures_of_data
 from fewstep.config import BenchSettings
@@ -137,7 +137,7 @@ def make_plan(
         with_adapter=wants_adapter,
         step_counts=settings.steps,
         reporter=reporter,
-        origin=recorded_origin(settings) if backbone is None else None,
+        origin=origin_of(settings) if backbone is None else None,
     )
     backbone = opened.backbone
     data = pictures_of_data(settings, backbone, reporter)

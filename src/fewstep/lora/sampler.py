@@ -10,9 +10,7 @@ from ..quiet import quiet_libraries
 
 FOLDER = "scheduler"
 
-NOISE_LEVELS = (
-    *("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas", "use_lu_lambdas", "use_flow_sigmas"),
-)
+NOISE_LEVELS = ("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas", "use_lu_lambdas", "use_flow_sigmas")
 """What a base's scheduler may say of noise levels other than its timesteps'; with these no timesteps can be given."""
 
 

@@ -1,10 +1,10 @@
-"""`fewstep pretrain`: the embedded base and its judges, rebuilt from nothing in four resumable stages.
+"""`fewstep pretrain`: the embedded base and its judges, rebuilt from nothing in six resumable stages.
 
 1. vae: drawings to latents and back;
 2. judges: the reader with its features, and the alignment model;
-3. denoiser: the text encoder, then the UNet on cached latents;
-4. refine: the UNet's training goes on under a second learning rate curve, then the figures that say what the base can
-   do.
+3. denoiser-half, denoiser: the text encoder, then the UNet on cached latents;
+4. refine-half, refine: the UNet's training goes on under a second learning rate curve, then the figures that say what
+   the base can do.
 
 Every batch is a function of (seed, step): a stage that was stopped goes on as if it had not been. On a GPU the stages
 take as many steps, with larger batches.
