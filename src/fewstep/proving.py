@@ -105,7 +105,7 @@ def frechet_figure(features: Tensor, reference: Tensor, per_prompt: int) -> dict
     repeated = [prompt for prompt in prompts for _ in range(per_prompt)]
     halves = half_samples(prompts, halves=30)
     in_halves = half_sample_distances(features, prompts, reference, repeated, halves, frechet_distance)
-    figure = with_spread(frechet_distance(features, reference), in_halves)
+    figure = with_spread(frechet_distance(features, reference), in_halves, prompts, least=0.0)
     return {"value": figure.value, "standard_error": figure.standard_error}
 
 

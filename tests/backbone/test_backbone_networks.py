@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
 
 from fewstep import sd15
 from fewstep.backbone import Backbone, adapters_off, random_backbone
-from fewstep.backbone.threads import in_parts, whole_batches
+from fewstep.backbone.threads import in_parts, lone_threads, whole_batches
 from fewstep.lora import attach, trainable_parameters
 
 TARGETS = ("to_q", "to_k", "to_v", "to_out.0")
@@ -124,6 +126,17 @@ def test_a_thread_that_fails_is_heard(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
     with torch.no_grad(), pytest.raises(ArithmeticError, match="4 samples"):
         in_parts(fails, (torch.zeros(8, 1),))
+
+
+def test_lone_threads_take_nobody_elses_threads() -> None:
+    def threads(_: int) -> int:
+        return torch.get_num_threads()
+
+    torch.set_num_threads(3)
+    with lone_threads(2) as alone, ThreadPoolExecutor(1) as later:
+        assert set(alone.map(threads, range(8))) == {1}
+        assert torch.get_num_threads() == 3 and later.submit(threads, 0).result() == 3
+        assert set(alone.map(threads, range(8))) == {1}
 
 
 def test_the_denoiser_is_the_unet(tiny: Backbone) -> None:

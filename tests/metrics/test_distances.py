@@ -59,15 +59,24 @@ def test_half_samples_tell_the_standard_error() -> None:
     distances = half_sample_distances(
         normal(200, 2, 7) + shift, numbers, picked, numbers, half_samples(numbers), frechet_distance
     )
-    found = with_spread(0.36, distances)
+    found = with_spread(0.36, distances, numbers)
     assert found.standard_error is not None
     # The reference of 200 varies as well, where that of 4,000 hardly does: up to sqrt(2) more.
     assert 0.7 * np.std(truth) < found.standard_error < 2.2 * np.std(truth)
 
 
+def test_the_interval_is_students_and_within_what_can_be() -> None:
+    """At 95 %, of eight prompts with three pictures each: 2.365 errors, seven degrees of freedom."""
+    prompts, spread = [prompt for prompt in range(8) for _ in range(3)], [0.9, 1.0, 1.1, 1.0]
+    error = float(np.std(spread, ddof=1))
+    free, share = with_spread(1.0, spread, prompts), with_spread(1.0, spread, prompts, least=0.95, most=1.0)
+    assert (free.low, free.high) == pytest.approx((1 - 2.3646 * error, 1 + 2.3646 * error), abs=1e-4)
+    assert (share.low, share.high, share.standard_error) == (0.95, 1.0, error)
+
+
 def test_too_few_prompts_for_halves() -> None:
     assert half_samples([0, 0, 1, 1, 2]) == []
-    assert with_spread(1.0, []).low is None
+    assert with_spread(1.0, [], [0, 1]).low is None
 
 
 def test_halves_are_of_prompts_and_the_same_each_time() -> None:

@@ -6,7 +6,15 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from fewstep.metrics.intervals import bootstrap, gap_closed, paired_difference, share, student_t, wilson
+from fewstep.metrics.intervals import (
+    bootstrap,
+    gap_closed,
+    paired_difference,
+    share,
+    share_difference,
+    student_t,
+    wilson,
+)
 
 RANDOM = np.random.default_rng(5)
 
@@ -122,3 +130,19 @@ def test_values_without_clusters_are_refused() -> None:
         bootstrap([1.0, 2.0], [0])
     with pytest.raises(ValueError, match="allowed"):
         wilson(3, 2)
+
+
+@pytest.mark.parametrize(("mine", "theirs"), [(1, 1), (0, 1), (1, 0)])
+def test_outcomes_that_never_differ_leave_a_difference_possible(mine: int, theirs: int) -> None:
+    found = share_difference(np.full(40, mine), np.full(40, theirs), [picture // 2 for picture in range(40)])
+    unseen = wilson(0, 20).high
+    assert unseen is not None and 0.1 < unseen < 0.2
+    assert found.value == mine - theirs
+    assert found.low == pytest.approx(max(-1, found.value - unseen))
+    assert found.high == pytest.approx(min(1, found.value + unseen))
+
+
+def test_outcomes_that_differ_have_the_bootstraps_interval() -> None:
+    mine, theirs = RANDOM.integers(0, 2, 60), RANDOM.integers(0, 2, 60)
+    assert share_difference(mine, theirs, range(60)) == paired_difference(mine, theirs, range(60))
+    assert share_difference([1, 1], [1, 1], [0, 1]).low is None  # of too few prompts there is none

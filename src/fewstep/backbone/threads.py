@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import cache, reduce
 from itertools import accumulate
+from threading import Barrier
 from typing import Any, TypeVar
 
 import torch
@@ -114,7 +115,22 @@ def _each(work: Callable[..., T], parts: list[tuple[Tensor, ...]], gradients: bo
     return list(_pool(len(parts)).map(one, parts))
 
 
-@cache
-def _pool(threads: int) -> ThreadPoolExecutor:
-    # The number set here is each thread's own: the caller's operations go on with all of them.
-    return ThreadPoolExecutor(threads, "fewstep", initializer=torch.set_num_threads, initargs=(1,))
+def lone_threads(count: int) -> ThreadPoolExecutor:
+    """`count` threads, each of which computes alone; everyone else's operations go on with all of them."""
+
+    def alone() -> None:
+        torch.get_num_threads()  # a thread's first operation takes the common number: let this be the first
+        torch.set_num_threads(1)
+
+    pool = ThreadPoolExecutor(count, "fewstep", initializer=alone)
+    # What a thread sets is its own and that of every thread started later: all of these are started now, and then the
+    # caller's number is set again for the others.
+    before, started = torch.get_num_threads(), Barrier(count + 1)
+    for _ in range(count):
+        pool.submit(started.wait)
+    started.wait()
+    torch.set_num_threads(before)
+    return pool
+
+
+_pool = cache(lone_threads)

@@ -8,12 +8,12 @@ is not held against an arm.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
+from fewstep.backbone.threads import lone_threads
 from fewstep.benchmark.drawing import features_among, features_of, looks_of
 from fewstep.benchmark.plan import Plan
 from fewstep.benchmark.real import through_vae
@@ -83,8 +83,7 @@ def measure_distributions(plan: Plan, evaluations: Mapping[str, Evaluation], rep
         )
 
     # A thread an arm, each computing alone: these matrices are too small to be shared out.
-    threads = ThreadPoolExecutor(torch.get_num_threads(), initializer=torch.set_num_threads, initargs=(1,))
-    with reporter.progress("distances", len(drawn)) as bar, threads as pool:
+    with reporter.progress("distances", len(drawn)) as bar, lone_threads(torch.get_num_threads()) as pool:
         for name, (frechet, distances, variety) in zip(drawn, pool.map(measure, drawn.values()), strict=True):
             if frechet is not None:
                 result.frechet[name] = frechet
@@ -159,9 +158,9 @@ def _frechet(pictures: _Pictures, teacher: _Within | None, real: _Pictures, halv
     if teacher is not None:
         # On the same halves, so that what both have in common falls out.
         in_halves = [mine - theirs for mine, theirs in zip(found.halves, teacher.halves, strict=True)]
-        difference = with_spread(found.whole - teacher.whole, in_halves)
+        difference = with_spread(found.whole - teacher.whole, in_halves, pictures.prompts)
     return Frechet(
-        through_vae=with_spread(found.whole, found.halves),
+        through_vae=with_spread(found.whole, found.halves, pictures.prompts, least=0.0),
         raw=_figure(frechet_distance, pictures.raw, pictures, real.raw, real, halves),
         difference=difference,
         pictures=len(pictures.features),
@@ -198,8 +197,11 @@ def _manifolds(pictures: _Pictures, others: _Pictures, halves: list[frozenset[in
     in_halves = half_sample_distances(
         a, pictures.prompts, b, others.prompts, halves, precision_recall, least=NEIGHBOURS + 1
     )
-    precisions, recalls = zip(precision_recall(a, b), *in_halves, strict=True)
-    return {"precision": with_spread(precisions[0], precisions[1:]), "recall": with_spread(recalls[0], recalls[1:])}
+    found = zip(precision_recall(a, b), *in_halves, strict=True)
+    return {
+        name: with_spread(share, shares, pictures.prompts, least=0.0, most=1.0)
+        for name, (share, *shares) in zip(("precision", "recall"), found, strict=True)
+    }
 
 
 def _to_teacher(pictures: _Pictures, teacher: _Pictures | None, halves: list[frozenset[int]]) -> dict[str, Interval]:
@@ -220,7 +222,8 @@ def _figure(
     of_b: _Pictures,
     halves: list[frozenset[int]],
 ) -> Interval:
-    return with_spread(distance(a, b), half_sample_distances(a, of_a.prompts, b, of_b.prompts, halves, distance))
+    in_halves = half_sample_distances(a, of_a.prompts, b, of_b.prompts, halves, distance)
+    return with_spread(distance(a, b), in_halves, of_a.prompts, least=0.0)
 
 
 def _between_prompts(
@@ -237,9 +240,8 @@ def _between_prompts(
     def within(mine: Tensor, theirs: Tensor) -> float:
         return distance(a[mine], b[theirs], drawn[mine].tolist(), real[theirs].tolist())
 
-    return with_spread(
-        distance(a, b, of_a.prompts, of_b.prompts), within_halves(of_a.prompts, of_b.prompts, halves, within)
-    )
+    in_halves = within_halves(of_a.prompts, of_b.prompts, halves, within)
+    return with_spread(distance(a, b, of_a.prompts, of_b.prompts), in_halves, of_a.prompts)
 
 
 def _variety(pictures: _Pictures, teacher: _Pictures | None) -> dict[str, Interval]:

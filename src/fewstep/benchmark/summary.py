@@ -13,7 +13,7 @@ from torch import Tensor
 from fewstep.arms import control_of, plain_of
 from fewstep.benchmark.distribution import Distributions
 from fewstep.benchmark.plan import Plan
-from fewstep.metrics.intervals import bootstrap, paired_difference, share
+from fewstep.metrics.intervals import bootstrap, paired_difference, share, share_difference
 from fewstep.metrics.retention import corrected_retention, retention
 from fewstep.metrics.saturation import mean_saturation, saturation
 from fewstep.opening import versions
@@ -165,7 +165,7 @@ def _answer_figures(found: Evaluation, others: _Others) -> dict[str, Any]:
     def against(other: Evaluation | None) -> Interval | None:
         if other is None or other.answers is None:
             return None
-        return paired_difference(answers["all_right"], other.answers["all_right"], prompts)
+        return share_difference(answers["all_right"], other.answers["all_right"], prompts)
 
     return {
         "all_right": share(answers["all_right"], prompts),
@@ -184,7 +184,7 @@ def _attribute_differences(
     if theirs is None:
         return {}
     return {
-        name: paired_difference(right, theirs[name], prompts)
+        name: share_difference(right, theirs[name], prompts)
         for name, right in answers.items()
         if name != "all_right" and name in theirs
     }
@@ -194,11 +194,12 @@ def _over_solvers(found: Evaluation, others: Iterable[Evaluation]) -> dict[str, 
     if found.arm.role != "student":
         return {}
     judge, name = ("alignment", "score") if found.answers is None else ("answers", "all_right")
+    minus = paired_difference if found.answers is None else share_difference
     own, differences = _of(found, judge, name), {}
     for other in others:
         theirs = _of(other, judge, name)
         if other.arm.role == "solver" and own is not None and theirs is not None:
-            differences[other.arm.id] = paired_difference(own, theirs, found.prompt_numbers)
+            differences[other.arm.id] = minus(own, theirs, found.prompt_numbers)
     return differences
 
 

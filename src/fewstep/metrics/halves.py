@@ -7,6 +7,7 @@ replacement would count pictures twice, which shrinks covariances, puts neighbou
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import TypeVar
 
@@ -14,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fewstep.metrics.intervals import LEVEL, student_t
 from fewstep.records import Interval
 
 HALVES = 100
@@ -70,15 +72,29 @@ def within_halves(
     return [found[half] for half in halves]
 
 
-def with_spread(value: float, distances: Sequence[float]) -> Interval:
-    """A distance (or a difference of two) with the interval that its half-samples give."""
+def with_spread(
+    value: float,
+    distances: Sequence[float],
+    prompts: Sequence[int],
+    *,
+    least: float = -math.inf,
+    most: float = math.inf,
+) -> Interval:
+    """A distance (or a difference of two) with the interval that its half-samples give, by Student's t.
+
+    Args:
+        distances: in the half-samples.
+        prompts: which they are halves of, in any number of pictures each.
+        least, most: between which it must lie.
+    """
     if len(distances) < 2:
         return Interval(value=value)
     error = float(np.std(distances, ddof=1))
+    reach = error * student_t((1 + LEVEL) / 2, len(set(prompts)) - 1)
     return Interval(
         value=value,
-        low=value - 1.96 * error,
-        high=value + 1.96 * error,
+        low=max(least, value - reach),
+        high=min(most, value + reach),
         standard_error=error,
         method="half-sampling of prompts",
     )

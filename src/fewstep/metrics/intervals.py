@@ -105,6 +105,27 @@ def paired_difference(
     return bootstrap(difference, clusters, level=level, seed=seed)
 
 
+def share_difference(
+    outcomes: ArrayLike, baseline: ArrayLike, clusters: Sequence[int], *, level: float = LEVEL, seed: int = 0
+) -> Interval:
+    """Mean of ``outcomes - baseline`` (booleans [N]), picture by picture.
+
+    Where it is the same in every prompt, such as 0 because no picture differs, resampling says nothing: of as many
+    prompts more, each way, as Wilson's interval allows where none was seen, the difference may yet be another.
+    """
+    found = paired_difference(outcomes, baseline, clusters, level=level, seed=seed)
+    if found.low is None or found.low < found.high:
+        return found
+    unseen = wilson(0, len(set(clusters)), level=level)
+    return Interval(
+        value=found.value,
+        low=max(-1.0, found.value - unseen.high),
+        high=min(1.0, found.value + unseen.high),
+        standard_error=unseen.standard_error,
+        method=unseen.method,
+    )
+
+
 def gap_closed(
     untrained: ArrayLike, student: ArrayLike, teacher: ArrayLike, clusters: Sequence[int], *, level: float = LEVEL
 ) -> Interval:

@@ -53,4 +53,4 @@ def mean_saturation(
         if found is None:
             return Interval(value=sum(whole) / len(whole))
         means.append(sum(found) / len(found))
-    return with_spread(sum(whole) / len(whole), means)
+    return with_spread(sum(whole) / len(whole), means, prompts, least=0.0)
