@@ -122,7 +122,8 @@ def test_results_csv_starts_with_the_columns_of_the_contract(run: tuple[Benchmar
 
 def test_the_bases_own_judge_is_named_by_its_base(run: tuple[BenchmarkResult, Notes], shared_base: Backbone) -> None:
     """Not by the folder that it lies in: two checkouts' benchmarks are to be set side by side."""
-    assert run[0].record.alignment_model == f"the alignment model of {shared_base.name}"
+    clip = CLIPAlignment(shared_base.abilities.alignment_model())  # type: ignore[union-attr]
+    assert run[0].record.alignment_model == f"the base's own alignment model ({clip.fingerprint[:8]})"
 
 
 def test_the_untrained_solvers_are_guided_as_the_teacher_is(run: tuple[BenchmarkResult, Notes]) -> None:

@@ -18,6 +18,7 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import CLIPModel
 
 from fewstep import lora
 from fewstep.backbone import Backbone
@@ -27,7 +28,7 @@ from fewstep.errors import InputError, Interrupted
 from fewstep.locks import alone_in
 from fewstep.reporting import Bar
 from fewstep.schedule import NoiseSchedule
-from tests.benchmark.fakes import make_adapter
+from tests.benchmark.fakes import Notes, make_adapter
 from tests.benchmark.test_benchmark import settings
 
 TIMES = ("time_total_s", "time_per_image_s", "speedup_vs_baseline")
@@ -272,6 +273,35 @@ def test_another_adapter_is_not_taken_for_the_first_one(
     asked = small(tmp_path, resume=True, lora_path=other).replace(outdir=whole.outdir)
     with pytest.raises(InputError, match="arm student-1 came with weights"):
         benchmark(asked, backbone=base)
+
+
+def test_nor_are_another_runs_pictures_in_a_shared_folder(base: Backbone, tmp_path: Path) -> None:
+    apart, notes = tmp_path / "apart", Notes()
+    asked = small(tmp_path, baseline_outdir=apart, steps=(1,), num_images=1, solver_steps=0)
+    benchmark(asked, backbone=base)
+    own = contents(apart)
+    lora.detach(base.unet)
+    benchmark(asked.replace(outdir=tmp_path / "second", seed=7), backbone=base, reporter=notes)
+    assert contents(apart).keys() == own.keys() and contents(apart) != own
+    assert [text for text in notes.warned if "earlier" in text] == [
+        f"{apart} holds an earlier benchmark, or pictures: tables and pictures are replaced"
+    ]
+    lora.detach(base.unet)
+    benchmark(asked.replace(resume=True), backbone=base)
+    assert contents(apart) == own
+
+
+def test_nor_is_another_judge_of_the_same_name(base: Backbone, tmp_path: Path) -> None:
+    clip = tmp_path / "clip"
+    shutil.copytree(base.abilities.alignment_model(), clip)  # type: ignore[union-attr]
+    asked = small(tmp_path, clip_model_id=str(clip), steps=(1,), compare_baseline=False)
+    benchmark(asked, backbone=base)
+    network = CLIPModel.from_pretrained(clip)
+    torch.nn.init.normal_(network.visual_projection.weight)
+    network.save_pretrained(clip)
+    lora.detach(base.unet)
+    with pytest.raises(InputError, match="^alignment_weights '[0-9a-f]{32}' came, the benchmark in"):
+        benchmark(asked.replace(resume=True, steps=(1, 2)), backbone=base)
 
 
 def test_a_folder_that_is_being_written_to_is_left_alone(base: Backbone, tmp_path: Path) -> None:

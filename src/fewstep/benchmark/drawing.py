@@ -6,8 +6,9 @@ import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
+from hashlib import sha256
 from pathlib import Path
 
 import torch
@@ -35,6 +36,9 @@ from fewstep.pictures import (
 from fewstep.report import picture_path, save_picture
 from fewstep.reporting import Reporter
 from fewstep.solver import OnStep
+
+FILES = "files"
+"""Under which a cell keeps what is in its pictures' files: several benchmarks may draw into one --baseline_outdir."""
 
 
 @contextmanager
@@ -125,7 +129,7 @@ def _others(plan: Plan, real: RealPictures, batch: PictureBatch) -> dict[str, Te
 
 @dataclass(frozen=True)
 class _WithPictures:
-    """Cells whose pictures are in their folder: a batch that has lost one is drawn again."""
+    """Cells whose pictures are in their folder, as they were saved there: else the batch is drawn again."""
 
     cells: ArmCells
     folder: Path
@@ -133,12 +137,27 @@ class _WithPictures:
     batch_size: int
 
     def get(self, number: int) -> Cell | None:
-        own = self.ids[number * self.batch_size : (number + 1) * self.batch_size]
-        there = all(picture_path(self.folder, prompt, picture).exists() for prompt, picture in own)
-        return self.cells.get(number) if there else None
+        cell = self.cells.get(number)
+        if cell is None:
+            return None
+        found = dict(cell.found)
+        saved = found.pop(FILES, {}).get("digest")
+        now = self._digests(number)
+        return replace(cell, found=found) if saved is not None and now is not None and saved.equal(now) else None
 
     def put(self, number: int, cell: Cell) -> None:
-        self.cells.put(number, cell)
+        digests = self._digests(number)
+        assert digests is not None, "pictures are saved before their cell"
+        self.cells.put(number, replace(cell, found={**cell.found, FILES: {"digest": digests}}))
+
+    def _digests(self, number: int) -> Tensor | None:
+        """The first 63 bits of each file's SHA-256, [B]; None where one is missing."""
+        own = self.ids[number * self.batch_size : (number + 1) * self.batch_size]
+        try:
+            files = [picture_path(self.folder, prompt, picture).read_bytes() for prompt, picture in own]
+        except FileNotFoundError:
+            return None
+        return torch.tensor([int.from_bytes(sha256(file).digest()[:8]) >> 1 for file in files])
 
 
 def draw(

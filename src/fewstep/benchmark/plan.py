@@ -89,7 +89,20 @@ class Plan:
             "features": self.features.name if self.features else None,
             "prompts": list(self.prompts),
             "real_pictures": self.real.key if self.real else None,
+            **self._judges(),
         }
+
+    def _judges(self) -> dict[str, str]:
+        """Fingerprints of the models that look at pictures, by what they are asked about."""
+        abilities = self.backbone.abilities
+        answers = None if abilities is None else OwnFeatures(abilities.features())
+        asked = {
+            "alignment": self.alignment,
+            "preference": self.preference,
+            "features": self.features,
+            "answers": answers,
+        }
+        return {f"{name}_weights": model.fingerprint for name, model in asked.items() if model is not None}
 
     def key_of(self, arm: Arm) -> dict[str, str | None]:
         """The weights that `arm` draws with besides the base's: their SHA-256."""
@@ -235,8 +248,8 @@ def _alignment(settings: BenchSettings, backbone: Backbone, reporter: Reporter) 
     own = backbone.abilities is not None and asked == BenchSettings.model_fields["clip_model_id"].default
     model = backbone.abilities.alignment_model() if own and backbone.abilities else asked
     try:
-        # Named by its base, not by the folder that it lies in: that is another one in another checkout.
-        name = f"the alignment model of {backbone.name}" if own else None
+        # Not named by the folder that it lies in: that is another one in another checkout.
+        name = "the base's own alignment model" if own else None
         return CLIPAlignment(model, device=backbone.device, allow_pickle=settings.allow_pickle, name=name)
     except ModelNotAtHand as error:
         raise CheckpointError(f"{error}, or --clip_model_id {NO_ALIGNMENT} to leave alignment out") from error

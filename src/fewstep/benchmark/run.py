@@ -151,8 +151,8 @@ def _clear(outdir: Path, folders: Iterable[Path], reporter: Reporter) -> None:
     """Take an earlier run's tables away, and its pictures from `folders`: beside this run's they would be wrong."""
     stale = [outdir / name for name in RESULT_FILES if (outdir / name).exists()]
     drawn = [folder for folder in folders if folder.exists()]
-    if drawn:
-        reporter.warn(f"{outdir} holds an earlier benchmark, or pictures: tables and pictures are replaced")
+    for home in dict.fromkeys(folder.parent.parent for folder in drawn):
+        reporter.warn(f"{home} holds an earlier benchmark, or pictures: tables and pictures are replaced")
     for path in stale:
         path.unlink()
     for folder in drawn:

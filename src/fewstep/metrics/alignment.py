@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from fewstep.metrics.pretrained import as_arrays, load_pretrained
+from fewstep.metrics.pretrained import as_arrays, fingerprint, load_pretrained
 
 TEXTS_AT_ONCE = 32
 
@@ -25,10 +25,11 @@ class CLIPAlignment:
         allow_pickle: also take weights that are not safetensors.
         fetch: whether a Hub id that is not in the cache is fetched.
         flag: that named it, for errors.
-        name: how results speak of it. None: as it was asked for.
+        name: how results speak of it, the beginning of its fingerprint added. None: as it was asked for.
 
     Attributes:
         logit_scale: what the model multiplies cosines with; PickScore's score is the product.
+        fingerprint: of its weights.
 
     Raises:
         ModelNotAtHand: the weights are not at hand.
@@ -48,7 +49,6 @@ class CLIPAlignment:
         # Heavy, and only needed by those who score pictures.
         from transformers import CLIPImageProcessorPil, CLIPModel, CLIPTokenizer
 
-        self.name = name or str(model)
         self.device = torch.device(device)
         self._model, self._tokenizer, self._processor = load_pretrained(
             str(model),
@@ -59,6 +59,8 @@ class CLIPAlignment:
             allow_pickle=allow_pickle,
             fetch=fetch,
         )
+        self.fingerprint = fingerprint(self._model)
+        self.name = f"{name} ({self.fingerprint[:8]})" if name else str(model)
         self._model.to(self.device)
         self.logit_scale = float(self._model.logit_scale.exp())
         self._length = int(self._model.config.text_config.max_position_embeddings)

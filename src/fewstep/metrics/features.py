@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from fewstep.errors import CheckpointError, first_line
-from fewstep.metrics.pretrained import ModelNotAtHand, as_arrays, load_pretrained
+from fewstep.metrics.pretrained import ModelNotAtHand, as_arrays, fingerprint, load_pretrained
 
 INCEPTION = "inception"
 """What `--feature_model` says where Inception's features are wanted, those of the usual FID."""
@@ -22,6 +22,11 @@ class Features(Protocol):
 
     @property
     def name(self) -> str: ...
+
+    @property
+    def fingerprint(self) -> str:
+        """Of its weights."""
+        ...
 
     def __call__(self, pixels: Tensor) -> Tensor:
         """Pixels uint8 [B, 3, H, W] to features [B, D] on the CPU."""
@@ -35,6 +40,7 @@ class OwnFeatures:
 
     def __init__(self, network: nn.Module) -> None:
         self._network = network
+        self.fingerprint = fingerprint(network)
 
     @torch.no_grad()
     def __call__(self, pixels: Tensor) -> Tensor:
@@ -67,6 +73,7 @@ class DINOFeatures:
         kind = self._network.config.model_type
         if not kind.startswith("dino"):
             raise CheckpointError(f"{model!r} holds a {kind} model; allowed is a DINOv2; pass another --feature_model")
+        self.fingerprint = fingerprint(self._network)
         self._network.to(device)
         self._device = device
 
@@ -118,6 +125,7 @@ class InceptionFeatures:
         except Exception as error:  # of the network, of the disk, of the file: there is no common one
             place = os.path.join(torch.hub.get_dir(), "checkpoints")
             raise InceptionNotAtHand(f"its weights cannot be had in {place}: {first_line(error)}") from error
+        self.fingerprint = fingerprint(network)
         self._network = network.to(device).requires_grad_(False)
         self._device = device
 

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 from typing import Any
 
 import torch
+from torch import nn
 
 from fewstep.errors import CheckpointError, first_line
 from fewstep.quiet import quiet_libraries
+
+
+ENDS = 1024
+"""Values at the beginning and at the end of every tensor that a fingerprint is taken of."""
 
 
 class ModelNotAtHand(CheckpointError):
@@ -67,6 +73,20 @@ def load_pretrained(
             f"complete one in transformers' layout; pass another {flag}"
         )
     return network.eval().requires_grad_(False), *found
+
+
+def fingerprint(network: nn.Module) -> str:
+    """32 hexadecimal digits that change with a network's weights; the same on every device.
+
+    Names, shapes and the two ends of every tensor count: training changes every value of those that it touches.
+    """
+    found = hashlib.sha256()
+    for name, tensor in sorted(network.state_dict().items()):
+        found.update(f"{name} {tuple(tensor.shape)}".encode())
+        flat = tensor.detach().flatten()
+        for end in (flat[:ENDS], flat[-ENDS:]):
+            found.update(end.double().cpu().numpy().tobytes())
+    return found.hexdigest()[:32]
 
 
 def as_arrays(pixels: torch.Tensor) -> list[Any]:
