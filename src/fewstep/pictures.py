@@ -157,7 +157,7 @@ def draw_pictures(
     """An arm's pictures, batch by batch in the order of ``ids``; arguments as in `draw_latents`.
 
     Raises:
-        CheckpointError: latents overflow, which half precision and broken adapters bring about.
+        CheckpointError: latents or pictures overflow, which half precision and broken adapters bring about.
     """
     for first in range(0, len(ids), batch_size):
         some = tuple(ids[first : first + batch_size])
@@ -165,12 +165,18 @@ def draw_pictures(
         latents = draw_latents(
             painter, arm, conditioning, some, seed=seed, resolution=resolution, denoiser=denoiser, on_step=on_step
         )
-        pixels = as_bytes(painter.decode(latents))
+        decoded = painter.decode(latents)
+        pixels = as_bytes(decoded)
         seconds = time.perf_counter() - started
         if not bool(latents.isfinite().all()):
             raise CheckpointError(
                 f"arm {arm.id} draws latents that are not finite; allowed are numbers; try --mixed_precision no, or "
                 "another adapter"
+            )
+        if not bool(decoded.isfinite().all()):
+            raise CheckpointError(
+                f"arm {arm.id} draws pictures that are not finite, from latents that are: the decoder overflows; "
+                "allowed are numbers; try --mixed_precision no, or another base"
             )
         yield PictureBatch(
             some, tuple(conditioning.prompts[prompt] for prompt, _ in some), latents.float().cpu(), pixels, seconds

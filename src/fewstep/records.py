@@ -234,9 +234,16 @@ class Run:
     """
 
     settings: dict[str, Any]
+    versions: dict[str, str]
     machine: dict[str, str]
     base: dict[str, str]
+    adapter: dict[str, str] | None
     arms: dict[str, ArmSummary]
+
+    @property
+    def batch_size(self) -> int | None:
+        """The smallest that was timed; None where nothing was."""
+        return next((arm.timings[0].batch_size for arm in self.arms.values() if arm.timings), None)
 
     @property
     def baseline(self) -> ArmSummary | None:
@@ -283,7 +290,14 @@ class BenchmarkRecord:
 
     def run_of(self, arm: str) -> Run:
         """The benchmark that an arm, by its id, comes from; the first one where several drew it alike."""
-        whole = Run(settings=self.settings, machine=self.machine, base=self.base, arms=self.summary)
+        whole = Run(
+            settings=self.settings,
+            versions=self.versions,
+            machine=self.machine,
+            base=self.base,
+            adapter=self.adapter,
+            arms=self.summary,
+        )
         return next((run for run in self.runs.values() if arm in run.arms), whole)
 
     def to_json(self) -> str:

@@ -9,7 +9,7 @@ from fewstep.config import ReportSettings
 from fewstep.errors import InputError
 from fewstep.files import write_text_atomic
 from fewstep.records import BenchmarkRecord
-from fewstep.report import RECORD_FILE, arm_folder, page, side_by_side
+from fewstep.report import RECORD_FILE, arm_folder, page, picture_path, side_by_side
 from fewstep.report.merge import numbered, slug
 from fewstep.reporting import SILENT, Reporter
 
@@ -43,6 +43,13 @@ def report(settings: ReportSettings, *, reporter: Reporter = SILENT) -> ReportRe
             reporter.warn(f"the pictures of {own} are not in {places[0]}: the gallery goes without them")
         else:
             folders[arm] = place
+            files = [picture_path(place, prompt, 0) for prompt in range(len(record.prompts))]
+            missing = [file for file in files if not file.exists()]
+            if missing:
+                reporter.warn(
+                    f"{len(missing)} of the pictures of {own}, such as {missing[0]}, are not there: the gallery goes "
+                    "without them"
+                )
     file = (settings.outdir or settings.runs[0]) / "report.html"
     write_text_atomic(file, page(record, folders))
     reporter.say(f"report: {file}, {len(record.summary)} arms of {len(runs)} run{'s' if len(runs) > 1 else ''}")

@@ -67,3 +67,11 @@ def test_a_training_runs_folder_keeps_its_settings(
     assert "holds a run that is no benchmark" in error and error.count("\n") == 1
     assert [path.name for path in tmp_path.iterdir()] == ["settings.toml"]
     assert (tmp_path / "settings.toml").read_text() == saved
+
+
+def test_a_base_that_judges_is_not_drawn_at_another_size(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "out"
+    assert main(f"bench --base_model scenes --resolution 64 --device cpu --outdir {out}".split()) == 2
+    error = capsys.readouterr().err
+    assert "resolution 64 came; allowed is the 128 at which the base scenes is judged; leave --resolution out" in error
+    assert not out.exists()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -116,6 +117,13 @@ def test_latents_that_are_no_numbers_are_an_error(base: Backbone) -> None:
 
     with pytest.raises(CheckpointError, match="student-1 draws latents that are not finite"):
         evaluate(base, ["a"], student_arm(1), seed=1, denoiser=broken)
+
+
+def test_so_are_pictures_that_are_none(base: Backbone) -> None:
+    vae = copy.deepcopy(base.vae)
+    torch.nn.init.constant_(vae.decoder.conv_out.weight, float("nan"))
+    with pytest.raises(CheckpointError, match=r"student-1 draws pictures that are not finite.*the decoder overflows"):
+        evaluate(replace(base, vae=vae), ["a"], student_arm(1), seed=1, denoiser=lambda x_t, _t, _cond: x_t)
 
 
 def test_a_safety_checker_that_is_not_there(base: Backbone, tmp_path: Path) -> None:

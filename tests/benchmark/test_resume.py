@@ -300,7 +300,7 @@ def test_nor_is_another_judge_of_the_same_name(base: Backbone, tmp_path: Path) -
     torch.nn.init.normal_(network.visual_projection.weight)
     network.save_pretrained(clip)
     lora.detach(base.unet)
-    with pytest.raises(InputError, match="^alignment_weights '[0-9a-f]{32}' came, the benchmark in"):
+    with pytest.raises(InputError, match=r"^alignment_weights '[0-9a-f]{32}' came, the benchmark in"):
         benchmark(asked.replace(resume=True, steps=(1, 2)), backbone=base)
 
 

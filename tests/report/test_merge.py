@@ -10,6 +10,7 @@ import pytest
 
 from fewstep.arms import solver_arm, teacher_arm
 from fewstep.config import ReportSettings
+from fewstep.errors import InputError
 from fewstep.records import BenchmarkRecord, PictureScore
 from fewstep.redraw import report
 from fewstep.report import RECORD_FILE, page, side_by_side, verdict
@@ -137,6 +138,60 @@ def test_settings_that_differ_are_named(setting: str, value: int, told: str) -> 
     first, other = replace(record(), settings=settings), replace(record(), settings={**settings, setting: value})
     assert side_by_side({"a": first, "b": first})[0].warnings == record().warnings
     assert side_by_side({"a": first, "b": other})[0].warnings == (*record().warnings, told)
+
+
+def test_a_warning_names_the_run_that_it_is_about() -> None:
+    first, other = replace(record(), warnings=("one", "both")), replace(record(), warnings=("both", "two"))
+    assert side_by_side({"a": first, "b": other})[0].warnings == ("both", "a: one", "b: two")
+    assert side_by_side({"a": first})[0].warnings == ("one", "both")
+
+
+def timed_at(batch_size: int) -> BenchmarkRecord:
+    """A benchmark that was timed in batches of that size."""
+    found = apart(seed=7)
+    arms = {
+        name: replace(arm, timings=tuple(replace(timing, batch_size=batch_size) for timing in arm.timings))
+        for name, arm in found.summary.items()
+    }
+    return replace(found, summary=arms)
+
+
+def test_other_batches_and_another_torch_are_named_and_not_compared() -> None:
+    first, other = first_without_a_good_student(), timed_at(8)
+    solver = summary(solver_arm(8, 7.5, [0.9**t for t in range(1000)], karras=False), 0.5, 0.99, 34.0)
+    first = replace(first, summary={**first.summary, solver.arm.id: solver})
+    both, _ = side_by_side({"a": first, "b": other})
+    assert both.warnings[1:2] == ("b was timed at batch 8, a at 1: times differ by that",)
+    assert not any("needs no training" in sentence for sentence in verdict(both))
+    text = page(both, {})
+    assert "5 repeats at batch 1 (teacher-50, student-4, base-4, dpmpp-8); 5 repeats at batch 8 (b-teacher-50" in text
+    assert "shares of a batch of 1 or 8" in text
+    same, _ = side_by_side({"a": first, "b": timed_at(1)})
+    assert any("dpmpp-8 needs no training" in sentence for sentence in verdict(same))
+    newer, _ = side_by_side({"a": first, "b": replace(timed_at(1), versions={"torch": "9.9"})})
+    assert newer.warnings[1] == "b was timed with torch 9.9, a with 2.13.0: times differ by that"
+    assert not any("needs no training" in sentence for sentence in verdict(newer))
+
+
+def test_every_run_says_how_it_was_made() -> None:
+    other = replace(apart(seed=7), adapter={"source": "other/final"}, versions={"torch": "9.9"})
+    text = page(side_by_side({"a": record(), "b": other})[0], {})
+    assert " · a with adapter lora/final · b with adapter other/final</p>" in text
+    assert "torch 2.13.0" in text and "torch 9.9" in text and "--seed 7" in text and "--seed 42" not in text
+
+
+def test_a_teacher_has_no_difference_to_itself_in_company_either() -> None:
+    both, _ = side_by_side({"a": record(), "b": apart(seed=7)})
+    teacher = both.summary["b-teacher-50"]
+    assert teacher.delta_all_right is None and teacher.delta_alignment is None and not teacher.delta_attributes
+    assert both.run_of("b-teacher-50").baseline is not None
+
+
+def test_what_is_ranked_by_other_figures_is_not_set_side_by_side() -> None:
+    with pytest.raises(InputError, match=r"the run a has an answer key, b has none.*report them apart"):
+        side_by_side({"a": record(), "b": without_answers(record())})
+    with pytest.raises(InputError, match="the run b has an answer key, a has none"):
+        side_by_side({"a": without_answers(record()), "b": record()})
 
 
 def test_another_base_and_another_teacher_are_named() -> None:

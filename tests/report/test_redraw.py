@@ -13,6 +13,7 @@ from fewstep.config import BenchSettings, ReportSettings, command_line, merged
 from fewstep.errors import InputError
 from fewstep.redraw import report
 from fewstep.report import RECORD_FILE, page, side_by_side
+from tests.benchmark.fakes import Notes
 from tests.report.fakes import pictures, record
 
 
@@ -105,3 +106,15 @@ def test_the_command_gives_the_settings_back(values: dict[str, object]) -> None:
             given[name].append(word)  # type: ignore[attr-defined]
     given = {name: found[0] if len(found) == 1 else found or True for name, found in given.items()}  # type: ignore
     assert merged(BenchSettings, given) == settings
+
+
+def test_a_picture_that_is_gone_is_told_and_left_out(tmp_path: Path) -> None:
+    run, notes = saved(tmp_path / "run"), Notes()
+    before = report(ReportSettings(runs=(run,))).file.read_text()
+    gone = run / "images" / "student-4" / "001" / "000.png"
+    gone.unlink()
+    after = report(ReportSettings(runs=(run,)), reporter=notes).file.read_text()
+    assert notes.warned == [
+        f"1 of the pictures of student-4, such as {gone}, are not there: the gallery goes without them"
+    ]
+    assert before.count("data:image") == after.count("data:image") + 1

@@ -10,7 +10,7 @@ from pathlib import Path
 from xml.etree import ElementTree
 
 import pytest
-from PIL import Image
+from PIL import Image, ImageFont
 
 from fewstep.arms import solver_arm
 from fewstep.errors import InputError
@@ -19,7 +19,8 @@ from fewstep.report import markdown, page, results_csv, save_grids, timing_csv, 
 from fewstep.report.bars import time_bars
 from fewstep.report.columns import columns
 from fewstep.report.figures import frontier
-from fewstep.report.verdict import headline
+from fewstep.report.grids import _wrapped
+from fewstep.report.verdict import headline, seconds
 from tests.report.fakes import (
     PROMPTS,
     interval,
@@ -153,7 +154,7 @@ def test_attributes_and_times_as_bars(text: str) -> None:
     assert len(titles[0]) == 6 and "student-4, birds: 70.0 % (68.0 to 72.0)" in titles[0]
     assert "student-4, decode: 25 ms of 100 ms, 25 %" in titles[2] and len(titles[2]) == 3 * 4
     # Each for a desk, and for a phone, whose letters would else be half as large.
-    assert [plot.attrib["viewBox"].split()[2] for plot in plots] == ["720", "400", "720", "406"]
+    assert [plot.attrib["viewBox"].split()[2] for plot in plots] == ["720", "400", "720", "416"]
     assert titles[1] == titles[0] and titles[3] == titles[2]
     for plot in plots:
         left, _, width, height = map(float, plot.attrib["viewBox"].split())
@@ -355,6 +356,45 @@ def test_one_arm_and_no_quality_make_no_trouble(found: BenchmarkRecord) -> None:
     assert frontier([replace(alone, all_right=None, alignment=None)]) == ""
 
 
+def labels(svg: str, kind: str) -> list[str]:
+    return [text.text or "" for text in ElementTree.fromstring(svg).findall(f"text[@class='{kind}']")]
+
+
+@pytest.mark.parametrize("times", [(0.3,), (0.75,), (2.7,), (0.21, 0.22), (0.2, 0.3), (0.05, 12.0), (0.013, 0.02)])
+@pytest.mark.parametrize("alignment", [93.1234, 0.0])
+def test_axes_have_labels_that_differ(found: BenchmarkRecord, times: tuple[float, ...], alignment: float) -> None:
+    """Also where there is one arm, where all take as long, or where all are as good and nobody knows how sure it is."""
+    plain = replace(found.summary["teacher-50"], all_right=None, alignment=Interval(value=alignment))
+    arms = [replace(plain, time_per_image_s=time) for time in times]
+    ticks = labels(frontier(arms), "tick")
+    for axis in ([tick for tick in ticks if tick.endswith("s")], [tick for tick in ticks if not tick.endswith("s")]):
+        assert 2 <= len(axis) <= 12 and len(set(axis)) == len(axis)
+
+
+def test_curves_of_one_colour_are_named(found: BenchmarkRecord) -> None:
+    alpha_bar = [0.99 ** (t + 1) for t in range(1000)]
+    solvers = [solver_arm(steps, 7.5, alpha_bar, karras=karras) for karras in (False, True) for steps in (8, 20)]
+    arms = [summary(arm, 0.1 * arm.steps, 0.5, 33.0) for arm in solvers]
+    names = {"dpmpp", "dpmpp-karras"}
+    drawn = [text.text for text in ElementTree.fromstring(frontier(arms)).iter("text")]
+    assert [name for name in drawn if name in names] == ["dpmpp", "dpmpp-karras"]
+    alone = [text.text for text in ElementTree.fromstring(frontier(arms[:2])).iter("text")]
+    assert not names & set(alone)
+
+
+def test_without_quality_the_arm_is_named_and_the_lack_said(found: BenchmarkRecord) -> None:
+    arms = {
+        name: replace(arm, all_right=None, alignment=None, delta_all_right=None, delta_alignment=None)
+        for name, arm in found.summary.items()
+    }
+    told = verdict(replace(found, summary=arms))
+    assert told[0].startswith("Quality was not measured. student-4 takes 100 ms a picture at batch 1")
+
+
+def test_just_under_a_second_is_a_second() -> None:
+    assert [seconds(value) for value in (0.9994, 0.99951, 0.086, 1.324)] == ["999 ms", "1.00 s", "86 ms", "1.32 s"]
+
+
 def test_columns_without_figures_are_left_out(found: BenchmarkRecord) -> None:
     titles = [column.title for column in columns(list(without_answers(found).summary.values()))]
     assert "All right" not in titles and "Alignment" in titles
@@ -426,3 +466,12 @@ def test_grids_hold_every_picture(found: BenchmarkRecord, tmp_path: Path) -> Non
         assert compare.width > 4 + 3 * 36 and compare.height >= 4 + 3 * 36
         left = compare.convert("L").crop((0, 20, 40, compare.height))
         assert left.getextrema()[0] < 128, "the arms are named at the left"
+
+
+def test_words_wider_than_the_grid_are_broken_inside() -> None:
+    font = ImageFont.load_default(size=12)
+    text = "a " + "日本の赤い家と三羽の鳥" * 8 + " by the sea"
+    lines = _wrapped(text, font, 100)
+    assert all(font.getlength(line) <= 100 for line in lines)
+    assert "".join(lines).replace(" ", "") == text.replace(" ", "")
+    assert _wrapped("a red house", font, 1000) == ["a red house"] and _wrapped("", font, 100) == [""]

@@ -81,9 +81,9 @@ def time_arm(plan: Plan, backbone: Backbone, arm: Arm, operations: Operations, b
     few = replace(arm, steps=min(arm.steps, 2), timesteps=arm.timesteps[:2])
 
     # One forward as the sampler makes it: twice the batch under guidance.
-    texts_a_picture = 2 if arm.guided else 1
-    rows = batch_size * texts_a_picture
-    a_picture = texts_a_picture * operations.text + arm.evaluations * operations.forward + operations.decoding
+    rows = batch_size * (2 if arm.guided else 1)
+    a_picture = operations.text + arm.evaluations * operations.forward + operations.decoding
+    a_batch = operations.text if arm.guided else 0  # the negative prompt is read once for all
     latents = torch.zeros(rows, *backbone.latent_shape(resolution), device=backbone.device)
     cond = encode().cond[:1].expand(rows, -1, -1).contiguous()
     t = torch.full((rows,), arm.timesteps[0], device=backbone.device)
@@ -105,7 +105,7 @@ def time_arm(plan: Plan, backbone: Backbone, arm: Arm, operations: Operations, b
         unet_forward=timed(lambda: denoise(latents, t, cond)),
         decode=timed(lambda: as_bytes(backbone.decode(latents[:batch_size]))),
         unet_calls=arm.steps,
-        flops=batch_size * a_picture,
+        flops=batch_size * a_picture + a_batch,
         decode_flops=batch_size * operations.decoding,
         peak_memory_bytes=_without_idle(peak, before, backbone, plan.backbone),
         precision=str(backbone.dtype).removeprefix("torch."),

@@ -153,6 +153,11 @@ def make_plan(
         origin=origin_of(settings) if backbone is None else None,
     )
     backbone = opened.backbone
+    if backbone.abilities is not None and settings.resolution not in (None, backbone.resolution):
+        raise InputError(
+            f"resolution {settings.resolution} came; allowed is the {backbone.resolution} at which the base "
+            f"{backbone.name} is judged; leave --resolution out"
+        )
     data = pictures_of_data(settings, backbone, reporter)
     if prompts is None:
         prompts = data.prompts if data else _own_prompts(settings, backbone)

@@ -12,7 +12,6 @@ from torch import nn
 from fewstep.errors import CheckpointError, first_line
 from fewstep.quiet import quiet_libraries
 
-
 ENDS = 1024
 """Values at the beginning and at the end of every tensor that a fingerprint is taken of."""
 

@@ -9,10 +9,10 @@ from fewstep.records import ArmSummary
 from fewstep.report.verdict import percent, seconds
 
 WIDTH, LEFT, RIGHT = 720, 132, 92
-NARROW_LEFT, NARROW_RIGHT = 84, 62
+NARROW_LEFT, NARROW_RIGHT = 84, 74
 """Margins where the plot is narrower than `WIDTH`, for a phone."""
 BAR, GAP = 9, 11
-LETTER = 7
+LETTER = 8
 """Units that a letter takes, about."""
 
 

@@ -56,8 +56,12 @@ def _spread(found: Interval | None) -> str:
     if found is None:
         return ""
     if found.low is None or found.high is None:
-        return f"{found.value:.2f}"
-    return f"{found.value:.2f} ({found.low:.2f} to {found.high:.2f})"
+        return _number(found.value)
+    return f"{_number(found.value)} ({_number(found.low)} to {_number(found.high)})"
+
+
+def _number(value: float) -> str:
+    return f"{value:.2f}" if abs(value) < 1000 else f"{value:,.0f}"
 
 
 def _share(found: Interval | None) -> str:

@@ -19,8 +19,8 @@ ROLES = ("teacher", "solver", "student", "base", "real")
 def frontier(arms: Sequence[ArmSummary], width: int = WIDTH) -> str:
     """Quality against seconds a picture (log scale) with 95 % intervals; empty where there is no quality to plot.
 
-    The steps of one family of arms are joined, so that a curve up and to the left is what one hopes for. Arms with an
-    option are rings. Real pictures took no time: they are a level.
+    The steps of one family of arms are joined, so that a curve up and to the left is what one hopes for; families of
+    one colour are named. Arms with an option are rings. Real pictures took no time: they are a level.
     """
     points = [
         (arm, value, arm.time_per_image_s)
@@ -40,7 +40,7 @@ def frontier(arms: Sequence[ArmSummary], width: int = WIDTH) -> str:
         for bound in (found.low, found.value, found.high)
         if bound is not None
     ]
-    y0, y1 = _padded(bounds, 0.08 * max(1e-9, max(bounds) - min(bounds)) or 1.0)
+    y0, y1 = _padded(bounds, 0.08 * (max(bounds) - min(bounds)) or 1.0)
     if shares:
         y0, y1 = max(0.0, y0), min(100.0, y1)
 
@@ -79,6 +79,7 @@ def frontier(arms: Sequence[ArmSummary], width: int = WIDTH) -> str:
             f"<title>{escape(told)}</title></line>"
         )
     families = dict.fromkeys((arm.arm.role, arm.arm.family) for arm, _, _ in points)
+    curves = [*dict.fromkeys((arm.arm.role, arm.arm.family) for arm, _, _ in points if not arm.arm.option)]
     for role, family in sorted(families, key=lambda one: ROLES.index(one[0])):
         own = sorted(
             (point for point in points if (point[0].arm.role, point[0].arm.family) == (role, family)),
@@ -101,6 +102,11 @@ def frontier(arms: Sequence[ArmSummary], width: int = WIDTH) -> str:
             )
             if not ring:
                 parts.append(f'<text class="point" x="{x + 9:.1f}" y="{y - 7:.1f}">{arm.arm.steps}</text>')
+        alike = [curve for curve in curves if curve[0] == role]
+        if not ring and len(alike) > 1:
+            x, y = spots[-1]
+            side, below = "end" if x > width / 2 else "start", 22 + 15 * (alike.index((role, family)) % 3)
+            parts.append(f'<text x="{x:.1f}" y="{y + below:.1f}" text-anchor="{side}">{escape(family)}</text>')
     parts.append("</svg>")
     return "\n".join(parts)
 
@@ -110,12 +116,16 @@ def _padded(values: Sequence[float], pad: float) -> tuple[float, float]:
 
 
 def _log_ticks(low: float, high: float, most: int) -> list[float]:
-    """1, 2 and 5 of every decade between 10**low and 10**high; fewer a decade where these are more than `most`."""
+    """1, 2 and 5 of every decade between 10**low and 10**high: fewer where these are more than `most`, and all of 1 to
+    9 where those are no more than five.
+    """
     decades = range(math.floor(low), math.ceil(high) + 1)
-    for steps in ((1, 2, 5), (1, 3), (1,)):
+    for steps in (range(1, 10), (1, 2, 5), (1, 3), (1,)):
         ticks = [m * 10.0**d for d in decades for m in steps if low <= math.log10(m * 10.0**d) <= high]
-        if len(ticks) <= most:
+        if len(ticks) <= (most if len(steps) < 9 else 5):
             break
+    if len(ticks) < 2:  # less than a step wide: every tenth of one
+        ticks = [tick for tick in _ticks(10**low, 10**high) if tick > 0]
     return ticks
 
 

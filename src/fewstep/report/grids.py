@@ -91,9 +91,13 @@ def _paste(rows: Sequence[Sequence[Image.Image]]) -> Image.Image:
 
 
 def _wrapped(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: int) -> list[str]:
-    """The text in lines of at most ``width`` pixels, broken between words."""
+    """The text in lines of at most ``width`` pixels, broken between words, and inside those that are wider."""
     lines: list[str] = []
     for word in text.split():
+        while font.getlength(word) > width and len(word) > 1:
+            fitting = next(n for n in range(len(word) - 1, 0, -1) if n == 1 or font.getlength(word[:n]) <= width)
+            lines.append(word[:fitting])
+            word = word[fitting:]
         longer = f"{lines[-1]} {word}" if lines else word
         if lines and font.getlength(longer) <= width:
             lines[-1] = longer

@@ -18,6 +18,7 @@ ODD = {
     "num_images": "{name} drew {own} pictures a prompt, {first} {theirs}: Fréchet distances differ by that",
     "resolution": "{name} drew at a resolution of {own}, {first} of {theirs}: quality and times differ by that",
     "prediction_type": "{name} took its base to predict {own}, {first} {theirs}: all its arms are shown",
+    "negative_prompt": "{name} drew with the negative prompt {own}, {first} with {theirs}: guided arms differ by that",
     "frechet_images": "{name} took {own} references a prompt, {first} {theirs}: Fréchet distances differ by that",
 }
 """Settings in which two benchmarks may differ, but not without a word."""
@@ -41,7 +42,9 @@ def side_by_side(records: Mapping[str, BenchmarkRecord]) -> tuple[BenchmarkRecor
     (first_name, first), *others = records.items()
     summary, scores = dict(first.summary), list(first.scores)
     origins = {arm: (first_name, arm) for arm in summary}
-    adapters, warnings = dict(first.adapters), list(first.warnings)
+    adapters = dict(first.adapters)
+    said_by_all = [warning for warning in first.warnings if all(warning in record.warnings for _, record in others)]
+    warnings = [*said_by_all, *_said_by_it_alone(first_name, first, said_by_all)]
     drawn = {_same_pictures(first, arm): arm for arm in summary}
     runs, prefixes = {first_name: _run(first, first.summary)}, [slug(first_name)]
     for name, record in others:
@@ -51,6 +54,12 @@ def side_by_side(records: Mapping[str, BenchmarkRecord]) -> tuple[BenchmarkRecor
                     f"the runs {first_name} and {name} have different {what}; allowed are runs of the same prompts, "
                     "judged alike; draw one of them again"
                 )
+        if _has_answers(record) != _has_answers(first):
+            with_key, without = (first_name, name) if _has_answers(first) else (name, first_name)
+            raise InputError(
+                f"the run {with_key} has an answer key, {without} has none; allowed are runs that are ranked by the "
+                "same figure; report them apart"
+            )
         warnings += _odd_about(name, record, first_name, first)
         prefix = _prefix(name, [*record.summary, *record.adapters], [*prefixes, *summary, *adapters])
         prefixes.append(prefix)
@@ -62,13 +71,13 @@ def side_by_side(records: Mapping[str, BenchmarkRecord]) -> tuple[BenchmarkRecor
                 continue
             new = renamed[arm]
             found = runs[name].arms[new]
-            summary[new] = replace(found, arm=replace(found.arm, is_baseline=False))
+            summary[new] = _of_another_run(found)
             origins[new] = (name, arm)
             scores += [replace(score, arm=new) for score in record.scores if score.arm == arm]
         adapters |= {f"{prefix}-{key}": facts for key, facts in record.adapters.items()}
         if record.adapter:
             adapters[prefix] = record.adapter
-        warnings += [warning for warning in record.warnings if warning not in warnings]
+        warnings += _said_by_it_alone(name, record, said_by_all)
     merged = replace(
         first,
         summary=summary,
@@ -99,7 +108,29 @@ def _prefix(name: str, ids: Collection[str], taken: Collection[str]) -> str:
 
 
 def _run(record: BenchmarkRecord, arms: dict[str, ArmSummary]) -> Run:
-    return Run(settings=record.settings, machine=record.machine, base=record.base, arms=arms)
+    return replace(record.run_of(next(iter(arms))), arms=arms)
+
+
+def _said_by_it_alone(name: str, record: BenchmarkRecord, said_by_all: Collection[str]) -> list[str]:
+    return [f"{name}: {warning}" for warning in record.warnings if warning not in said_by_all]
+
+
+def _has_answers(record: BenchmarkRecord) -> bool:
+    return any(arm.all_right is not None for arm in record.summary.values())
+
+
+def _of_another_run(found: ArmSummary) -> ArmSummary:
+    """As the record shows it: a teacher of its own run is no longer the teacher, and has no difference to itself."""
+    if not found.arm.is_baseline:
+        return found
+    return replace(
+        found,
+        arm=replace(found.arm, is_baseline=False),
+        delta_alignment=None,
+        delta_preference=None,
+        delta_all_right=None,
+        delta_attributes={},
+    )
 
 
 def _renamed(found: ArmSummary, names: Mapping[str, str]) -> ArmSummary:
@@ -124,6 +155,12 @@ def _odd_about(name: str, record: BenchmarkRecord, first_name: str, first: Bench
         )
     if {**record.machine, "precision": theirs} != {**first.machine, "precision": theirs}:
         found.append(f"{name} was timed on another machine than {first_name}: times differ by that")
+    mine, others = (one.versions.get("torch", "an unknown version") for one in (record, first))
+    if mine != others:
+        found.append(f"{name} was timed with torch {mine}, {first_name} with {others}: times differ by that")
+    batch, usual = (one.run_of(next(iter(one.summary))).batch_size for one in (record, first))
+    if batch is not None and usual is not None and batch != usual:
+        found.append(f"{name} was timed at batch {batch}, {first_name} at {usual}: times differ by that")
     for setting, told in ODD.items():
         mine, others = (one.settings.get(setting, "the default") for one in (record, first))
         if mine != others:

@@ -63,12 +63,29 @@ def page(record: BenchmarkRecord, folders: Mapping[str, Path]) -> str:
         time_bars=_plots(time_bars(arms), time_bars(arms, NARROW)),
         roles=[role for role in ROLES if any(arm.arm.role == role for arm in arms)],
         notes=_notes(record),
-        command=command_line("bench", BenchSettings, record.settings),
+        made=_made(record),
+        batches=sorted({arm.timings[0].batch_size for arm in arms if arm.timings}),
         gallery_arms=shown,
         gallery=_gallery(record, {arm.arm.id: folders[arm.arm.id] for arm in shown}, losses),
         can_sort=len(set(losses.values())) > 1,
         gallery_left_out=max(0, len(record.prompts) - GALLERY_PROMPTS),
+        has_worst=bool(losses),
+        one_noise=len(_noises(record)) < 2,
     )
+
+
+def _noises(record: BenchmarkRecord) -> set[object]:
+    """What the initial noise of the runs on the page depends on, each once."""
+    return {(run.settings.get("seed"), run.settings.get("resolution")) for run in record.runs.values()}
+
+
+def _made(record: BenchmarkRecord) -> list[dict[str, Any]]:
+    """How each run on the page was made, by its name where there are several."""
+    runs = record.runs or {"": record.run_of("")}
+    return [
+        {"name": name, "run": run, "command": command_line("bench", BenchSettings, run.settings)}
+        for name, run in runs.items()
+    ]
 
 
 def _plots(wide: str, narrow: str) -> Markup:
@@ -82,11 +99,11 @@ def _notes(record: BenchmarkRecord) -> list[str]:
     """What a careful reader must know about the table."""
     arms = list(record.summary.values())
     pictures = sum(arm.pictures for arm in arms)
-    noises = {(run.settings.get("seed"), run.settings.get("resolution")) for run in record.runs.values()}
     notes = [
-        f"{len(record.prompts)} prompts, {pictures} pictures in {len(arms)} arms; a picture starts from the same noise "
-        f"in every arm{' of a run' if len(noises) > 1 else ''}. Intervals are 95 %, by bootstrap over prompts; "
-        "differences are paired."
+        f"{_counted(len(record.prompts), 'prompt')}, {_counted(pictures, 'picture')} in {_counted(len(arms), 'arm')}; "
+        f"a picture starts from the same noise in every arm{' of a run' if len(_noises(record)) > 1 else ''}. "
+        "Intervals are 95 %, over prompts: by bootstrap, where all pictures agree by Wilson's, and for distances, "
+        "precision, recall and saturation by half-sampling. Differences are paired."
     ]
     if record.runs:
         notes += _teachers(record)
@@ -95,7 +112,7 @@ def _notes(record: BenchmarkRecord) -> list[str]:
     if record.preference_model:
         notes.append(f"Preference by {record.preference_model}.")
     notes += _about_frechet(record)
-    if record.feature_extractor:
+    if record.feature_extractor and any(arm.distances or arm.diversity or arm.faithfulness for arm in arms):
         notes.append(
             f"Distances, precision, recall, diversity and faithfulness over {record.feature_extractor}; CMMD over the "
             "alignment model's embeddings. Pictures are resized by the models' own preprocessing. Precision and recall "
@@ -107,19 +124,36 @@ def _notes(record: BenchmarkRecord) -> list[str]:
             "Alignment and answer key see them as they are; their distances are to other real pictures, which is what "
             "the figures are when nothing is wrong."
         )
-    timing = next((arm.timings[0] for arm in arms if arm.timings), None)
-    if timing:
-        notes.append(
-            f"Times are medians of {timing.end_to_end.repeats} repeats at batch {timing.batch_size}, warmed up and "
-            f"synchronised, from text to finished picture, on {_devices(record)}."
-        )
-        reached = [arm.timings[0].share_of_floor for arm in arms if arm.timings]
-        notes.append(
-            f"A large matrix product runs at {timing.matrix_rate / 1e9:,.0f} GFLOP/s here; at that rate the arms' "
-            f"operations alone would take {100 * min(reached):.0f} to {100 * max(reached):.0f} % of their times "
-            "(timing.csv)."
-        )
-    return notes
+    return notes + _about_times(record)
+
+
+def _about_times(record: BenchmarkRecord) -> list[str]:
+    """What was timed how, and what the machine could do at best."""
+    timed = {name: arm.timings[0] for name, arm in record.summary.items() if arm.timings}
+    if not timed:
+        return []
+    alike: dict[str, list[str]] = {}
+    for name, timing in timed.items():
+        how = f"{_counted(timing.end_to_end.repeats, 'repeat')} at batch {timing.batch_size}"
+        alike.setdefault(how, []).append(name)
+    each = "; ".join(f"{how} ({', '.join(names)})" if len(alike) > 1 else how for how, names in alike.items())
+    reached = sorted({round(100 * timing.share_of_floor) for timing in timed.values()})
+    rates = sorted({round(timing.matrix_rate / 1e9) for timing in timed.values()})
+    return [
+        f"Times are medians of {each}, warmed up and synchronised, from text to finished picture, on "
+        f"{_devices(record)}.",
+        f"A large matrix product runs at {_range(rates)} GFLOP/s in the precisions used; at that rate the arms' "
+        f"operations alone would take {_range(reached)} % of their times (timing.csv).",
+    ]
+
+
+def _range(values: Sequence[int]) -> str:
+    """Sorted numbers from the first to the last."""
+    return f"{values[0]:,}" if len(values) == 1 else f"{values[0]:,} to {values[-1]:,}"
+
+
+def _counted(count: int, name: str) -> str:
+    return f"{count} {name}{'s' if count != 1 else ''}"
 
 
 def _about_frechet(record: BenchmarkRecord) -> list[str]:
@@ -224,7 +258,9 @@ def _gallery(record: BenchmarkRecord, folders: Mapping[str, Path], losses: Mappi
             "number": number,
             "loss": losses.get(number, 0.0),
             "pictures": [
-                {"arm": arm, "src": _embedded(picture_path(folder, number, 0))} for arm, folder in folders.items()
+                {"arm": arm, "src": _embedded(path)}
+                for arm, folder in folders.items()
+                if (path := picture_path(folder, number, 0)).exists()
             ],
         }
         for number in _chosen(len(record.prompts), losses)

@@ -133,7 +133,9 @@ def _cost(student: ArmSummary, record: BenchmarkRecord) -> str | None:
         return None
     batch, run = student.timings[0].batch_size, record.run_of(student.arm.id)
     place, teacher = run.machine.get("device", "?"), run.baseline
-    text = f"It takes {seconds(student.time_per_image_s)} a picture at batch {batch} on {place}"
+    measured = quality(student) is not None
+    subject = "It" if measured else f"Quality was not measured. {student.arm.id}"
+    text = f"{subject} takes {seconds(student.time_per_image_s)} a picture at batch {batch} on {place}"
     if teacher is None or teacher.time_per_image_s is None or student.speedup_vs_baseline is None:
         return f"{text}."
     evaluations = f"{student.arm.evaluations} network evaluation{'s' if student.arm.evaluations != 1 else ''}"
@@ -181,7 +183,7 @@ def _comparable(student: ArmSummary, record: BenchmarkRecord) -> list[ArmSummary
 
 
 def _conditions(run: Run) -> object:
-    return run.machine, run.base.get("fingerprint"), run.settings.get("resolution")
+    return run.machine, run.versions, run.batch_size, run.base.get("fingerprint"), run.settings.get("resolution")
 
 
 def _as_good(solver: ArmSummary, student: ArmSummary) -> bool:
@@ -257,4 +259,4 @@ def _saturation(student: ArmSummary, record: BenchmarkRecord) -> str | None:
 
 def seconds(value: float) -> str:
     """``1.32 s`` or ``86 ms``."""
-    return f"{value:.2f} s" if value >= 1 else f"{1000 * value:.3g} ms"
+    return f"{value:.2f} s" if value >= 0.9995 else f"{1000 * value:.3g} ms"
