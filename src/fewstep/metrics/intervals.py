@@ -114,9 +114,10 @@ def share_difference(
     prompts more, each way, as Wilson's interval allows where none was seen, the difference may yet be another.
     """
     found = paired_difference(outcomes, baseline, clusters, level=level, seed=seed)
-    if found.low is None or found.low < found.high:
+    if found.low is None or found.low != found.high:
         return found
     unseen = wilson(0, len(set(clusters)), level=level)
+    assert unseen.high is not None, "Wilson's always has bounds"
     return Interval(
         value=found.value,
         low=max(-1.0, found.value - unseen.high),
