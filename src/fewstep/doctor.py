@@ -158,7 +158,9 @@ class _Examination:
         networks = (self._base.unet, self._base.vae, self._base.text_encoder)
         count = sum(parameter.numel() for network in networks for parameter in network.parameters())
         told = f"{self._base.name} ({self._base.why}), {count / 1e6:,.1f} M parameters"
-        return told if stray is None else f"{told}; {stray}"
+        narrow = next(self._base.vae.parameters()).dtype != self._base.dtype
+        also = ["its VAE overflows in half precision and runs in float32"] if narrow else []
+        return "; ".join([told, *also, *([stray] if stray else [])])
 
     def settings(self) -> str:
         method = start.method_of(self._settings, self._base)

@@ -12,7 +12,8 @@ import torch
 
 from fewstep import checkpoint, lora
 from fewstep.arms import Sampler
-from fewstep.backbone import Backbone, load_backbone
+from fewstep.backbone import Backbone, load_backbone, steady_vae
+from fewstep.backbone.threads import is_small
 from fewstep.config import BaseModelSettings, SamplingSettings
 from fewstep.errors import CheckpointError, InputError
 from fewstep.randomness import generator
@@ -106,7 +107,7 @@ def open_base(
     source = lora.locate(settings.lora_path, settings.lora_id) if asked else None
     if backbone is None:
         origin = (checkpoint.recorded_origin(source.folder) if source else None) or origin
-        backbone = load_chosen(settings, settings.device, origin)
+        backbone = load_chosen(settings, settings.device, origin, reporter)
     reporter.say(f"base: {backbone.name} ({backbone.why})")
     if not with_adapter:
         return Opened(backbone, None)
@@ -139,15 +140,17 @@ def open_base(
     )
 
 
-def load_chosen(settings: BaseModelSettings, device: str, origin: checkpoint.Origin | None) -> Backbone:
+def load_chosen(
+    settings: BaseModelSettings, device: str, origin: checkpoint.Origin | None, reporter: Reporter
+) -> Backbone:
     """The base that the settings name, else that of `origin`, which is opened as it was then unless they say otherwise.
 
     Raises:
-        InputError, CheckpointError: as `load_backbone`.
+        InputError, CheckpointError: as `load_backbone` and `steady_vae`.
     """
     name, why = settings.chosen_base(origin.base_model if origin else None)
     known = origin if origin is not None and origin.base_model == name else None
-    return load_backbone(
+    backbone = load_backbone(
         name,
         revision=settings.revision or (known.revision if known else None),
         prediction_type=settings.prediction_type or (known.prediction_type if known else None),
@@ -156,6 +159,10 @@ def load_chosen(settings: BaseModelSettings, device: str, origin: checkpoint.Ori
         allow_pickle=settings.allow_pickle,
         why=why,
     )
+    if not is_small(backbone.vae):  # one picture of Stable Diffusion's size keeps a device busy: no memory for more
+        backbone.vae.enable_slicing()
+    steady_vae(backbone, reporter.warn)
+    return backbone
 
 
 def describe_adapter(source: lora.AdapterSource, info: lora.AdapterInfo) -> str:

@@ -3,6 +3,7 @@
 from .base import Backbone, adapters_off
 from .loading import choose_device, load_backbone
 from .registry import BASES, Abilities
+from .steady import steady_vae
 from .tiny_vae import TinyVAE, load_tiny_vae
 from .untrained import random_backbone
 
@@ -16,4 +17,5 @@ __all__ = [
     "load_backbone",
     "load_tiny_vae",
     "random_backbone",
+    "steady_vae",
 ]

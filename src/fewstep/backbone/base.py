@@ -32,7 +32,7 @@ class Backbone:
         name: the base as it was asked for: a Hub id, a path, or a registered name.
         why: where that name came from, in a few words.
         unet, vae, text_encoder, tokenizer: Stable Diffusion's parts. Weights are in `dtype`, without gradients, in
-            evaluation mode; adapters are attached to `unet` in fp32.
+            evaluation mode; adapters are attached to `unet` in fp32. A VAE that overflows in `dtype` is in fp32.
         scheduler_config: the base's own, with the prediction type that is in force.
         schedule: its noise schedule, on `device`.
         device, dtype: where and in which precision the networks run; fp32, fp16 or bf16.
@@ -121,7 +121,7 @@ class Backbone:
 
         self._wake(self.vae)
         run = in_parts if is_small(self.vae) else whole
-        posterior = DiagonalGaussianDistribution(run(forward, (pixels.to(self.device, self.dtype),)))
+        posterior = DiagonalGaussianDistribution(run(forward, (pixels.to(self.device, self._vae_dtype),)))
         latents: Tensor = posterior.mean.float()
         if noise is not None:
             latents = latents + posterior.std.float() * noise.to(self.device)
@@ -138,7 +138,13 @@ class Backbone:
         self._wake(self.vae)
         unscaled = latents.to(self.device) / self.vae.config.scaling_factor
         run = in_parts if is_small(self.vae) else whole
-        return (run(forward, (unscaled.to(self.dtype),)).float() / 2 + 0.5).clamp(0, 1)
+        return (run(forward, (unscaled.to(self._vae_dtype),)).float() / 2 + 0.5).clamp(0, 1)
+
+    @property
+    def _vae_dtype(self) -> torch.dtype:
+        """`dtype`, or fp32 where that is too narrow for the VAE: see `steady_vae`."""
+        found: torch.dtype = next(self.vae.parameters()).dtype
+        return found
 
     def use_channels_last(self) -> None:
         """Keep the weights of UNet and VAE in the memory order channels-last; what they compute stays the same."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
-from math import floor
+from math import floor, isfinite
 from typing import TypeVar
 
 import torch
@@ -169,6 +169,11 @@ def _tried(
 
     def learn(lesson: Lesson) -> None:
         mean, _ = lesson.loss(method, student)
+        if not isfinite(float(mean)):
+            raise InputError(
+                f"the loss is {float(mean)} in {backbone.dtype}; allowed are finite numbers; pass --mixed_precision "
+                "bf16 or no, or fetch the weights again"
+            )
         mean.backward()
         nn.utils.clip_grad_norm_(parameters, settings.max_grad_norm)
         optimizer.step()

@@ -201,14 +201,20 @@ class Shards:
             compute: told the places in `keys` of what is missing, each name once: their values, in that order.
 
         Raises:
-            CheckpointError: a value does not fit into fp16.
+            CheckpointError: a value is not finite, or does not fit into fp16.
             InputError: the disk is full.
         """
         first = {key: place for place, key in reversed(list(enumerate(keys)))}
         missing = sorted(place for key, place in first.items() if key not in self._where and key not in self._new)
         if not missing:
             return False
-        values = compute(missing).to("cpu", torch.float16)
+        found = compute(missing)
+        if not bool(found.isfinite().all()):
+            raise CheckpointError(
+                f"{self._kind} came that are not finite; allowed are numbers; pass --mixed_precision no, or another "
+                "base"
+            )
+        values = found.to("cpu", torch.float16)
         if not bool(values.isfinite().all()):
             raise CheckpointError(
                 f"{self._kind} came that fp16 cannot hold; allowed are numbers to 65,504; leave --cache_dir out"

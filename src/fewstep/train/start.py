@@ -16,7 +16,6 @@ from fewstep import checkpoint, lora
 from fewstep.arithmetic import flops
 from fewstep.arms import sampler_timesteps
 from fewstep.backbone import BASES, Backbone
-from fewstep.backbone.threads import is_small
 from fewstep.config import TrainSettings
 from fewstep.data import Batches, OpenedData, Slices
 from fewstep.errors import Interrupted
@@ -65,11 +64,9 @@ def open_base(
     stray = stray_data(settings, origin)
     if stray is not None:
         reporter.warn(stray)
-    backbone = load_chosen(settings, device, origin)
+    backbone = load_chosen(settings, device, origin, reporter)
     if settings.channels_last:
         backbone.use_channels_last()
-    if not is_small(backbone.vae):  # one picture of Stable Diffusion's size keeps a device busy: no memory for more
-        backbone.vae.enable_slicing()
     return backbone, resolved(settings, backbone)
 
 
