@@ -36,7 +36,7 @@ from fewstep.config import (
     refusal,
     spell,
 )
-from fewstep.errors import FewstepError, Interrupted, StopAsked
+from fewstep.errors import FewstepError, Interrupted, StopAsked, is_out_of_memory
 from fewstep.hiding import without_secrets
 
 DONE, BUG, WRONG_INPUT, STOPPED_AT_ONCE = 0, 1, 2, 130
@@ -273,8 +273,11 @@ def _usage_error(error: CycloptsError, program: str) -> str:
 
 def _of_the_machine(error: Exception) -> str | None:
     """The line for what is no bug but the machine's limits: memory, disk, rights; ``None`` for everything else."""
-    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":  # torch's, without importing torch
-        return "out of memory; lower --batch_size or --resolution, or pass --mixed_precision bf16"
+    if is_out_of_memory(error):
+        return (
+            "out of memory; lower --batch_size or --resolution, pass --mixed_precision bf16, or, in training, "
+            "--gradient_checkpointing"
+        )
     if isinstance(error, OSError) and error.errno in _MACHINE_ERRORS:
         return f"{error.strerror}: {error.filename or 'while writing'}; choose another folder or make room"
     return None

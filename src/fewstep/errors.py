@@ -22,6 +22,13 @@ def first_line(error: BaseException) -> str:
     return lines[0].rstrip(".")[:200] if lines else type(error).__name__
 
 
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether somebody's error says that memory is full; only CUDA's allocator has a class of its own for it."""
+    full = ("out of memory", "can't allocate memory", "not enough memory", "alloc_failed")
+    said = isinstance(error, RuntimeError) and any(words in str(error).lower() for words in full)
+    return said or isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
+
+
 class InputError(FewstepError):
     """A flag, a setting, a base model or a value that cannot be used."""
 

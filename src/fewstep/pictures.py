@@ -21,6 +21,7 @@ from fewstep.reporting import SILENT, Reporter
 from fewstep.sampling import SAMPLERS, PictureNoise, tcd_sample
 from fewstep.schedule import NoiseSchedule
 from fewstep.solver import Denoiser, OnStep
+from fewstep.transfer import upload
 
 EMBED_AT_ONCE = 16
 """Prompts embedded in one call, whatever the batch size, so that embeddings do not depend on it."""
@@ -53,7 +54,10 @@ class Painter(Protocol):
 
 @dataclass(frozen=True)
 class Conditioning:
-    """Prompts as the network reads them: ``cond`` [P, L, D] and ``uncond`` [1, L, D], fp32 on the painter's device."""
+    """Prompts as the network reads them: ``cond`` [P, L, D] and ``uncond`` [1, L, D], fp32, on any device.
+
+    Those of thousands of prompts take gigabytes: `encode_prompts` leaves them in main memory.
+    """
 
     prompts: tuple[str, ...]
     cond: Tensor
@@ -64,7 +68,7 @@ def encode_prompts(painter: Painter, prompts: Sequence[str], negative_prompt: st
     """Embed the prompts, and the empty or negative one, once for all arms."""
     with torch.no_grad():
         parts = [
-            painter.embed(list(prompts[first : first + EMBED_AT_ONCE]))
+            painter.embed(list(prompts[first : first + EMBED_AT_ONCE])).cpu()
             for first in range(0, len(prompts), EMBED_AT_ONCE)
         ]
         uncond = painter.embed([negative_prompt or ""])
@@ -121,7 +125,7 @@ def draw_latents(
         denoiser: another network than the arm's own (for instance the perfect student's).
         on_step: called after every step of the sampler.
     """
-    cond = conditioning.cond[[prompt for prompt, _ in ids]]
+    cond = upload(conditioning.cond[[prompt for prompt, _ in ids]], painter.device)
     sample = partial(tcd_sample, eta=arm.eta) if arm.sampler == "tcd" else SAMPLERS[arm.sampler]
     return sample(
         denoiser or painter.denoiser(adapter=arm.adapter),

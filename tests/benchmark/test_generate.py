@@ -16,10 +16,10 @@ from PIL import Image
 from fewstep.arms import base_arm, student_arm
 from fewstep.backbone import Backbone
 from fewstep.config import GenerateSettings
-from fewstep.errors import CheckpointError, InputError
+from fewstep.errors import CheckpointError, InputError, Interrupted
 from fewstep.generate import generate
 from fewstep.opening import trained_for
-from fewstep.pictures import encode_prompts, evaluate, make_pictures, picture_ids
+from fewstep.pictures import draw_latents, encode_prompts, evaluate, make_pictures, picture_ids
 from fewstep.safety import SafetyChecker
 from tests.benchmark.fakes import Notes, make_adapter
 
@@ -117,6 +117,23 @@ def test_latents_that_are_no_numbers_are_an_error(base: Backbone) -> None:
 
     with pytest.raises(CheckpointError, match="student-1 draws latents that are not finite"):
         evaluate(base, ["a"], student_arm(1), seed=1, denoiser=broken)
+
+
+def test_embeddings_of_many_prompts_wait_in_main_memory(base: Backbone) -> None:
+    """A device holds those of one batch: here one that computes nothing."""
+    seen = list[torch.Tensor]()
+
+    def watched(x_t: torch.Tensor, t: torch.Tensor, cond: torch.Tensor, /) -> torch.Tensor:
+        seen.append(cond)
+        raise Interrupted("seen enough")
+
+    known = encode_prompts(base, ["a", "b"])
+    with pytest.raises(Interrupted):
+        draw_latents(
+            replace(base, device=torch.device("meta")), student_arm(1), known, [(1, 0)], seed=1, denoiser=watched
+        )
+    assert known.cond.device.type == "cpu" and known.cond.shape[0] == 2
+    assert seen[0].device.type == "meta" and seen[0].shape == known.cond[:1].shape
 
 
 def test_so_are_pictures_that_are_none(base: Backbone) -> None:

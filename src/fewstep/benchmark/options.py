@@ -16,7 +16,7 @@ import torch
 from fewstep.arms import Arm, faster_arm
 from fewstep.backbone import Backbone, compiled, load_tiny_vae
 from fewstep.config import BenchSettings
-from fewstep.errors import InputError, first_line
+from fewstep.errors import InputError, first_line, is_out_of_memory
 from fewstep.quiet import quiet_libraries
 
 TINY_VAE = "tiny-vae"
@@ -84,9 +84,9 @@ class Options:
             for option in _parts(arm):
                 painter = self._applied(painter, option)
             yield painter
-        except torch.OutOfMemoryError:
-            raise
         except RuntimeError as error:
+            if is_out_of_memory(error):
+                raise
             raise InputError(
                 f"arm {arm.id} failed by its option {arm.option} ({first_line(error)}); allowed are options that work "
                 "on this machine; leave it out"

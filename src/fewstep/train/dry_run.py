@@ -17,7 +17,7 @@ from fewstep.backbone.threads import whole_batches
 from fewstep.config import TrainSettings
 from fewstep.data import Batch, Batches, OpenedData, Slices, open_data
 from fewstep.ema import EMA
-from fewstep.errors import InputError
+from fewstep.errors import InputError, is_out_of_memory
 from fewstep.methods.kstep import KStep
 from fewstep.processes import join_processes, own_device
 from fewstep.reporting import SILENT, Reporter, in_bytes
@@ -108,7 +108,9 @@ def rehearse(settings: TrainSettings, *, reporter: Reporter = SILENT) -> DryRun:
                 if settings.compile:
                     engine.prove(quick[size], backbone, parameters, settings, size)
                 trials.append(_tried(batch, settings, quick[size], method, optimizer))
-            except torch.OutOfMemoryError:
+            except RuntimeError as error:
+                if not is_out_of_memory(error):
+                    raise
                 raise InputError(
                     f"batch {size} does not fit into the memory of {backbone.device}; allowed is what fits, "
                     f"{'no batch as it is' if size == 1 else 'batch 1'}; pass --gradient_checkpointing, "

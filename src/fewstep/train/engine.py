@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from fewstep.backbone import Backbone, adapters_off
 from fewstep.backbone.compiled import Compiled, check_compiler
 from fewstep.config import TrainSettings
-from fewstep.errors import InputError, first_line
+from fewstep.errors import InputError, first_line, is_out_of_memory
 from fewstep.randomness import generator
 from fewstep.transfer import precise
 
@@ -141,9 +141,9 @@ def prove(
 def _compiles(work: Callable[[], Any]) -> Any:
     try:
         return work()
-    except torch.OutOfMemoryError:
-        raise
     except RuntimeError as error:
+        if is_out_of_memory(error):
+            raise
         raise InputError(
             f"compile came, but the UNet cannot be compiled ({first_line(error)}); allowed is a network that torch "
             "compiles as a whole; leave --compile out"
