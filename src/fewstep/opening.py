@@ -193,7 +193,7 @@ def warn_of_another_base(source: lora.AdapterSource, backbone: Backbone, warn: C
 
 def _warn_of_step_counts(source: lora.AdapterSource, step_counts: Sequence[int], reporter: Reporter) -> None:
     """Name the step counts that training did not promise."""
-    promised = checkpoint.recorded_steps(source.folder)
+    promised = promised_steps(source)
     sampler = recorded_sampling(source, SILENT).sampler
     odd = [steps for steps in step_counts if promised and not trained_for(steps, promised, sampler)]
     if promised and odd:
@@ -201,6 +201,17 @@ def _warn_of_step_counts(source: lora.AdapterSource, step_counts: Sequence[int],
             f"the adapter was not trained for {_spelled(odd)} steps; it promises {_spelled(promised)}: expect worse "
             "pictures"
         )
+
+
+def promised_steps(source: lora.AdapterSource) -> tuple[int, ...] | None:
+    """The step counts that an adapter promises, by what lies beside it, else by its own file; None where neither says.
+
+    Raises:
+        CheckpointError: settings beside the adapter that cannot be read.
+    """
+    recorded = checkpoint.recorded_steps(source.folder)
+    stated = lora.stated_sampling(source.weights)
+    return recorded or (stated.step_counts if stated else None) or None
 
 
 def trained_for(steps: int, promised: Sequence[int], sampler: Sampler) -> bool:
@@ -220,14 +231,20 @@ class Sampling:
 
 
 def recorded_sampling(source: lora.AdapterSource | None, reporter: Reporter) -> Sampling:
-    """That of the scheduler that was saved beside an adapter; LCM's where there is none, or one unknown here.
+    """That of the scheduler that was saved beside an adapter, else what its own file says, else LCM's.
 
     Raises:
         CheckpointError: settings beside the adapter that cannot be read.
     """
     config = source.folder / "scheduler" / "scheduler_config.json" if source else None
-    if source is None or config is None or not config.is_file():
+    if source is None or config is None:
         return Sampling()
+    if not config.is_file():
+        stated = lora.stated_sampling(source.weights)
+        if stated is None:
+            reporter.say(f"nothing with {source.name} says how it is to be sampled: with lcm")
+            return Sampling()
+        return Sampling(stated.sampler, stated.span)
     try:
         saved = json.loads(config.read_text(encoding="utf-8"))
         name, order = saved["_class_name"], saved.get("solver_order")

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from safetensors.torch import load_file, save_file
 
 from fewstep import lora, opening
 from fewstep.backbone import Backbone
@@ -331,3 +333,22 @@ def test_the_settings_are_reported(base: Backbone, other: Path, tmp_path: Path) 
         reporter=notes, backbone=base,
     )  # fmt: skip
     assert any(line.startswith("adapter mine: ") and "scale 1" in line for line in notes.said)
+
+
+def test_a_file_that_was_moved_alone_says_how_it_is_sampled(base: Backbone, tmp_path: Path) -> None:
+    made = tmp_path / "made"
+    lora.attach(base.unet, 2, 16, ["to_q"], seed=3)
+    lora.save_adapter(base.unet, made, base.scheduler_config, "ddim", 0.6, (2, 4))
+    lora.detach(base.unet)
+    alone = tmp_path / "loras" / "mine.safetensors"
+    alone.parent.mkdir()
+    shutil.copy(made / lora.WEIGHTS_NAME, alone)
+    source, notes = lora.locate(alone), Notes()
+    assert opening.recorded_sampling(source, notes) == opening.Sampling("ddim", 0.6)
+    assert opening.promised_steps(source) == (2, 4) and not notes.said
+    for stated in (None, "{", '{"sampler": "euler", "span": 1, "step_counts": []}', '{"sampler": "lcm"}'):
+        weights = load_file(made / lora.WEIGHTS_NAME)
+        save_file(weights, alone, {"fewstep_sampling": stated} if stated else None)
+        assert opening.recorded_sampling(source, notes) == opening.Sampling("lcm")
+        assert opening.promised_steps(source) is None
+    assert notes.said == [f"nothing with {alone} says how it is to be sampled: with lcm"] * 4

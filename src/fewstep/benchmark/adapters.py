@@ -10,10 +10,17 @@ from functools import partial
 from fewstep import lora
 from fewstep.arms import Arm, base_arm, sampler_timesteps, student_arm
 from fewstep.backbone import Backbone, adapters_off
-from fewstep.checkpoint import Origin, recorded_origin, recorded_steps
+from fewstep.checkpoint import Origin, recorded_origin
 from fewstep.config import AdapterEntry, BenchSettings, adapter_entries
 from fewstep.errors import InputError
-from fewstep.opening import Sampling, describe_adapter, recorded_sampling, trained_for, warn_of_another_base
+from fewstep.opening import (
+    Sampling,
+    describe_adapter,
+    promised_steps,
+    recorded_sampling,
+    trained_for,
+    warn_of_another_base,
+)
 from fewstep.reporting import SILENT, Reporter
 from fewstep.timesteps import promised_points
 
@@ -72,7 +79,7 @@ class Adapters:
         source = lora.locate(entry.lora_path, entry.lora_id)
         facts = self._attach(entry.id, source, entry.scale, reporter)
         warn_of_another_base(source, self._backbone, reporter.warn)
-        steps = entry.steps or tuple(n for n in self._settings.steps if n in (recorded_steps(source.folder) or (n,)))
+        steps = entry.steps or tuple(n for n in self._settings.steps if n in (promised_steps(source) or (n,)))
         if not steps:
             raise InputError(
                 f"adapter {entry.id} promises other step counts than {' '.join(map(str, self._settings.steps))}; "
@@ -119,7 +126,7 @@ class Adapters:
     def warn_of_timesteps(self, arms: Sequence[Arm], reporter: Reporter) -> None:
         """Name each arm of a further adapter that samples where, by its own record, it was never trained."""
         for arm in arms:
-            promised = recorded_steps(self._sources[arm.source][0].folder) if arm.source in self._sources else None
+            promised = promised_steps(self._sources[arm.source][0]) if arm.source in self._sources else None
             # The run's own adapter is compared with its record elsewhere; an option samples where the plain arm does.
             if promised is None or arm.source is None or arm.option is not None:
                 continue

@@ -2,6 +2,7 @@
 
 from .adapter import ADAPTER, AdapterWeights, attach, detach, digest, set_scale, trainable_parameters
 from .loading import AdapterInfo, attach_trained, load_adapter, prove_round_trip, save_adapter
+from .sampler import StatedSampling, stated_sampling
 from .source import WEIGHTS_NAME, AdapterSource, locate
 
 __all__ = [
@@ -10,6 +11,7 @@ __all__ = [
     "AdapterInfo",
     "AdapterSource",
     "AdapterWeights",
+    "StatedSampling",
     "attach",
     "attach_trained",
     "detach",
@@ -19,5 +21,6 @@ __all__ = [
     "prove_round_trip",
     "save_adapter",
     "set_scale",
+    "stated_sampling",
     "trainable_parameters",
 ]

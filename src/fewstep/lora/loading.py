@@ -19,7 +19,7 @@ from ..quiet import quiet_libraries
 from ..randomness import generator
 from .adapter import ADAPTER, AdapterWeights, attach, attach_empty, detach, lora_layers
 from .layouts import Layout, ParsedAdapter, read
-from .sampler import save_scheduler
+from .sampler import STATED, StatedSampling, save_scheduler
 from .source import WEIGHTS_NAME, AdapterSource, locate
 
 if TYPE_CHECKING:
@@ -82,7 +82,8 @@ def save_adapter(
     """Write the adapter as it is now, and the scheduler to sample it with, into `folder`.
 
     `pytorch_lora_weights.safetensors` is in diffusers' layout with alpha in its header, fp32: stock pipelines load it
-    exactly. `scheduler/` is that of `sampler`, `span` and `step_counts`, with the base's betas and prediction type.
+    exactly. `scheduler/` is that of `sampler`, `span` and `step_counts`, with the base's betas and prediction type; the
+    header says these three as well, for a file that is moved alone.
 
     Returns:
         The file with the weights.
@@ -92,7 +93,7 @@ def save_adapter(
 
     config = unet.peft_config[ADAPTER]
     # Only what every release of PEFT knows: a newer one's own fields make LoraConfig of an older one raise.
-    stated = {
+    lora_config = {
         "r": config.r,
         "lora_alpha": config.lora_alpha,
         "rank_pattern": dict(config.rank_pattern),
@@ -103,21 +104,24 @@ def save_adapter(
     }
     weights = {name.removeprefix("unet."): value for name, value in AdapterWeights(unet).state_dict().items()}
     folder.mkdir(parents=True, exist_ok=True)
-    StableDiffusionPipeline.save_lora_weights(str(folder), unet_lora_layers=weights, unet_lora_adapter_metadata=stated)
-    _sort_metadata(folder / WEIGHTS_NAME)
+    StableDiffusionPipeline.save_lora_weights(
+        str(folder), unet_lora_layers=weights, unet_lora_adapter_metadata=lora_config
+    )
+    stated = {STATED: StatedSampling(sampler, span, tuple(step_counts)).to_json()}
+    _sort_metadata(folder / WEIGHTS_NAME, stated)
     save_scheduler(folder, scheduler_config, sampler, span, step_counts)
     return folder / WEIGHTS_NAME
 
 
-def _sort_metadata(file: Path) -> None:
-    """Bring the entries of a safetensors header's metadata into one order: as written, it differs from run to run.
+def _sort_metadata(file: Path, more: Mapping[str, str]) -> None:
+    """Add to a safetensors header's metadata and bring it into one order: as written, that differs from run to run.
 
     With it, the same adapter is the same bytes.
     """
     content = file.read_bytes()
     end = 8 + int.from_bytes(content[:8], "little")
     header = json.loads(content[8:end])
-    header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+    header["__metadata__"] = dict(sorted({**header["__metadata__"], **more}.items()))
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)  # tensors start at a multiple of 8 bytes
     write_bytes_atomic(file, len(text).to_bytes(8, "little") + text + content[end:])

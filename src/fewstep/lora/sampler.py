@@ -1,10 +1,14 @@
-"""The scheduler that lies beside an adapter and says how it is to be sampled."""
+"""How an adapter is to be sampled: by a scheduler beside it, and by a line in its own file, should that be all there is."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
+
+from safetensors import SafetensorError, safe_open
 
 from ..quiet import quiet_libraries
 
@@ -12,6 +16,35 @@ FOLDER = "scheduler"
 
 NOISE_LEVELS = ("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas", "use_lu_lambdas", "use_flow_sigmas")
 """What a base's scheduler may say of noise levels other than its timesteps'; with these no timesteps can be given."""
+
+
+STATED = "fewstep_sampling"
+"""The entry of a safetensors header."""
+
+
+@dataclass(frozen=True)
+class StatedSampling:
+    """What an adapter's own file says of how it was trained to be sampled; see `save_scheduler`."""
+
+    sampler: Literal["lcm", "ddim"]
+    span: float
+    step_counts: tuple[int, ...]
+
+    def to_json(self) -> str:
+        return json.dumps(asdict(self))
+
+
+def stated_sampling(weights: Path) -> StatedSampling | None:
+    """What the header of an adapter's file says; None where it says nothing, or nothing that is known here."""
+    try:
+        with safe_open(weights, "pt") as file:
+            stated = json.loads((file.metadata() or {})[STATED])
+        sampler, span, counts = stated["sampler"], float(stated["span"]), tuple(map(int, stated["step_counts"]))
+    except (SafetensorError, OSError, KeyError, TypeError, ValueError):
+        return None
+    if sampler not in ("lcm", "ddim") or not 0 < span <= 1 or any(count < 1 for count in counts):
+        return None
+    return StatedSampling(sampler, span, counts)
 
 
 def save_scheduler(
