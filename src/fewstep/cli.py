@@ -27,6 +27,7 @@ from fewstep.config import (
     Checked,
     DemoSettings,
     DoctorSettings,
+    ExportSettings,
     GenerateSettings,
     PretrainSettings,
     ReportSettings,
@@ -62,6 +63,7 @@ COMMANDS = {
     "bench": Command(BenchSettings, "fewstep.benchmark:benchmark"),
     "generate": Command(GenerateSettings, "fewstep.generate:generate"),
     "report": Command(ReportSettings, "fewstep.redraw:report"),
+    "export": Command(ExportSettings, "fewstep.export:export"),
     "pretrain": Command(PretrainSettings, "fewstep.pretrain:pretrain"),
 }
 
@@ -80,7 +82,7 @@ SECTIONS = {
     "num_inference_steps pure_noise_share start pairs_per_rollout pairs_per_visit teacher_rollouts teacher_cache "
     "cache_dir loss loss_weighting",
     "Base model": "base_model default_base revision prediction_type resolution allow_pickle",
-    "Results": "runs output_dir run_name outdir resume dry_run log_file checkpoint_every keep_last keep_every "
+    "Results": "runs output_dir run_name outdir outfile resume dry_run log_file checkpoint_every keep_last keep_every "
     "validate_every validate_images log_every oracle_images",
     "Running": "seed batch_size device mixed_precision config",
 }

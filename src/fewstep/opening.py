@@ -14,7 +14,7 @@ from fewstep import checkpoint, lora
 from fewstep.arms import Sampler
 from fewstep.backbone import Backbone, load_backbone, steady_vae
 from fewstep.backbone.threads import is_small
-from fewstep.config import BaseModelSettings, SamplingSettings
+from fewstep.config import AdapterSettings, BaseModelSettings, SamplingSettings
 from fewstep.errors import CheckpointError, InputError
 from fewstep.randomness import generator
 from fewstep.reporting import SILENT, Reporter
@@ -84,7 +84,7 @@ def warn_of_prompts(prompts: Sequence[str], backbone: Backbone, reporter: Report
 
 
 def open_base(
-    settings: SamplingSettings,
+    settings: AdapterSettings,
     *,
     backbone: Backbone | None,
     with_adapter: bool,

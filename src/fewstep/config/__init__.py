@@ -11,7 +11,15 @@ from __future__ import annotations
 
 from fewstep.config.adapters import AdapterEntry, load_adapters
 from fewstep.config.base import BaseModelSettings, Checked, Settings
-from fewstep.config.drawing import BenchSettings, GenerateSettings, ReportSettings, SamplingSettings, adapter_entries
+from fewstep.config.drawing import (
+    AdapterSettings,
+    BenchSettings,
+    ExportSettings,
+    GenerateSettings,
+    ReportSettings,
+    SamplingSettings,
+    adapter_entries,
+)
 from fewstep.config.embedded import DemoSettings, PretrainSettings
 from fewstep.config.kinds import EMBEDDED_BASE, FAST_OPTIONS, STABLE_DIFFUSION, Start
 from fewstep.config.spelling import allowed, nearest, refusal, spell
@@ -23,12 +31,14 @@ __all__ = [
     "FAST_OPTIONS",
     "STABLE_DIFFUSION",
     "AdapterEntry",
+    "AdapterSettings",
     "BaseModelSettings",
     "BenchSettings",
     "CacheSettings",
     "Checked",
     "DemoSettings",
     "DoctorSettings",
+    "ExportSettings",
     "GenerateSettings",
     "PretrainSettings",
     "ReportSettings",

@@ -1,4 +1,4 @@
-"""Settings of the commands that draw with a student: `fewstep generate`, `fewstep bench`, `fewstep report`."""
+"""Settings of the commands that use a student: `fewstep generate`, `bench`, `report`, `export`."""
 
 from __future__ import annotations
 
@@ -30,7 +30,21 @@ from fewstep.config.kinds import (
 from fewstep.errors import InputError
 
 
-class SamplingSettings(BaseModelSettings):
+class AdapterSettings(BaseModelSettings):
+    """A base, and an adapter on it."""
+
+    lora_path: Folder | None = Field(
+        None, description="Adapter file or folder. Unset, like lora_id: the one shipped with the base, if any."
+    )
+    lora_id: Text | None = Field(None, description="Adapter on the Hub.")
+
+    @model_validator(mode="after")
+    def _one_adapter(self) -> Self:
+        forbid_both(self, "lora_path", "lora_id", "--lora_path is an adapter on disk, --lora_id one on the Hub")
+        return self
+
+
+class SamplingSettings(AdapterSettings):
     """What generation and benchmark share: prompts, adapter, student."""
 
     prompt: Text | None = Field(None, description="What to draw.")
@@ -40,15 +54,10 @@ class SamplingSettings(BaseModelSettings):
     batch_size: Count = Field(8, description="Pictures drawn at once; does not change them.")
     resolution: Side | None = Field(None, description="Side in pixels. Unset: the base's own, else sample_size x 8.")
     outdir: Folder = Field(Path("./outputs"), description="Folder for the results.")
-    lora_path: Folder | None = Field(
-        None, description="Adapter file or folder. Unset, like lora_id: the one shipped with the base, if any."
-    )
-    lora_id: Text | None = Field(None, description="Adapter on the Hub.")
     flash_guidance: Guidance = Field(1.0, description="Guidance of the student; above 1 doubles its work.")
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
-        forbid_both(self, "lora_path", "lora_id", "--lora_path is an adapter on disk, --lora_id one on the Hub")
         forbid_both(self, "prompt", "prompts_file", "add the prompt to the file as a line")
         if self.negative_prompt and self.flash_guidance <= 1:
             raise ValueError(
@@ -190,6 +199,19 @@ class GenerateSettings(SamplingSettings):
                 'add --prompt "a red house" or --prompts_file FILE'
             )
         return self
+
+
+class ExportSettings(AdapterSettings):
+    """Write an adapter as one file for ComfyUI, the web UIs and others that read kohya's layout."""
+
+    outfile: Folder = Field(Path("./adapter.safetensors"), description="The file to write; it must not be there yet.")
+
+    @field_validator("outfile")
+    @classmethod
+    def _a_file_of_tensors(cls, file: Path) -> Path:
+        if file.suffix != ".safetensors":
+            raise ValueError(f"outfile {str(file)!r} came; allowed is a name that ends in .safetensors; add that to it")
+        return file
 
 
 class ReportSettings(Checked):

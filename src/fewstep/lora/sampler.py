@@ -1,4 +1,4 @@
-"""How an adapter is to be sampled: by a scheduler beside it, and by a line in its own file, should that be all there is."""
+"""How an adapter is to be sampled: by a scheduler beside it, and by its own file should that be all there is."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 from safetensors import SafetensorError, safe_open
 
+from ..arms import Sampler
 from ..quiet import quiet_libraries
 
 FOLDER = "scheduler"
@@ -26,7 +27,7 @@ STATED = "fewstep_sampling"
 class StatedSampling:
     """What an adapter's own file says of how it was trained to be sampled; see `save_scheduler`."""
 
-    sampler: Literal["lcm", "ddim"]
+    sampler: Sampler
     span: float
     step_counts: tuple[int, ...]
 
@@ -42,7 +43,7 @@ def stated_sampling(weights: Path) -> StatedSampling | None:
         sampler, span, counts = stated["sampler"], float(stated["span"]), tuple(map(int, stated["step_counts"]))
     except (SafetensorError, OSError, KeyError, TypeError, ValueError):
         return None
-    if sampler not in ("lcm", "ddim") or not 0 < span <= 1 or any(count < 1 for count in counts):
+    if sampler not in ("lcm", "tcd", "ddim") or not 0 < span <= 1 or any(count < 1 for count in counts):
         return None
     return StatedSampling(sampler, span, counts)
 
