@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from safetensors.torch import load_file, save_file
 
 from fewstep.backbone import Backbone, load_backbone
 from fewstep.errors import CheckpointError, FewstepError, InputError
+from fewstep.quiet import quiet_libraries
 
 UNET = "unet/diffusion_pytorch_model.safetensors"
 VAE = "vae/diffusion_pytorch_model.safetensors"
@@ -93,6 +95,69 @@ def test_a_folder_with_fp16_in_its_file_names_opens(folder: Path) -> None:
         path = folder / file
         path.rename(path.with_name(path.name.replace(".safetensors", ".fp16.safetensors")))
     assert load_backbone(folder, device="cpu").dtype == torch.float32
+
+
+def halved(tiny: Backbone, to: Path, **options: Any) -> Path:
+    """The tiny base as diffusers saves it in its variant fp16."""
+    with quiet_libraries():
+        tiny.pipeline().save_pretrained(to, variant="fp16", **options)
+    return to
+
+
+def test_a_variant_in_shards_opens(
+    tiny: Backbone, tmp_path: Path, offline_cache: Callable[[str, Path | None], Path]
+) -> None:
+    folder = halved(tiny, tmp_path / "base", max_shard_size="100KB")
+    assert (folder / "unet/diffusion_pytorch_model.safetensors.index.fp16.json").is_file()
+    loaded = load_backbone(folder, device="cpu")
+    assert all(torch.equal(value, loaded.unet.state_dict()[key]) for key, value in tiny.unet.state_dict().items())
+    assert torch.equal(loaded.embed(["a red house"]), tiny.embed(["a red house"]))
+    offline_cache("someone/halved", folder)
+    assert load_backbone("someone/halved", device="cpu").fingerprint == loaded.fingerprint
+    next((folder / "unet").glob("*-00001-of-*")).unlink()
+    said = refused(folder, InputError)
+    assert "no weights in unet/" in said and "it holds diffusion_pytorch_model.fp16-00002-of-000" in said
+
+
+def test_a_pickled_variant_opens_with_leave(
+    tiny: Backbone, tmp_path: Path, offline_cache: Callable[[str, Path | None], Path]
+) -> None:
+    folder = halved(tiny, tmp_path / "base", safe_serialization=False)
+    assert (folder / "unet/diffusion_pytorch_model.fp16.bin").is_file()
+    text = folder / "text_encoder"
+    torch.save(load_file(text / "model.fp16.safetensors"), text / "pytorch_model.fp16.bin")  # as older libraries did
+    (text / "model.fp16.safetensors").unlink()
+    assert "--allow_pickle" in refused(folder, InputError)
+    loaded = load_backbone(folder, device="cpu", allow_pickle=True)
+    assert all(torch.equal(value, loaded.unet.state_dict()[key]) for key, value in tiny.unet.state_dict().items())
+    assert torch.equal(loaded.embed(["a red house"]), tiny.embed(["a red house"]))
+    offline_cache("someone/halved", folder)
+    assert load_backbone("someone/halved", device="cpu", allow_pickle=True).fingerprint == loaded.fingerprint
+
+
+@pytest.mark.parametrize("make", [{"max_shard_size": "100KB"}, {}, {"safe_serialization": False}], ids=str)
+def test_of_a_repository_that_is_fetched_which_can_be_read(
+    tiny: Backbone, tmp_path: Path, make: dict[str, Any]
+) -> None:
+    """Configurations, and then what the patterns name, until there are weights."""
+    from fewstep.backbone.folder import COMPONENTS, find_weights, weight_patterns
+    from fewstep.backbone.loading import CONFIG_PATTERNS
+
+    whole, fetched = halved(tiny, tmp_path / "whole", **make), tmp_path / "fetched"
+
+    def fetch(patterns: Sequence[str]) -> None:
+        for path in whole.rglob("*"):
+            name = path.relative_to(whole)
+            if path.is_file() and any(fnmatch(name.as_posix(), pattern) for pattern in patterns):
+                (fetched / name).parent.mkdir(parents=True, exist_ok=True)
+                shutil.copy(path, fetched / name)
+
+    fetch(CONFIG_PATTERNS)
+    for component in COMPONENTS:
+        for patterns in weight_patterns(component, allow_pickle=True):
+            if find_weights(fetched, component, allow_pickle=True) is None:
+                fetch(patterns)
+        assert find_weights(fetched, component, allow_pickle=True) is not None
 
 
 def test_another_memory_order_computes_the_same(tiny: Backbone, saved_tiny: Path) -> None:
@@ -210,8 +275,28 @@ def test_weights_that_are_missing_or_damaged_are_never_made_up(folder: Path, fil
     assert "cannot be read" in refused(folder, CheckpointError)
 
 
-def test_a_tokenizer_of_another_model_is_refused(folder: Path) -> None:
-    shutil.rmtree(folder / "tokenizer")
+def test_a_tokenizer_without_its_vocabulary_is_refused(folder: Path) -> None:
+    """The library would make one of three tokens up."""
+    place = folder / "tokenizer"
+    model = json.loads((place / "tokenizer.json").read_text())["model"]
+    (place / "tokenizer.json").unlink()
+    neither = "tokenizer/ has no tokenizer.json, and no vocab.json or merges.txt;"
+    assert neither in refused(folder, CheckpointError)
+    (place / "tokenizer_config.json").unlink()
+    assert neither in refused(folder, CheckpointError)
+    place.rmdir()
+    assert neither in refused(folder, CheckpointError)
+    place.mkdir()
+    (place / "vocab.json").write_text(json.dumps(model["vocab"]))
+    assert "tokenizer/ has no tokenizer.json, and no merges.txt;" in refused(folder, CheckpointError)
+    (place / "merges.txt").write_text("\n".join(["#version: 0.2", *map(" ".join, model["merges"])]))
+    assert load_backbone(folder, device="cpu").tokenizer("a red house").input_ids == [49406, 320, 736, 1212, 49407]
+    (place / "vocab.json").unlink()
+    assert "tokenizer/ has no tokenizer.json, and no vocab.json;" in refused(folder, CheckpointError)
+
+
+def test_a_damaged_tokenizer_is_refused(folder: Path) -> None:
+    (folder / "tokenizer" / "tokenizer.json").write_text("{")
     assert "tokenizer cannot be read" in refused(folder, CheckpointError)
 
 

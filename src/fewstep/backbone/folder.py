@@ -23,6 +23,9 @@ COMPONENTS = {
 }
 """Component -> the stems of its safetensors and its pickled file."""
 
+VARIANTS = {None: "", "fp16": ".fp16"}
+"""What diffusers calls a variant -> what the names of its files have before their ending; the best first."""
+
 CONFIGS = dict.fromkeys(COMPONENTS, "config.json") | {"scheduler": "scheduler_config.json"}
 
 Network = TypeVar("Network", bound=torch.nn.Module)
@@ -34,36 +37,39 @@ class Weights:
 
     files: tuple[Path, ...]
     variant: str | None
-    """The part of the file names that diffusers calls so, such as fp16."""
+    """One of VARIANTS."""
     pickled: bool
 
 
 def find_weights(folder: Path, component: str, allow_pickle: bool) -> Weights | None:
-    """The weights of `component`: plain safetensors, else in shards, else a half-precision variant, else a pickle."""
+    """The weights of `component`: safetensors, whole or in shards, else a pickle; plain, else in half precision."""
     place = folder / component
     stem, pickled_stem = COMPONENTS[component]
-    for variant in (None, "fp16"):
-        single = place / (f"{stem}.safetensors" if variant is None else f"{stem}.{variant}.safetensors")
+    for variant, part in VARIANTS.items():
+        single = place / f"{stem}{part}.safetensors"
         if single.is_file():
             return Weights((single,), variant, pickled=False)
-        index = place / f"{stem}.safetensors.index.json"
-        if variant is None and index.is_file():
+        index = place / f"{stem}.safetensors.index{part}.json"
+        if index.is_file():
             names = set(read_json(index, str(folder)).get("weight_map", {}).values())
             shards = tuple(sorted(place / name for name in names))
             if shards and all(shard.is_file() for shard in shards):
-                return Weights(shards, None, pickled=False)
-    pickle = place / f"{pickled_stem}.bin"
-    return Weights((pickle,), None, pickled=True) if allow_pickle and pickle.is_file() else None
+                return Weights(shards, variant, pickled=False)
+    for variant, part in VARIANTS.items():
+        pickle = place / f"{pickled_stem}{part}.bin"
+        if allow_pickle and pickle.is_file():
+            return Weights((pickle,), variant, pickled=True)
+    return None
 
 
 def weight_patterns(component: str, allow_pickle: bool) -> list[Sequence[str]]:
     """What to fetch of a repository until `find_weights` finds something, the best first."""
     stem, pickled_stem = COMPONENTS[component]
+    parts = VARIANTS.values()
     wanted: list[Sequence[str]] = [
-        (f"{component}/{stem}.safetensors", f"{component}/{stem}-*-of-*.safetensors"),
-        (f"{component}/{stem}.fp16.safetensors",),
+        (f"{component}/{stem}{part}.safetensors", f"{component}/{stem}{part}-*-of-*.safetensors") for part in parts
     ]
-    return [*wanted, (f"{component}/{pickled_stem}.bin",)] if allow_pickle else wanted
+    return wanted + [(f"{component}/{pickled_stem}{part}.bin",) for part in parts] if allow_pickle else wanted
 
 
 def read_shapes(folder: Path, name: str) -> Shapes:
@@ -94,6 +100,7 @@ def load_folder(folder: Path, *, name: str, dtype: torch.dtype, allow_pickle: bo
     """
     read_shapes(folder, name).check(name)
     weights = {component: _weights(folder, component, name, allow_pickle) for component in COMPONENTS}
+    _check_vocabulary(folder / "tokenizer", name)
     with quiet_libraries():
         from diffusers import AutoencoderKL, UNet2DConditionModel
         from transformers import CLIPTextModel, CLIPTokenizer
@@ -138,10 +145,22 @@ def _weights(folder: Path, component: str, name: str, allow_pickle: bool) -> Wei
             f"base model {name!r}: the {component}'s weights are pickled; allowed are safetensors, or pickles that you "
             "trust, of which only tensors are read; add --allow_pickle"
         )
+    others = sorted(file.name for file in (folder / component).iterdir() if file.name != CONFIGS[component])
+    held = f"; it holds {', '.join(others[:3])}{f' and {len(others) - 3} more' if len(others) > 3 else ''}"
     raise InputError(
-        f"base model {name!r} has no weights in {component}/; expected {COMPONENTS[component][0]}.safetensors; "
-        "complete the folder"
+        f"base model {name!r} has no weights in {component}/{held if others else ''}; expected "
+        f"{COMPONENTS[component][0]}.safetensors, or all its shards and their index; complete the folder"
     )
+
+
+def _check_vocabulary(place: Path, name: str) -> None:
+    """Refuse a tokenizer without its vocabulary: the library would make one of three tokens up, and say nothing."""
+    lost = [file for file in ("vocab.json", "merges.txt") if not (place / file).is_file()]
+    if lost and not (place / "tokenizer.json").is_file():
+        raise CheckpointError(
+            f"base model {name!r}: its tokenizer/ has no tokenizer.json, and no {' or '.join(lost)}; needed is "
+            "tokenizer.json, or vocab.json and merges.txt; fetch or copy them from where the base is from"
+        )
 
 
 def _load(cls: type[Network], folder: Path, component: str, weights: Weights, name: str, dtype: torch.dtype) -> Network:
