@@ -5,11 +5,17 @@ Off in benchmarks, where blackened pictures would corrupt scores; a flag in `gen
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import numpy as np
 import torch
 from torch import Tensor
 
 from fewstep.errors import InputError
+from fewstep.files import at_home
+
+if TYPE_CHECKING:
+    from diffusers.pipelines.stable_diffusion.safety_checker import StableDiffusionSafetyChecker
 
 
 class SafetyChecker:
@@ -33,15 +39,13 @@ class SafetyChecker:
         device: torch.device | str = "cpu",
         allow_pickle: bool = False,
     ) -> None:
-        from diffusers.pipelines.stable_diffusion.safety_checker import StableDiffusionSafetyChecker
         from transformers import CLIPImageProcessorPil
 
+        place = str(at_home(base)) if at_home(base).is_dir() else base  # a path comes before a Hub id, as for bases
         try:
-            self._network = StableDiffusionSafetyChecker.from_pretrained(
-                base, subfolder="safety_checker", revision=revision, use_safetensors=None if allow_pickle else True
-            )
+            self._network = _open(place, revision, allow_pickle)
             self._processor = CLIPImageProcessorPil.from_pretrained(
-                base, subfolder="feature_extractor", revision=revision
+                place, subfolder="feature_extractor", revision=revision
             )
         except (OSError, ValueError) as error:
             raise InputError(
@@ -60,3 +64,24 @@ class SafetyChecker:
         scratch = [np.zeros((1, 1, 3), dtype=np.float32) for _ in arrays]
         _, found = self._network(images=scratch, clip_input=inputs["pixel_values"].to(self._device))
         return [bool(one) for one in found]
+
+
+def _open(base: str, revision: str | None, allow_pickle: bool) -> StableDiffusionSafetyChecker:
+    """The network, in fp32 as the pictures it is given: from its plain weights, else from those in half precision."""
+    from diffusers.pipelines.stable_diffusion.safety_checker import StableDiffusionSafetyChecker
+
+    def read(variant: str | None) -> StableDiffusionSafetyChecker:
+        network: StableDiffusionSafetyChecker = StableDiffusionSafetyChecker.from_pretrained(
+            base,
+            subfolder="safety_checker",
+            revision=revision,
+            variant=variant,
+            dtype=torch.float32,
+            use_safetensors=None if allow_pickle else True,
+        )
+        return network
+
+    try:
+        return read(None)
+    except OSError:
+        return read("fp16")
