@@ -377,3 +377,21 @@ def test_an_adapter_remembers_its_base_and_its_step_counts(tmp_path: Path) -> No
     (folder / "settings.toml").write_text("= broken")
     with pytest.raises(CheckpointError, match="cannot be read"):
         recorded_base(folder)
+
+
+@pytest.mark.parametrize("content", ["[]", "[" * 100_000, '"text"', "not JSON", "", '{"name": "a browser extension"}'])
+def test_a_manifest_that_is_not_ours_is_none_for_drawing(tmp_path: Path, content: str) -> None:
+    (tmp_path / "manifest.json").write_text(content)
+    assert recorded(tmp_path) is None and recorded_base(tmp_path) is None and recorded_steps(tmp_path) is None
+    with pytest.raises(CheckpointError):
+        verify(tmp_path)
+
+
+def test_our_own_broken_manifest_is_an_error_for_drawing(tmp_path: Path) -> None:
+    manifest = make(tmp_path / "final") / "manifest.json"
+    whole = manifest.read_bytes()
+    harms = (whole[: len(whole) // 2], whole + b"}", whole.replace(b"{", b"[", 1), whole.replace(b"{", b"{\xff", 1))
+    for content in (*harms, whole.replace(b'"step":', b'"stop":')):
+        manifest.write_bytes(content)
+        with pytest.raises(CheckpointError, match=r"manifest\.json"):
+            recorded(tmp_path / "final")

@@ -15,6 +15,9 @@ from ..files import sha256
 MANIFEST = "manifest.json"
 SCHEMA_VERSION = 3
 
+SIGN = b'"base_fingerprint"'
+"""By this key a manifest is told to be ours, even where it is not JSON any more: other programs use the name, too."""
+
 UNUSABLE = (KeyError, TypeError, ValueError, AttributeError, OverflowError)
 """What JSON of another form than ours brings about where it is used."""
 
@@ -62,7 +65,7 @@ def verify(folder: Path) -> Record:
     """
     if not folder.is_dir():
         raise CheckpointError(f"no checkpoint {str(folder)!r}: there is no such folder; check the path")
-    content = read_manifest(folder)
+    content = _parsed(folder)
     if content is None:
         raise CheckpointError(f"{str(folder)!r} is not a whole checkpoint: it has no {MANIFEST}; pass another one")
     try:
@@ -86,7 +89,22 @@ def verify(folder: Path) -> Record:
 
 
 def read_manifest(folder: Path) -> dict[str, Any] | None:
-    """The manifest's content, or None where there is no file of that name."""
+    """The content of our manifest; None where there is no file of that name, or another program's.
+
+    Raises:
+        CheckpointError: it cannot be read, or names SIGN and is broken.
+    """
+    path = folder / MANIFEST
+    try:
+        if not path.is_file() or SIGN not in path.read_bytes():
+            return None
+    except OSError as error:
+        raise broken(folder, f"{MANIFEST} cannot be read ({error})") from None
+    return _parsed(folder)
+
+
+def _parsed(folder: Path) -> dict[str, Any] | None:
+    """What a file of the manifest's name holds, whoever wrote it, or None where there is none."""
     path = folder / MANIFEST
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
