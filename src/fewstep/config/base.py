@@ -44,7 +44,7 @@ class Settings(Checked):
 
     device: Device = Field("auto", description="auto, cpu, cuda, cuda:N, mps or xpu; auto takes the fastest at hand.")
     mixed_precision: Precision = Field(
-        "auto", description="Precision of the networks; auto is bf16 or fp16 on a GPU and no on a CPU."
+        "auto", description="Precision of the networks; auto is bf16 or fp16 on CUDA and no elsewhere."
     )
     seed: Seed = Field(42, description="All noise, data order and choices derive from it.")
 
