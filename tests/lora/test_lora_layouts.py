@@ -182,6 +182,72 @@ def test_old_diffusers_keys(student: Backbone, saved: Path, weights: State, outp
     assert torch.equal(output(student), expected)
 
 
+def test_linear_layers_of_old_diffusers(student: Backbone, saved: Path, weights: State, output: Run) -> None:
+    right = output(student)
+    ends = {"lora_A": "lora_linear_layer.down", "lora_B": "lora_linear_layer.up"}
+    save_file(
+        {
+            key.replace(end, name): value * 8 if end == "lora_B" else value
+            for key, value in weights.items()
+            for end, name in ends.items()
+            if end in key
+        },
+        saved / "old.safetensors",
+    )
+    with pytest.warns(UserWarning, match="alpha = rank assumed"):
+        load_adapter(student, saved / "old.safetensors")
+    assert torch.equal(output(student), right)
+
+
+def test_alphas_beside_the_pairs_of_diffusers(student: Backbone, saved: Path, weights: State, output: Run) -> None:
+    """Each is its module's own, as kohya's are: equal products of alpha and B have equal outputs."""
+    right = output(student)
+    tensors = dict(weights)
+    for place, module in enumerate(modules(weights)):
+        alpha = (32.0, 16.0, 8.0)[place % 3]
+        tensors[f"unet.{module}.lora_B.weight"] = weights[f"unet.{module}.lora_B.weight"] * (32 / alpha)
+        tensors[f"unet.{module}.alpha"] = torch.tensor(alpha)
+    path = saved / "alphas.safetensors"
+    save_file(tensors, path)
+    info = load_adapter(student, path)
+    assert (info.layout, info.rank, info.alpha_assumed) == ("diffusers", 4, False)
+    assert torch.equal(output(student), right)
+    header = {"unet.r": 4, "unet.lora_alpha": 32}
+    save_file(tensors, path, {"lora_adapter_metadata": json.dumps(header)})
+    student.unet.unload_lora()
+    assert "states two alphas" in refused(student, path)
+    same = weights | {f"unet.{module}.alpha": torch.tensor(32.0) for module in modules(weights)}
+    save_file(same, path, {"lora_adapter_metadata": json.dumps(header)})
+    load_adapter(student, path)
+    assert torch.equal(output(student), right)
+
+
+@pytest.mark.parametrize("init", ["pissa", "pissa_niter_16", "olora", "OLoRA", "corda", "loftq", "lora_ga"])
+def test_adapters_of_a_base_that_their_start_changed_are_refused(
+    base: Backbone, saved: Path, weights: State, init: str
+) -> None:
+    path = saved / "init.safetensors"
+    header = {"unet.r": 4, "unet.lora_alpha": 32, "unet.init_lora_weights": init}
+    save_file(weights, path, {"lora_adapter_metadata": json.dumps(header)})
+    base.unet.unload_lora()
+    assert f"init_lora_weights {init!r}, which changes the base" in refused(base, path)
+    save_file(peft(weights), saved / "adapter_model.safetensors")
+    config = {"r": 4, "lora_alpha": 32, "init_lora_weights": init}
+    (saved / "adapter_config.json").write_text(json.dumps(config))
+    assert f"init_lora_weights {init!r}, which changes the base" in refused(base, saved / "adapter_model.safetensors")
+
+
+@pytest.mark.parametrize("init", [True, False, "gaussian", "eva", "orthogonal", "mica"])
+def test_adapters_of_other_starts_load(
+    student: Backbone, saved: Path, weights: State, output: Run, init: str | bool
+) -> None:
+    right = output(student)
+    header = {"unet.r": 4, "unet.lora_alpha": 32, "unet.init_lora_weights": init}
+    save_file(weights, saved / "init.safetensors", {"lora_adapter_metadata": json.dumps(header)})
+    load_adapter(student, saved / "init.safetensors")
+    assert torch.equal(output(student), right)
+
+
 def test_a_file_saved_by_the_unet_itself(student: Backbone, tmp_path: Path, output: Run) -> None:
     right = output(student)
     student.unet.save_lora_adapter(str(tmp_path), adapter_name="student")
@@ -260,6 +326,10 @@ def of_rank_0(weights: State) -> State:
     return {key: value[:0] if "lora_A" in key else value[:, :0] for key, value in weights.items()}
 
 
+def renamed(weights: State, old: str, new: str) -> State:
+    return {key.replace(old, new): value for key, value in weights.items()}
+
+
 def extra(name: str) -> Callable[[State], State]:
     return lambda weights: weights | {name: torch.zeros(1)}
 
@@ -280,6 +350,27 @@ def extra(name: str) -> Callable[[State], State]:
         (extra("lora_te_text_model_encoder_layers_0_mlp_fc1.lora_down.weight"), "also changes the text encoder"),
         (extra("unet.mid_block.attentions.0.proj_in.lora_magnitude_vector"), "DoRA"),
         (extra("lora_unet_conv_in.hada_w1_a"), "LoHa"),
+        (extra("lora_unet_conv_in.on_input"), "is an IA3; allowed is plain LoRA"),
+        (extra("lora_unet_conv_in.oft_blocks"), "is an OFT; allowed is plain LoRA"),
+        (extra("lora_unet_conv_in.diff"), "is a LyCORIS of whole weights; allowed is plain LoRA"),
+        (extra("lora_unet_conv_in.diff_b"), "is a LyCORIS of whole weights; allowed is plain LoRA"),
+        (extra("lora_unet_conv_norm_out.w_norm"), "is a LyCORIS of norms; allowed is plain LoRA"),
+        (extra("lora_unet_conv_norm_out.b_norm"), "is a LyCORIS of norms; allowed is plain LoRA"),
+        (
+            lambda weights: renamed(kohya(weights), "lora_unet_", "lycoris_"),
+            "names its layers as LyCORIS does (lycoris_",
+        ),
+        (
+            lambda weights: renamed(weights, "unet.", "diffusion_model."),
+            "names its layers as ComfyUI does (diffusion_model.",
+        ),
+        (extra("diffusion_model.input_blocks.0.0.weight"), "names its layers as ComfyUI does (diffusion_model.input"),
+        (
+            lambda weights: {"diffusion_model.input_blocks.0.0.weight": torch.zeros(1)},
+            "is not an adapter: it holds diffusion_model.input_blocks.0.0.weight",
+        ),
+        (extra("unet.conv_in.alpha"), "is incomplete: conv_in has half a LoRA"),
+        (extra("unet.nowhere.alpha"), "belong to no layer of this base, first unet.nowhere.alpha"),
         (extra("unet.conv_in.bias"), "belong to no layer of this base, first unet.conv_in.bias"),
     ],
 )

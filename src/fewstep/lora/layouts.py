@@ -2,7 +2,7 @@
 
 | layout | a key | where alpha is |
 |---|---|---|
-| diffusers | `unet.….to_q.lora_A.weight` | `lora_adapter_metadata` in the header; without it nowhere |
+| diffusers | `unet.….to_q.lora_A.weight` | `lora_adapter_metadata` in the header, or `unet.….to_q.alpha`, or nowhere |
 | old diffusers | `unet.….attn1.processor.to_q_lora.down.weight` | nowhere |
 | kohya | `lora_unet_…_to_q.lora_down.weight` | `lora_unet_…_to_q.alpha` |
 | PEFT | `base_model.model.….to_q.lora_A.weight` | `adapter_config.json` beside the file |
@@ -38,8 +38,29 @@ KOHYA = "lora_unet_"
 PEFT = "base_model.model."
 
 # Ends of the names of A and B in all layouts; `_lora` in front of `.down` is how old diffusers named a projection.
-ENDS = re.compile(r"(?P<old>_lora)?\.(?:lora_|lora\.)?(?P<matrix>A|B|down|up)(?:\.(?!weight$)[\w-]+)?\.weight$")
+ENDS = re.compile(
+    r"(?P<old>_lora)?\.(?:lora_|lora\.|lora_linear_layer\.)?(?P<matrix>A|B|down|up)(?:\.(?!weight$)[\w-]+)?\.weight$"
+)
 DOWN = ("A", "down")
+
+OTHER_KINDS = {
+    r"dora_scale|lora_magnitude_vector": "a DoRA",
+    r"\.hada_": "a LoHa",
+    r"\.lokr_": "a LoKr",
+    r"\.lora_mid": "a Tucker-decomposed LoRA",
+    r"\.lora_B\.bias": "a LoRA with biases",
+    r"\.on_input$": "an IA3",
+    r"\.oft_": "an OFT",
+    r"\.diff(_b)?$": "a LyCORIS of whole weights",
+    r"\.[wb]_norm$": "a LyCORIS of norms",
+}
+"""What is in a key, as a pattern -> the kind of adapter that has such keys, beside LoRA's or instead of them."""
+
+FOREIGN = {"lycoris_": "LyCORIS", "diffusion_model.": "ComfyUI"}
+"""How keys begin in layouts that are not read -> whose they are."""
+
+CHANGES_THE_BASE = re.compile(r"pissa|corda|olora$|loftq$|lora_ga$", re.IGNORECASE)
+"""PEFT's `init_lora_weights` by which training begins with other weights of the base, which no adapter holds."""
 
 
 @dataclass(frozen=True)
@@ -94,7 +115,12 @@ def read(source: AdapterSource, modules: Iterable[str], *, allow_pickle: bool) -
             )
         stated = alphas.get(module)
         if config is not None:
-            stated = _alpha(config, module, rank, source)
+            beside, stated = stated, _alpha(config, module, rank, source)
+            if beside is not None and not math.isclose(beside, stated, rel_tol=1e-3):  # it may be in half precision
+                raise CheckpointError(
+                    f"adapter {source.name!r} states two alphas for {module}, {stated:g} and {beside:g} beside its "
+                    "weights; allowed is one; save or fetch it again"
+                )
         assumed |= stated is None
         pairs[module] = LoraPair(down.float(), up.float(), float(rank) if stated is None else stated)
     return ParsedAdapter(layout, pairs, assumed)
@@ -132,18 +158,10 @@ def _open(source: AdapterSource, allow_pickle: bool) -> tuple[dict[str, Tensor],
 
 
 def _refuse_other_kinds(tensors: Mapping[str, Tensor], source: AdapterSource) -> None:
-    kinds = {
-        "dora_scale": "DoRA",
-        "lora_magnitude_vector": "DoRA",
-        ".hada_": "LoHa",
-        ".lokr_": "LoKr",
-        ".lora_mid": "Tucker-decomposed LoRA",
-        ".lora_B.bias": "LoRA with biases",
-    }
-    for part, kind in kinds.items():
-        if any(part in key for key in tensors):
+    for pattern, kind in OTHER_KINDS.items():
+        if any(re.search(pattern, key) for key in tensors):
             raise CheckpointError(
-                f"adapter {source.name!r} is a {kind}; allowed is plain LoRA; merge or convert it first"
+                f"adapter {source.name!r} is {kind}; allowed is plain LoRA; merge or convert it first"
             )
     text = [
         key
@@ -164,6 +182,13 @@ def _layout(tensors: Mapping[str, Tensor], source: AdapterSource) -> Layout:
             f"{source.name!r} is not an adapter: it holds {first}; allowed is a LoRA for the UNet in diffusers, "
             "kohya or PEFT layout; a full model goes to --base_model"
         )
+    for key in tensors:
+        for start, whose in FOREIGN.items():
+            if key.startswith(start):
+                raise CheckpointError(
+                    f"adapter {source.name!r} names its layers as {whose} does ({key}); allowed are the layouts of "
+                    "diffusers, kohya and PEFT; convert it first"
+                )
     if any(key.startswith(KOHYA) for key in tensors):
         return "kohya"
     return "peft" if any(key.startswith(PEFT) for key in tensors) else "diffusers"
@@ -202,6 +227,13 @@ def _config(source: AdapterSource, header: Mapping[str, str], layout: Layout) ->
             raise CheckpointError(
                 f"adapter {source.name!r} is {meaning} ({option}); allowed is plain LoRA; merge it first"
             )
+    init = config.get("init_lora_weights")
+    if isinstance(init, str) and CHANGES_THE_BASE.match(init):
+        raise CheckpointError(
+            f"adapter {source.name!r} was begun with init_lora_weights {init!r}, which changes the base's weights: it "
+            "fits no base as published; allowed is plain LoRA; convert it first, where PEFT's save_pretrained can, by "
+            "path_initial_model_for_weight_conversion"
+        )
     return dict(config)
 
 
@@ -228,13 +260,13 @@ def _names(modules: Iterable[str], layout: Layout) -> dict[str, str]:
 def _sort(
     tensors: Mapping[str, Tensor], names: Mapping[str, str], source: AdapterSource, layout: Layout
 ) -> tuple[dict[str, tuple[Tensor, Tensor]], dict[str, float]]:
-    """The pairs (A, B) by module, and kohya's alphas."""
+    """The pairs (A, B) by module, and the alphas that are beside them."""
     halves: dict[str, dict[bool, Tensor]] = {}
     alphas: dict[str, float] = {}
     strangers: list[str] = []
     for key, tensor in tensors.items():
-        if layout == "kohya" and key.endswith(".alpha"):
-            owner = names.get(key.removesuffix(".alpha"))
+        if key.endswith(".alpha"):
+            owner = names.get(_module(key.removesuffix(".alpha"), old=False))
             if owner is None or tensor.numel() != 1:
                 strangers.append(key)
             else:
