@@ -374,7 +374,9 @@ def test_an_adapter_remembers_its_base_and_its_step_counts(tmp_path: Path) -> No
     assert recorded_base(folder) is None and recorded_steps(folder) is None
     (folder / "manifest.json").write_text('{"name": "a browser extension"}')
     assert recorded_base(folder) is None
-    (folder / "settings.toml").write_text("= broken")
+    (folder / "settings.toml").write_text("a browser's = own")
+    assert recorded_base(folder) is None and recorded_steps(folder) is None
+    (folder / "settings.toml").write_text("base_model = broken")
     with pytest.raises(CheckpointError, match="cannot be read"):
         recorded_base(folder)
 

@@ -425,6 +425,10 @@ def test_where_an_adapter_is(saved: Path, tmp_path: Path) -> None:
     assert (found.weights, found.folder, found.name) == (saved / WEIGHTS, saved, str(saved))
     with pytest.raises(CheckpointError, match="pass the folder inside, for example"):
         locate(saved.parent)
+    (tmp_path / "peft" / "unet").mkdir(parents=True)
+    (tmp_path / "peft" / "unet" / "adapter_model.safetensors").touch()
+    with pytest.raises(CheckpointError, match=r"holds no adapter_model\.safetensors itself.*the folder inside.*/unet"):
+        locate(tmp_path / "peft")
     for name in ("a", "b"):
         (tmp_path / "two").mkdir(exist_ok=True)
         (tmp_path / "two" / f"{name}.safetensors").touch()

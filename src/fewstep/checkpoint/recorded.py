@@ -11,6 +11,9 @@ from ..errors import CheckpointError
 from .manifest import MANIFEST, UNUSABLE, Record, broken, read_manifest, record_of
 from .names import SETTINGS
 
+ASKED_FOR = ("base_model", "num_inference_steps", "timestep_span", "prediction_type")
+"""The settings that are read here: a text without any of them is not ours."""
+
 
 def recorded(folder: Path) -> Record | None:
     """What an adapter's manifest records, without checking its files; None where it has no manifest of ours.
@@ -77,10 +80,14 @@ def recorded_prediction_type(folder: Path) -> str | None:
 
 
 def _settings(folder: Path) -> dict[str, Any]:
-    path = folder / SETTINGS
+    """Those of training; none where there is no such file, or where it is another program's that TOML cannot read."""
+    path, text = folder / SETTINGS, ""
     try:
-        return tomllib.loads(path.read_text(encoding="utf-8"))
+        text = path.read_text(encoding="utf-8")
+        return tomllib.loads(text)
     except FileNotFoundError:
         return {}
     except (OSError, ValueError, RecursionError) as error:
+        if text and not any(name in text for name in ASKED_FOR):
+            return {}
         raise CheckpointError(f"{str(path)!r} cannot be read ({error}); fetch or copy the adapter again") from None

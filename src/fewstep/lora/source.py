@@ -68,12 +68,12 @@ def _choose(folder: Path, name: str) -> Path:
     found = sorted(file for file in folder.glob("*.safetensors") if file.is_file())
     if len(found) == 1:
         return found[0]
-    inside = sorted(folder.glob(f"**/{WEIGHTS_NAME}"))
+    inside = sorted(file for usual in (WEIGHTS_NAME, PEFT_NAME) for file in folder.glob(f"**/{usual}"))
     pickles = [file.name for file in folder.iterdir() if file.suffix in PICKLES]
     if found:
         came, fix = f"holds {len(found)} .safetensors files and none called {WEIGHTS_NAME}", "name the file itself"
     elif inside:
-        came, fix = f"holds no {WEIGHTS_NAME} itself", f"pass the folder inside, for example {inside[-1].parent}"
+        came, fix = f"holds no {inside[-1].name} itself", f"pass the folder inside, for example {inside[-1].parent}"
     elif pickles:
         came, fix = f"holds pickled weights alone ({pickles[0]})", "name the file itself, with --allow_pickle"
     else:
