@@ -64,7 +64,7 @@ COMMANDS = {
     "generate": Command(GenerateSettings, "fewstep.generate:generate"),
     "report": Command(ReportSettings, "fewstep.redraw:report"),
     "export": Command(ExportSettings, "fewstep.export:export"),
-    "pretrain": Command(PretrainSettings, "fewstep.pretrain:pretrain"),
+    "pretrain": Command(PretrainSettings, "fewstep.pretrain:pretrain", again="run the same again"),
 }
 
 # The order of the help. Names are shared by the commands: each takes the ones that its settings have.

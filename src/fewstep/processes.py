@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from datetime import timedelta
 
 import torch
 from accelerate import PartialState
 from accelerate.state import AcceleratorState, GradientState
-from accelerate.utils import parse_flag_from_env
+from accelerate.utils import gather_object, parse_flag_from_env
 from torch.distributed import DistError
 
 from fewstep.errors import DataError, InputError, Interrupted, first_line
@@ -47,6 +47,25 @@ def own_device(device: str, processes: PartialState) -> str:
     if processes.num_processes == 1 and device != "auto":
         return device
     return "cpu" if processes.device.type == "cpu" else str(processes.device)  # there they are numbered too: cpu:0
+
+
+def require_agreement(facts: Mapping[str, str]) -> None:
+    """Refuse to go on where the processes that were started together would not do the same; called by all of them.
+
+    Args:
+        facts: what must be the same in each, by a name for the error.
+
+    Raises:
+        InputError: in every process, naming the first difference.
+    """
+    everyones: list[dict[str, str]] = gather_object([dict(facts)])
+    for name, first in everyones[0].items():
+        for rank, one in enumerate(everyones):
+            if one.get(name) != first:
+                raise InputError(
+                    f"{name} is {one.get(name)} in process {rank} and {first} in process 0; allowed is the same in all "
+                    "of them; start them with the same command, on the same data and one output_dir that all see"
+                )
 
 
 @contextmanager

@@ -52,6 +52,8 @@ def untrained_arms(guidance: float) -> list[Arm]:
         untrained_arm("ddim", 4, guidance),
         untrained_arm("ddim", 4, 1.0),
         untrained_arm("ddim", 2, guidance),
+        untrained_arm("dpmpp", 4, 1.0),
+        untrained_arm("dpmpp", 2, guidance),
         untrained_arm("lcm", 4, guidance),
         untrained_arm("lcm", 4, 1.0),
         untrained_arm("lcm", 2, 1.0),

@@ -57,7 +57,7 @@ def test_one_of_two_is_killed_under_torchrun(
 
 
 @contextmanager
-def pair_of(halves: Words, folder: Path) -> Iterator[list[Child]]:
+def pair_of(halves: Words, folder: Path, odd: Sequence[str] = ()) -> Iterator[list[Child]]:
     """Both processes of a run, started without a launcher, which would end one when the other has."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -67,7 +67,7 @@ def pair_of(halves: Words, folder: Path) -> Iterator[list[Child]]:
         yield [
             stack.enter_context(
                 Child(
-                    halves(folder),
+                    halves(folder, *(odd if rank else ())),
                     folder / f"said-{rank}",
                     environment={**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)},
                 )
@@ -106,3 +106,10 @@ def test_whichever_is_asked_to_stop_they_save_and_stop_together(
     again = halves(tmp_path, "--resume_from_checkpoint", "auto")
     run(again, tmp_path / "said", launcher=TORCHRUN, environment=CPU).assert_clean(0)
     assert_same_run(folder, undisturbed_pair)
+
+
+def test_processes_that_would_not_do_the_same_end_at_once(halves: Words, tmp_path: Path) -> None:
+    with pair_of(halves, tmp_path, odd=("--max_grad_norm", "0.5")) as pair:
+        ended = [child.end(SOON).assert_clean(2) for child in pair]
+    assert all("max_grad_norm is 0.5 in process 1 and " in one.error for one in ended)
+    assert not (tmp_path / RUN / "lora").exists()

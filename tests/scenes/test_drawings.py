@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import signal
+
 import numpy as np
 import pytest
 import torch
@@ -202,3 +204,9 @@ def test_abilities_draw_their_own_data() -> None:
     pictures = abilities.reference_pictures(prompts[:2], 3, seed=0)
     assert pictures.shape == (6, 128, 128, 3)
     assert not np.array_equal(pictures[0], pictures[1])
+
+
+def test_drawing_processes_leave_signals_to_the_one_that_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A signal from the terminal reaches them, too: one that it ended would leave a drawing out for ever."""
+    monkeypatch.setattr(drawings, "FEW", 0)
+    assert set(drawings._on_all_cores(signal.getsignal, [signal.SIGINT] * 3)) == {signal.SIG_IGN}

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -14,11 +16,12 @@ from transformers import CLIPTokenizer
 
 from fewstep.config import PretrainSettings
 from fewstep.errors import InputError
+from fewstep.locks import alone_in
 from fewstep.pretrain import denoiser as pretrain_denoiser
 from fewstep.pretrain import latents, pretrain
 from fewstep.pretrain.latents import cached_latents
 from fewstep.pretrain.workshop import Workshop
-from fewstep.reporting import SILENT
+from fewstep.reporting import SILENT, Reporter
 from fewstep.scenes.abilities import FOLDER
 from fewstep.scenes.drawings import flawed_drawings
 from fewstep.scenes.judge import (
@@ -33,9 +36,9 @@ from fewstep.scenes.judge import (
     whiten_features,
 )
 from fewstep.scenes.layout import FLAWS
-from fewstep.scenes.loop import Plan, averaged, batch_indices, made_ahead, run
+from fewstep.scenes.loop import Plan, averaged, batch_indices, made_ahead, run, steps_done
 from fewstep.scenes.measure import flaws_seen
-from fewstep.scenes.text import build_tokenizer, tokenize
+from fewstep.scenes.text import build_tokenizer, forget_last_call, tokenize
 from fewstep.scenes.vae import build_vae, fold_latent_statistics
 
 CPU = torch.device("cpu")
@@ -171,6 +174,28 @@ def test_a_judge_that_sees_no_flaws_is_told(always: dict[str, int], share: float
     assert figures["reader_sees_by_flaw"] == dict.fromkeys(FLAWS, share)
 
 
+def test_two_do_not_work_in_one_folder_nor_in_half_precision_alone(tmp_path: Path) -> None:
+    settings = PretrainSettings(size="tiny", output_dir=tmp_path, device="cpu", stage="vae")
+    with alone_in(tmp_path), pytest.raises(InputError, match="is being written to by process"):
+        pretrain(settings)
+    with pytest.raises(InputError, match="mixed_precision fp16 came; allowed is auto, no or bf16"):
+        pretrain(settings.replace(mixed_precision="fp16"))
+
+
+def test_large_seeds_order_as_well() -> None:
+    assert sorted(batch_indices(2**62, 0, 8, 8).tolist()) == list(range(8))
+
+
+def test_a_tokenizer_is_saved_as_if_it_had_not_been_used(tmp_path: Path) -> None:
+    tokenizer = build_tokenizer(tmp_path / "fresh")
+    unused = (tmp_path / "fresh" / "tokenizer.json").read_bytes()
+    tokenize(tokenizer, ["a red house"])
+    tokenizer(["a red house", "a sea"], padding=True)
+    forget_last_call(tokenizer)
+    tokenizer.save_pretrained(tmp_path / "used")
+    assert (tmp_path / "used" / "tokenizer.json").read_bytes() == unused
+
+
 def test_folding_standardises_latents_and_changes_no_picture() -> None:
     torch.manual_seed(0)
     vae = build_vae("tiny").eval()
@@ -194,11 +219,33 @@ def test_an_epoch_shows_everything_once() -> None:
     assert torch.bincount(across).tolist() == [8] * 35
 
 
+class StopsAt:
+    """A reporter whose bar is stopped by a signal after so many steps."""
+
+    def __init__(self, steps: int) -> None:
+        self.left = steps
+
+    def say(self, text: str) -> None: ...
+
+    def warn(self, text: str) -> None: ...
+
+    @contextmanager
+    def progress(self, name: str, total: int) -> Iterator[StopsAt]:
+        yield self
+
+    def advance(self, count: int = 1, **values: float) -> None:
+        self.left -= count
+        if self.left <= 0:
+            raise KeyboardInterrupt
+
+
 def test_a_stopped_stage_goes_on_as_if_it_had_not_been(tmp_path: Path) -> None:
     class Stop(Exception):
         pass
 
-    def train(folder: Path, stop_at: int | None = None, until: int | None = None) -> nn.Module:
+    def train(
+        folder: Path, stop_at: int | None = None, until: int | None = None, reporter: Reporter = SILENT
+    ) -> nn.Module:
         torch.manual_seed(0)
         module = nn.Linear(3, 1)
 
@@ -211,7 +258,7 @@ def test_a_stopped_stage_goes_on_as_if_it_had_not_been(tmp_path: Path) -> None:
             return {"loss": (module(x) - x.sum(1, keepdim=True)).square().mean()}
 
         plan = Plan(steps=12, batch_size=4, learning_rate=0.1, save_seconds=0 if until is None else 1e9)
-        return run(module, make, loss, plan, folder, SILENT, CPU, until)
+        return run(module, make, loss, plan, folder, reporter, CPU, until)
 
     straight = train(tmp_path / "straight")
     with pytest.raises(Stop):
@@ -222,7 +269,11 @@ def test_a_stopped_stage_goes_on_as_if_it_had_not_been(tmp_path: Path) -> None:
         averaged(tmp_path / "halves", 12)
     halves = train(tmp_path / "halves")
     assert averaged(tmp_path / "halves", 12)
-    for one in (resumed, halves):
+    with pytest.raises(KeyboardInterrupt):
+        train(tmp_path / "asked", until=12, reporter=StopsAt(5))
+    assert steps_done(tmp_path / "asked") == 5, "a bar that is stopped saves what was done"
+    asked = train(tmp_path / "asked")
+    for one in (resumed, halves, asked):
         assert all(torch.equal(a, b) for a, b in zip(straight.parameters(), one.parameters(), strict=True))
 
 

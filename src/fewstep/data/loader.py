@@ -13,7 +13,7 @@ repetition, and each one is named in the batch. More of them than the scan's all
 from __future__ import annotations
 
 import signal
-from collections.abc import Callable, Container, Iterator
+from collections.abc import Callable, Container, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
@@ -104,6 +104,20 @@ class Replaced:
 
     def __str__(self) -> str:
         return f"{self.name}: {self.reason}; another picture took its place"
+
+
+def refuse_too_many(replaced: Mapping[str, str], allowance: int) -> None:
+    """Refuse data of which more than `allowance` pictures, by name and reason, turned out to be no good.
+
+    Raises:
+        DataError: see above.
+    """
+    if len(replaced) > allowance:
+        named = "; ".join(f"{name}: {reason}" for name, reason in list(replaced.items())[-3:])
+        raise DataError(
+            f"{len(replaced)} pictures turned out to be no good when they were decoded ({named}); allowed is "
+            f"{allowance} more than the scan dropped; repair or remove them, or raise --max_dropped"
+        )
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -215,12 +229,7 @@ class Batches:
         self.replaced |= {replaced.name: replaced.reason for replaced in new}
         noted = [Noted(text) for text in loaded.notes if text not in self._noted]  # each worker says it
         self._noted.update(loaded.notes)
-        if len(self.replaced) > self._allowance:
-            named = "; ".join(f"{name}: {reason}" for name, reason in list(self.replaced.items())[-3:])
-            raise DataError(
-                f"{len(self.replaced)} pictures turned out to be no good when they were decoded ({named}); allowed is "
-                f"{self._allowance} more than the scan dropped; repair or remove them, or raise --max_dropped"
-            )
+        refuse_too_many(self.replaced, self._allowance)
         return Batch(
             update=loaded.update,
             micro=loaded.micro,

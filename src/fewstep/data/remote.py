@@ -209,7 +209,10 @@ def _download(url: str, file: Path, expected: _State) -> None:
         if have and have == expected.length:
             return
         with _asked(url, "GET", {"Range": f"bytes={have}-"} if have else {}) as reply:
-            if _said_by(reply) != expected:
+            said = _said_by(reply)
+            # A server need not say the length each time.
+            known = said.length is not None and expected.length is not None
+            if said.version != expected.version or (known and said.length != expected.length):
                 raise DataError(
                     f"{shown(_bare(url))} was changed after the data was scanned; training data must stay as it is "
                     "during a run; put it back and resume from the last checkpoint"

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from fewstep.config import PretrainSettings
+from fewstep.locks import alone_in
 from fewstep.pretrain.denoiser import half_of_denoiser, half_of_refine, refine_denoiser, train_denoiser
 from fewstep.pretrain.judges import train_judges
 from fewstep.pretrain.sizes import STAGES
@@ -39,18 +40,21 @@ def pretrain(settings: PretrainSettings, *, reporter: Reporter = SILENT) -> Pret
     """Train the stages asked for and write `base/`, `judge/`, `alignment/` and `figures.json` to the output folder.
 
     Raises:
-        InputError: the folder's work was begun with another size or seed, or a stage is missing before one asked for.
+        InputError: the folder's work was begun with another size or seed, a stage is missing before one asked for, or
+            another run writes into the folder.
     """
     reporter.say("settings: " + ", ".join(f"{name}={value}" for name, value in settings))
     work = Workshop(settings, reporter)
-    work.begin()
-    stages = STAGES if settings.stage == "all" else (settings.stage,)
-    for stage in stages:
-        minutes = work.sizes.minutes[stage]
-        fewer = "" if work.device.type == "cpu" else f", far fewer on {work.device}"
-        reporter.say(f"{stage}: about {minutes} minutes on two cores{fewer}; stopped, it goes on from its last save")
-        started = time.monotonic()
-        figures = TRAIN[stage](work)
-        taken = (time.monotonic() - started) / 60
-        work.record(stage, figures | {"minutes_of_the_last_run": round(taken, 1)})
+    with alone_in(settings.output_dir):
+        work.begin()
+        for stage in STAGES if settings.stage == "all" else (settings.stage,):
+            minutes = work.sizes.minutes[stage]
+            fewer = "" if work.device.type == "cpu" else f", far fewer on {work.device}"
+            reporter.say(
+                f"{stage}: about {minutes} minutes on two cores{fewer}; stopped, it goes on from its last save"
+            )
+            started = time.monotonic()
+            figures = TRAIN[stage](work)
+            taken = (time.monotonic() - started) / 60
+            work.record(stage, figures | {"minutes_of_the_last_run": round(taken, 1)})
     return PretrainResult(folder=settings.output_dir, figures=work.figures)

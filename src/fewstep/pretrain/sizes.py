@@ -44,7 +44,7 @@ SIZES = {
         proved=256,
         larger_on_gpu=8,
         minutes={"vae": 85, "judges": 40, "denoiser-half": 75, "denoiser": 65, "refine-half": 60, "refine": 75},
-        vae=Plan(steps=4_200, batch_size=8, parts=2, learning_rate=2e-3, ema_decay=0.998),
+        vae=Plan(steps=8_400, batch_size=4, parts=2, learning_rate=2e-3, ema_decay=0.999),
         judge=Plan(steps=2_200, batch_size=64, parts=2, learning_rate=2e-3),
         alignment=Plan(steps=500, batch_size=96, learning_rate=1e-3),
         text=Plan(steps=400, batch_size=64, learning_rate=1e-3, ema_decay=0.98),

@@ -29,8 +29,8 @@ from fewstep.scenes.drawings import drawn_pixels, numbered_attributes, numbered_
 from fewstep.scenes.loop import Loss, Make, Plan, run
 from fewstep.scenes.text import build_tokenizer
 
-HASHED = 8
-"""Drawings by which work that was begun with other drawings is told."""
+HASHED = 200
+"""Drawings by which work that was begun with other drawings is told: enough for every colour, shape and weather."""
 
 
 class Workshop:
@@ -125,8 +125,10 @@ class Workshop:
         return run(module, make, cast, plan, self.work / name, self.reporter, self.device, until)
 
     def drawings(self) -> np.ndarray:
-        self.reporter.say(f"drawing {self.sizes.drawings} pictures")
-        return drawn_pixels(self.train_seed, self.sizes.drawings, self.work / "drawings.npy")
+        cache = self.work / "drawings.npy"
+        if not cache.exists():
+            self.reporter.say(f"drawing {self.sizes.drawings} pictures")
+        return drawn_pixels(self.train_seed, self.sizes.drawings, cache)
 
     def captions(self, step: int, picked: list[int]) -> list[str]:
         """A caption of each drawing, in a phrasing drawn anew each step."""
@@ -170,6 +172,8 @@ def _need(folder: Path, stage: str) -> None:
 
 def _uses_bf16(settings: PretrainSettings, device: torch.device) -> bool:
     """Whether to train under bf16 autocast: asked for, or on a GPU or a processor with bf16 matrix units."""
+    if settings.mixed_precision == "fp16":
+        raise InputError("mixed_precision fp16 came; allowed is auto, no or bf16; pass --mixed_precision auto")
     if settings.mixed_precision == "auto":
         return device.type == "cuda" or (device.type == "cpu" and torch.cpu._is_amx_tile_supported())
     return settings.mixed_precision == "bf16"

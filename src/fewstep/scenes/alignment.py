@@ -10,7 +10,7 @@ from transformers.models.clip.modeling_clip import CLIPVisionConfig
 
 from fewstep.quiet import quiet_libraries
 from fewstep.scenes.layout import SIZE
-from fewstep.scenes.text import text_config
+from fewstep.scenes.text import forget_last_call, text_config
 
 VISION_SIZES = {
     "full": {"hidden_size": 96, "intermediate_size": 288, "num_hidden_layers": 4, "num_attention_heads": 4},
@@ -32,6 +32,7 @@ def save_alignment_model(model: CLIPModel, tokenizer: CLIPTokenizer, folder: Pat
     """A folder that the alignment metric opens exactly as it opens `openai/clip-vit-base-patch32`."""
     with quiet_libraries():
         model.half().save_pretrained(folder)
+    forget_last_call(tokenizer)
     tokenizer.save_pretrained(folder)
     CLIPImageProcessorPil(
         size={"shortest_edge": SIZE},

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import multiprocessing
+import signal
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -18,6 +19,8 @@ from fewstep.scenes.layout import SIZE, Flaw, Layout, sample_layout
 
 ItemT = TypeVar("ItemT")
 ResultT = TypeVar("ResultT")
+
+_DEAF = (signal.SIGINT, signal.SIG_IGN)
 
 FEW = 1_000
 """Drawings that one process has drawn, at 6 ms each, before others have started."""
@@ -55,7 +58,8 @@ def _on_all_cores(work: Callable[[ItemT], ResultT], items: Sequence[ItemT]) -> I
     if len(items) <= FEW:
         yield from map(work, items)
         return
-    with multiprocessing.get_context("spawn").Pool() as pool:
+    # A signal from the terminal reaches all of a command's processes: a worker that it ended would never be done.
+    with multiprocessing.get_context("spawn").Pool(initializer=signal.signal, initargs=_DEAF) as pool:
         yield from pool.imap(work, items, chunksize=64)
 
 

@@ -15,6 +15,7 @@ from fewstep.files import write_text_atomic
 from fewstep.quiet import quiet_libraries
 from fewstep.scenes.denoiser import Denoiser
 from fewstep.scenes.layout import SIZE
+from fewstep.scenes.text import forget_last_call
 
 
 def _halved(module: nn.Module) -> nn.Module:
@@ -25,6 +26,7 @@ def save_base(
     vae: AutoencoderKL, denoiser: Denoiser, tokenizer: CLIPTokenizer, scheduler: dict[str, Any], folder: Path
 ) -> None:
     """A diffusers folder that `StableDiffusionPipeline.from_pretrained` opens and draws with, nothing else given."""
+    forget_last_call(tokenizer)
     with quiet_libraries():
         from diffusers import StableDiffusionPipeline
 

@@ -69,7 +69,7 @@ def batch_indices(seed: int, step: int, batch_size: int, count: int) -> Tensor:
     start = step * batch_size
     rows = []
     for epoch in range(start // count, (start + batch_size - 1) // count + 1):
-        order = torch.randperm(count, generator=torch.Generator().manual_seed(seed * 100_003 + epoch))
+        order = torch.randperm(count, generator=torch.Generator().manual_seed((seed * 100_003 + epoch) % 2**63))
         rows.append(order[max(0, start - epoch * count) : start + batch_size - epoch * count])
     return torch.cat(rows)
 
@@ -259,7 +259,11 @@ def run(
             if saves or device.type == "cpu" or done % LOOKED_AT == 0:
                 if not math.isfinite(norm):
                     raise ArithmeticError(f"the gradient is not finite at step {step} of {folder.name}")
-                bar.advance(done - told, loss=float(losses["loss"]))
+                try:
+                    bar.advance(done - told, loss=float(losses["loss"]))
+                except KeyboardInterrupt:
+                    state.save(done)  # the next run goes on from here
+                    raise
                 told = done
             if saves:
                 state.save(done)

@@ -70,6 +70,12 @@ def build_tokenizer(folder: Path) -> CLIPTokenizer:
     return tokenizer
 
 
+def forget_last_call(tokenizer: CLIPTokenizer) -> None:
+    """Take back what its last call padded and cut to: saved with it, that would change what a base is told by."""
+    tokenizer.backend_tokenizer.no_padding()
+    tokenizer.backend_tokenizer.no_truncation()
+
+
 def text_config(tokenizer: CLIPTokenizer, size: str) -> CLIPTextConfig:
     """The configuration of a small CLIP text transformer for this tokenizer."""
     return CLIPTextConfig(

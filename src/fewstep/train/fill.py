@@ -9,10 +9,11 @@ from pathlib import Path
 from fewstep.config import CacheSettings
 from fewstep.data import Batches, open_data
 from fewstep.errors import Interrupted
-from fewstep.processes import join_processes, noticing_losses, own_device
-from fewstep.reporting import SILENT, Reporter
+from fewstep.processes import join_processes, noticing_losses, own_device, require_agreement
+from fewstep.reporting import SILENT, Reporter, Wordless
 from fewstep.train import start
 from fewstep.train.rollouts import Teacher
+from fewstep.train.unusable import Unusable
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,11 +44,12 @@ def fill(
     """
     processes = join_processes(settings.device)
     main = processes.is_main_process
-    reporter = reporter if main else SILENT
+    reporter = reporter if main else Wordless(reporter)
     origin = start.origin_of(settings, None)
     backbone, resolved = start.open_base(settings, own_device(settings.device, processes), origin, reporter)
     opened = open_data(resolved, backbone, streaming=resolved.streaming, reporter=reporter)
     slices = start.slices_of(settings, processes)
+    require_agreement(start.to_agree_on(resolved, backbone, opened))
     method, shape = start.method_of(resolved, backbone), backbone.latent_shape(resolved.resolution)
     cache = start.cache_of(settings.cache_dir, resolved, backbone, opened)
     teacher = Teacher(backbone, cache, method, settings.seed, shape, resolved.starts_from)
@@ -59,20 +61,20 @@ def fill(
         start=0,
         end=places // slices.global_batch,
         allowance=opened.allowance,
-        workers=start.loading_workers(backbone.device, processes.num_processes),
+        workers=start.loading_workers(backbone.device),
         spared=teacher.spared(),
     )
+    unusable = Unusable(opened.allowance, reporter.warn)
     cache.embed([""])
     with reporter.progress("cache", len(batches)) as bar:
         for batch in batches:
             teacher.prepare(batch)
-            for replaced in batch.replaced:
-                reporter.warn(str(replaced))
+            unusable.meet(batch.replaced)
             if start.asked_to_stop(bar, should_stop):
                 cache.flush()
                 raise Interrupted(f"stopped; what was computed is kept in {settings.cache_dir}; run the same again")
     cache.flush()
-    processes.wait_for_everyone()
+    unusable.share()
     whole = start.cache_of(settings.cache_dir, resolved, backbone, opened)  # with what the others computed
     latents, captions = whole.sizes()
     reporter.say(f"cache: {latents:,} latents and {captions:,} captions in {settings.cache_dir}")

@@ -14,6 +14,7 @@ from fewstep.reporting import Reporter
 from fewstep.telemetry import Throughput
 from fewstep.train import start
 from fewstep.train.rollouts import Lesson, RolloutStore, Teacher, kept_lessons
+from fewstep.train.unusable import Unusable
 
 
 def open_lessons(
@@ -23,6 +24,7 @@ def open_lessons(
     slices: Slices,
     teacher: Teacher,
     speed: Throughput,
+    unusable: Unusable,
     processes: PartialState,
     *,
     begin: int,
@@ -35,6 +37,7 @@ def open_lessons(
     Args:
         teacher: makes them.
         speed: is told how long they were waited for.
+        unusable: is told of pictures that are no good, met while rollouts are made.
         identity: what kept rollouts depend on besides the settings and the base.
 
     Raises:
@@ -47,7 +50,7 @@ def open_lessons(
         slices,
         seed=settings.seed,
         allowance=opened.allowance,
-        workers=start.loading_workers(backbone.device, processes.num_processes),
+        workers=start.loading_workers(backbone.device),
         spared=teacher.spared(),
     )
     if not settings.keeps_rollouts:
@@ -57,7 +60,7 @@ def open_lessons(
     store = RolloutStore(settings.rollout_dir, start.rollout_key(settings, backbone) | dict(identity))
     missing = batches(start=0, end=count // slices.global_batch, skip=store.holds)
     with speed.paused():
-        start.keep_rollouts(store, teacher, missing, slices, reporter, should_stop)
+        start.keep_rollouts(store, teacher, missing, slices, unusable, reporter, should_stop)
         processes.wait_for_everyone()
     store.refresh()  # the other processes have put theirs
     kept = kept_lessons(

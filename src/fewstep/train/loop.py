@@ -31,7 +31,7 @@ from fewstep.files import remove_leftovers, write_text_atomic
 from fewstep.locks import alone_in
 from fewstep.oracle import Oracle, describe, measure_oracle
 from fewstep.previews import Previews
-from fewstep.processes import join_processes, noticing_losses, own_device
+from fewstep.processes import join_processes, noticing_losses, own_device, require_agreement
 from fewstep.reporting import SILENT, Reporter, Wordless
 from fewstep.telemetry import LoggedReporter, LossByTimestep, Telemetry
 from fewstep.train import announcing, engine, resuming, start
@@ -41,6 +41,7 @@ from fewstep.train.keeping import Keeper, Looks
 from fewstep.train.lessons import open_lessons
 from fewstep.train.progress import Progress
 from fewstep.train.rollouts import Teacher
+from fewstep.train.unusable import Unusable
 from fewstep.train.update import Updater, learning_rate
 from fewstep.train.watch import Watch
 from fewstep.validation import open_validation
@@ -99,6 +100,7 @@ def distill(
             reporter = cleanup.enter_context(LoggedReporter(reporter, settings.log_file))
         found = resuming.state_of(settings.run_dir)
         resumed = resuming.checkpoint_to_resume(settings, reporter)
+        require_agreement({"the checkpoint to go on from": resuming.told(resumed)})
         processes.wait_for_everyone()  # nobody writes into the run's folder before everybody has looked at it
 
         # ---- The base, and what its defaults make of the settings.
@@ -110,6 +112,7 @@ def distill(
         # ---- The data.
         opened = open_data(settings, backbone, streaming=settings.streaming, reporter=reporter)
         slices = start.slices_of(settings, processes)
+        require_agreement(start.to_agree_on(settings, backbone, opened))
 
         # ---- The method, the student, and what trains it.
         method = start.method_of(settings, backbone)
@@ -188,6 +191,7 @@ def distill(
 
         # ---- What is learnt from, what is learnt, and what is kept of it.
         encoder = start.encoder_of(settings, backbone, opened)
+        unusable = Unusable(opened.allowance, reporter.warn)
         speed = start.throughput_of(settings, backbone, processes.num_processes)
         lessons = open_lessons(
             settings,
@@ -196,6 +200,7 @@ def distill(
             slices,
             Teacher(quick, encoder, method, settings.seed, shape, settings.starts_from),
             speed,
+            unusable,
             processes,
             begin=step,
             identity=identity,
@@ -233,13 +238,13 @@ def distill(
                     forwards=sum(lesson.forwards for lesson in taught),
                 )
                 for lesson in taught:
-                    for replaced in lesson.replaced:
-                        reporter.warn(str(replaced))
+                    unusable.meet(lesson.replaced)
                     watch.captions(step, lesson.captions, backbone)
 
                 shown: dict[str, float] = {}
                 if step % settings.log_every == 0 or step == settings.max_steps:
                     books.close()
+                    unusable.share()
                     shown = losses.means(accelerator.reduce)
                     shown |= {"gradient_norm": float(made.norm)} if made.moved else {}
                     shown |= {"learning_rate": learning_rate(settings, step - 1)}

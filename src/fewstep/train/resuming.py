@@ -11,6 +11,7 @@ from fewstep import checkpoint
 from fewstep.backbone import Backbone
 from fewstep.config import TrainSettings, load_toml, settings_toml, spell
 from fewstep.errors import CheckpointError, InputError
+from fewstep.files import sha256
 from fewstep.opening import versions
 from fewstep.reporting import Reporter
 
@@ -27,6 +28,11 @@ MAY_CHANGE = {
     "max_steps",
 }
 """Settings that a resumed run may change and still be the same run. Under a cosine, max_steps is not one of them."""
+
+
+def told(resumed: Path | None) -> str:
+    """A checkpoint by its name and content, to tell it from another process's of the same name."""
+    return "none" if resumed is None else f"{resumed.name} ({sha256(resumed / checkpoint.MANIFEST)[:8]})"
 
 
 def checkpoint_to_resume(settings: TrainSettings, reporter: Reporter) -> Path | None:

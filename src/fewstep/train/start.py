@@ -28,6 +28,7 @@ from fewstep.timesteps import promised_points
 from fewstep.timing import quick_matrix_rate
 from fewstep.train.encoding import Cached, Encoder, Fresh, cache_key
 from fewstep.train.rollouts import RolloutStore, Teacher
+from fewstep.train.unusable import Unusable
 from fewstep.validation import FIGURE
 
 ORACLE_PICTURES = 16
@@ -206,6 +207,16 @@ def rollouts_to_keep(settings: TrainSettings, slices: Slices) -> int:
     return -(-settings.teacher_rollouts // slices.global_batch) * slices.global_batch
 
 
+OWN = {"device", "log_file", "base_model", "data_dir", "dataset_name", "cache_dir", "teacher_cache"}
+"""Settings in which processes may differ: places on their own machines, whose content is compared instead."""
+
+
+def to_agree_on(settings: TrainSettings, backbone: Backbone, opened: OpenedData) -> dict[str, str]:
+    """What all processes of a run must have alike, for `require_agreement`."""
+    asked = {name: repr(value) for name, value in settings if name not in OWN}
+    return {"the base's fingerprint": backbone.fingerprint, "the data's fingerprint": opened.fingerprint, **asked}
+
+
 def rollout_key(settings: TrainSettings, backbone: Backbone) -> dict[str, Any]:
     """All that the teacher's rollouts depend on besides the data and the global batch."""
     names = (
@@ -221,6 +232,7 @@ def keep_rollouts(
     teacher: Teacher,
     batches: Batches,
     slices: Slices,
+    unusable: Unusable,
     reporter: Reporter,
     should_stop: Callable[[], bool],
 ) -> None:
@@ -233,8 +245,7 @@ def keep_rollouts(
         for batch in batches:
             lesson = teacher(batch)
             store.put(slices.first_place(batch.update, batch.micro), lesson)
-            for replaced in lesson.replaced:
-                reporter.warn(str(replaced))
+            unusable.meet(lesson.replaced)
             if asked_to_stop(bar, should_stop):
                 teacher.encoder.flush()
                 raise Interrupted(
@@ -242,6 +253,7 @@ def keep_rollouts(
                     "--resume_from_checkpoint auto"
                 )
     teacher.encoder.flush()
+    unusable.share()
 
 
 def asked_to_stop(bar: Bar, should_stop: Callable[[], bool], **values: float) -> bool:
@@ -297,6 +309,12 @@ def throughput_of(settings: TrainSettings, backbone: Backbone, processes: int) -
     return Throughput(processes=processes, forward=forward, rate=quick_matrix_rate(device, backbone.dtype))
 
 
-def loading_workers(device: torch.device, processes: int) -> int:
-    """Processes that load ahead: none where the CPU does the training, else one a core, at most 8."""
-    return 0 if device.type == "cpu" else min(8, max(1, (os.cpu_count() or 1) // processes))
+def loading_workers(device: torch.device) -> int:
+    """Processes that load ahead: none where the CPU does the training, else this one's share of the machine's cores.
+
+    At most 8; the cores are those that this process may use, and the processes those of this machine alone.
+    """
+    if device.type == "cpu":
+        return 0
+    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return min(8, max(1, usable // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
