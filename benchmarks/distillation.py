@@ -14,10 +14,13 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import json
 import statistics
 from collections.abc import Callable, Mapping
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -25,12 +28,13 @@ from safetensors.torch import load_file, save
 from torch import Tensor
 
 from fewstep.arms import Arm, base_arm, student_arm
-from fewstep.backbone import load_backbone
+from fewstep.backbone import Backbone, load_backbone
 from fewstep.files import write_bytes_atomic
-from fewstep.lora import load_adapter, locate
+from fewstep.lora import digest, load_adapter, locate
 from fewstep.metrics.frechet import frechet_distance
 from fewstep.metrics.halves import half_sample_distances, half_samples
 from fewstep.metrics.intervals import gap_closed, paired_difference, share
+from fewstep.metrics.pretrained import fingerprint
 from fewstep.opening import recorded_sampling
 from fewstep.proving import Drawn, draw_arm, reference_features, untrained_arm, untrained_arms
 from fewstep.reporting import SILENT
@@ -56,15 +60,22 @@ def main() -> None:
     backbone = load_backbone(args.base_model, device="auto", dtype="no")
     assert backbone.abilities is not None, "this benchmark needs a base with an answer key, such as scenes"
     prompts = backbone.abilities.prompts(args.count, args.seed)
+    abilities = backbone.abilities
     cache = Cache(args.cache / f"{backbone.fingerprint}-{args.seed}", prompts, args.seed)
+    judge_of_all = fingerprint(abilities.features())
 
     def compared_with(captions: list[str], seed: int) -> dict[str, Tensor]:
         return {"features": reference_features(backbone, captions, REFERENCES, seed)}
 
-    reference = cache.tensors("reference", compared_with)["features"]
+    drawings = hashlib.sha256(abilities.reference_pictures(prompts[:20], 1, args.seed).tobytes()).hexdigest()
+    reference = cache.tensors("reference", [judge_of_all, drawings, REFERENCES], compared_with)["features"]
+
+    def drawn_by(base: Backbone, arm: Arm, name: str, weights: str | None = None) -> Drawn:
+        draw = partial(draw_arm, base, arm, batch_size=args.batch_size)
+        return cache.drawn(name, [judge_of_all, asdict(arm), weights], draw)
 
     def untrained(arm: Arm) -> Drawn:
-        return cache.drawn(arm.id, partial(draw_arm, backbone, arm, batch_size=args.batch_size))
+        return drawn_by(backbone, arm, arm.id)
 
     guidance = backbone.guidance_scale
     teacher = untrained_arm("ddim", 50, guidance)
@@ -74,15 +85,14 @@ def main() -> None:
         judge.print_arm(name, drawn)
     runs: dict[Path, dict[int, Drawn]] = {}
     for folder in args.adapters:
-        weights = (folder / "pytorch_lora_weights.safetensors").read_bytes()
-        key = hashlib.sha256(weights).hexdigest()[:12]
         base = load_backbone(args.base_model, device="auto", dtype="no")
         load_adapter(base, folder)
+        weights = digest(base.unet)
         wanted = recorded_sampling(locate(folder), SILENT)
         runs[folder] = {}
         for steps in args.steps:
             arm = student_arm(steps, sampler=wanted.sampler, span=wanted.span)
-            drawn = cache.drawn(f"{key}-{steps}", partial(draw_arm, base, arm, batch_size=args.batch_size))
+            drawn = drawn_by(base, arm, f"{weights[:12]}-{steps}", weights)
             control = base_arm(steps, sampler=wanted.sampler, span=wanted.span)
             judge.print_arm(f"{arm.id} {folder}", drawn)
             judge.print_arm(control.id, untrained(control))
@@ -100,29 +110,32 @@ def main() -> None:
 
 
 class Cache:
-    """What was drawn of the captions, in parts: keyed by the base, the seed, the captions and the arm."""
+    """What was drawn of the captions, in parts: keyed by base, seed, captions and whatever else it depends on."""
 
     def __init__(self, folder: Path, prompts: list[str], seed: int) -> None:
         self.parts = [(first, prompts[first : first + PART]) for first in range(0, len(prompts), PART)]
         self.folder, self.seed = folder, seed
 
-    def tensors(self, name: str, compute: Callable[[list[str], int], dict[str, Tensor]]) -> dict[str, Tensor]:
+    def tensors(
+        self, name: str, depends_on: Any, compute: Callable[[list[str], int], dict[str, Tensor]]
+    ) -> dict[str, Tensor]:
         """Of all captions, from `compute(captions, seed)` of each part."""
         found = []
         for first, captions in self.parts:
-            file = self.folder / f"{first}-{first + len(captions)}" / f"{name}.safetensors"
+            key = hashlib.sha256(json.dumps([captions, depends_on]).encode()).hexdigest()[:12]
+            file = self.folder / f"{first}-{first + len(captions)}" / f"{name}-{key}.safetensors"
             if not file.exists():
                 computed = compute(captions, self.seed + first)
                 write_bytes_atomic(file, save({key: value.contiguous() for key, value in computed.items()}))
             found.append(load_file(file))
         return {key: torch.cat([part[key] for part in found]) for key in found[0]}
 
-    def drawn(self, name: str, draw: Callable[[list[str], int], Drawn]) -> Drawn:
+    def drawn(self, name: str, depends_on: Any, draw: Callable[[list[str], int], Drawn]) -> Drawn:
         def compute(captions: list[str], seed: int) -> dict[str, Tensor]:
             drawn = draw(captions, seed)
             return {"all_right": drawn.all_right.to(torch.uint8), "features": drawn.features}
 
-        found = self.tensors(name, compute)
+        found = self.tensors(name, depends_on, compute)
         return Drawn(found["all_right"].bool(), {}, found["features"])  # by attribute: nothing here prints it
 
 
