@@ -19,7 +19,7 @@ from fewstep.reporting import in_bytes
 from fewstep.train import DistillResult, DryRun, dry_run, rehearse, start, train
 from fewstep.train.dry_run import Trial
 from fewstep.train.needs import disk_of_run
-from fewstep.train.rollouts import Teacher
+from fewstep.train.rollouts import Lesson, Teacher
 from tests.train.conftest import Heard
 
 
@@ -109,6 +109,18 @@ def test_a_batch_that_does_not_fit_is_said_in_one_line(asked: TrainSettings, mon
 
     monkeypatch.setattr(Teacher, "__call__", full)
     with pytest.raises(InputError, match="batch 2 does not fit into the memory of cpu; allowed is what fits, batch 1"):
+        rehearse(asked)
+
+
+def test_a_loss_that_is_no_number_is_told(asked: TrainSettings, monkeypatch: pytest.MonkeyPatch) -> None:
+    honest = Lesson.loss
+
+    def lost(self: Lesson, *networks: Any) -> Any:
+        mean, values = honest(self, *networks)
+        return mean * float("nan"), values
+
+    monkeypatch.setattr(Lesson, "loss", lost)
+    with pytest.raises(InputError, match=r"the loss is nan in torch\.float32; allowed are finite numbers"):
         rehearse(asked)
 
 

@@ -169,23 +169,24 @@ def _tried(
         rows = len(lesson.cond)
         return replace(lesson, pairs=turns_of(lesson.pairs, range(rows), [0] * rows, settings.pairs_per_visit, seed=0))
 
-    def learn(lesson: Lesson) -> None:
+    def learn(lesson: Lesson) -> Tensor:
         mean, _ = lesson.loss(method, student)
-        if not isfinite(float(mean)):
-            raise InputError(
-                f"the loss is {float(mean)} in {backbone.dtype}; allowed are finite numbers; pass --mixed_precision "
-                "bf16 or no, or fetch the weights again"
-            )
         mean.backward()
         nn.utils.clip_grad_norm_(parameters, settings.max_grad_norm)
         optimizer.step()
         optimizer.zero_grad()
+        return mean.detach()
 
     lesson = visited(teacher(batch))
     known = [*backbone.unet.parameters(), *backbone.unet.buffers()]
     with whole_batches():
         activations = kept_for_backward(lambda: lesson.loss(method, student), known)
-    learn(lesson)
+    loss = float(learn(lesson))
+    if not isfinite(loss):
+        raise InputError(
+            f"the loss is {loss} in {backbone.dtype}; allowed are finite numbers; pass --mixed_precision bf16 or no, or "
+            "fetch the weights again"
+        )
     seconds: list[float] = []
 
     def step() -> None:
