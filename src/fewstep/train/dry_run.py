@@ -184,8 +184,8 @@ def _tried(
     loss = float(learn(lesson))
     if not isfinite(loss):
         raise InputError(
-            f"the loss is {loss} in {backbone.dtype}; allowed are finite numbers; pass --mixed_precision bf16 or no, or "
-            "fetch the weights again"
+            f"the loss is {loss} in {backbone.dtype}; allowed are finite numbers; pass --mixed_precision bf16 or no, "
+            "or fetch the weights again"
         )
     seconds: list[float] = []
 
