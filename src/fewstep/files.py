@@ -5,7 +5,11 @@ from __future__ import annotations
 import hashlib
 import os
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+
+from fewstep.errors import CheckpointError, first_line, is_out_of_memory
 
 
 def write_bytes_atomic(path: str | Path, content: bytes) -> Path:
@@ -31,6 +35,38 @@ def write_bytes_atomic(path: str | Path, content: bytes) -> Path:
 def write_text_atomic(path: str | Path, text: str) -> Path:
     """`write_bytes_atomic` for text: UTF-8, line ends as given."""
     return write_bytes_atomic(path, text.encode())
+
+
+def replace_file_atomic(partial: str | Path, final: str | Path) -> Path:
+    """Give the finished file `partial` the name `final`, on the disk before its name is.
+
+    Args:
+        partial: a file on the same file system as `final`.
+
+    Returns:
+        The final path.
+    """
+    with Path(partial).open("rb+") as file:
+        os.fsync(file.fileno())  # else a power cut may keep the rename and lose the content
+    return Path(partial).replace(final)
+
+
+@contextmanager
+def read_whole(path: Path, fix: str) -> Iterator[None]:
+    """Inside, `path` is read, which this package wrote: what goes wrong then is the file's fault, no bug.
+
+    Args:
+        fix: what to do about it, the end of the line.
+
+    Raises:
+        CheckpointError: something did.
+    """
+    try:
+        yield
+    except Exception as error:  # each format has exceptions of its own
+        if is_out_of_memory(error):
+            raise
+        raise CheckpointError(f"{str(path)!r} cannot be read ({first_line(error)}); {fix}") from error
 
 
 def replace_folder_atomic(partial: str | Path, final: str | Path) -> Path:

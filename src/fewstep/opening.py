@@ -116,12 +116,13 @@ def open_base(
         reporter.say("adapter: the one that is attached to the base")
         return Opened(backbone, {"source": "attached already"})
     if source is None:
-        if backbone.abilities is None:
+        shipped = None if backbone.abilities is None else backbone.abilities.adapter()
+        if shipped is None:
             raise InputError(
                 f"no adapter came and the base {backbone.name} ships none; allowed is --lora_path FOLDER|FILE or "
                 "--lora_id HUB_ID; pass one of the two, or train one with fewstep train"
             )
-        source = lora.locate(backbone.abilities.adapter())
+        source = lora.locate(shipped)
     info = lora.load_adapter(backbone, source, allow_pickle=settings.allow_pickle, warn=reporter.warn)
     reporter.say(f"adapter: {describe_adapter(source, info)}")
     warn_of_another_base(source, backbone, reporter.warn)

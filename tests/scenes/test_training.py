@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,15 +15,17 @@ from diffusers import StableDiffusionPipeline
 from torch import nn
 from transformers import CLIPTokenizer
 
-from fewstep.config import PretrainSettings
-from fewstep.errors import InputError
+from fewstep import generate
+from fewstep.backbone import load_backbone
+from fewstep.config import GenerateSettings, PretrainSettings
+from fewstep.errors import CheckpointError, InputError
 from fewstep.locks import alone_in
 from fewstep.pretrain import denoiser as pretrain_denoiser
 from fewstep.pretrain import latents, pretrain
 from fewstep.pretrain.latents import cached_latents
 from fewstep.pretrain.workshop import Workshop
 from fewstep.reporting import SILENT, Reporter
-from fewstep.scenes.abilities import FOLDER
+from fewstep.scenes.abilities import FOLDER, SCENES, SceneAbilities
 from fewstep.scenes.drawings import flawed_drawings
 from fewstep.scenes.judge import (
     CLASSES,
@@ -79,6 +82,15 @@ def test_a_tokenizer_that_is_there_is_not_trained_again(tmp_path: Path) -> None:
     before, after = (tokenizer("red house").input_ids[1:-1] for tokenizer in (first, again))
     assert after == before[::-1]
     assert (again.model_max_length, again.pad_token) == (first.model_max_length, first.pad_token)
+
+
+def test_a_base_that_was_moved_alone_has_the_shipped_judges(tmp_path: Path) -> None:
+    assert SCENES.beside(FOLDER / "base").folder == FOLDER
+    assert SCENES.beside(tmp_path / "base").folder == FOLDER
+    for name in ("judge", "alignment"):
+        (tmp_path / name).mkdir()
+    assert SCENES.beside(tmp_path / "base").folder == tmp_path
+    assert SceneAbilities(tmp_path).adapter() is None
 
 
 def test_what_a_stage_leaves_is_there_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -145,6 +157,46 @@ def test_work_from_before_the_note_is_gone_on_with(tmp_path: Path) -> None:
     (tmp_path / "work" / "vae").mkdir(parents=True)
     workshop(tmp_path).begin()
     assert json.loads((tmp_path / "work" / "made_from.json").read_text())["size"] == "tiny"
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "stage", "fix"),
+    [
+        ("work/vae/state.safetensors", b"cut", "vae", "trains vae from its start"),
+        ("work/drawings.npy", b"\x93NUMPY", "vae", "drawn again"),
+        ("work/made_from.json", b"{", "vae", "another --output_dir"),
+        ("figures.json", b"", "vae", "measures its figures anew"),
+        ("work/vae/folded/config.json", b"{", "judges", "run --stage vae again"),
+        ("work/tokenizer/tokenizer.json", b"{", "judges", "the whole work folder"),
+    ],
+)
+def test_work_that_is_damaged_is_told_from_a_bug(
+    tmp_path: Path, begun: Path, file: str, content: bytes, stage: str, fix: str
+) -> None:
+    shutil.copytree(begun, tmp_path / "out")
+    (tmp_path / "out" / file).write_bytes(content)
+    settings = {"output_dir": tmp_path / "out", "size": "tiny", "seed": 0, "device": "cpu", "mixed_precision": "no"}
+    with pytest.raises(CheckpointError, match=f"{file.split('/')[1 if '/' in file else 0]}.*{fix}") as told:
+        pretrain(PretrainSettings(**settings, stage=stage))
+    assert "\n" not in str(told.value)
+
+
+@pytest.fixture(scope="module")
+def begun(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What the first stage leaves, and the tokenizer."""
+    folder = tmp_path_factory.mktemp("begun")
+    pretrain(PretrainSettings(output_dir=folder, size="tiny", seed=0, device="cpu", mixed_precision="no", stage="vae"))
+    assert workshop(folder).tokenizer
+    return folder
+
+
+def test_latents_that_cannot_be_read_say_what_to_do(tmp_path: Path, begun: Path) -> None:
+    shutil.copytree(begun, tmp_path / "out")
+    shop = workshop(tmp_path / "out")
+    cached_latents(shop, shop.load_vae())
+    (shop.work / "latents.safetensors").write_bytes(b"cut")
+    with pytest.raises(CheckpointError, match=r"latents\.safetensors.*computed again"):
+        cached_latents(shop, shop.load_vae())
 
 
 class Says(Judge):
@@ -414,6 +466,13 @@ def test_pretraining_from_nothing_gives_a_base_that_a_stock_pipeline_draws_with(
     picture = pipeline("a red house", num_inference_steps=2, output_type="np").images[0]
     assert picture.shape == (128, 128, 3)
     assert read(load_judge(tmp_path / "judge")(torch.rand(2, 3, 128, 128))[0])["birds"].shape == (2,)
+    # Opened by its folder it has the judges that were trained with it, and no adapter that was trained on another.
+    opened = load_backbone(tmp_path / "base", device="cpu")
+    assert opened.abilities == SceneAbilities(tmp_path)
+    assert opened.abilities.alignment_model() == tmp_path / "alignment"
+    with pytest.raises(InputError, match="ships none"):
+        generate(GenerateSettings(prompt="a red house", base_model=str(tmp_path / "base"), outdir=tmp_path / "g"))
+    assert (opened.guidance_scale, opened.teacher_steps) == (4.0, 50)
     # What judges is whole, whoever looks; nothing half-written is left.
     assert result.figures["judges"]["flawed_tested"] == 12
     assert not list(tmp_path.rglob("*.partial"))

@@ -98,6 +98,7 @@ def load_backbone(
         dtype=precision,
         prediction_type=prediction_type,
         revision=revision if hub.looks_like_id(name) else None,
+        rebuilt=path if name not in BASES and path.is_dir() else None,
     )
 
 
@@ -110,6 +111,7 @@ def _assemble(
     dtype: torch.dtype,
     prediction_type: str | None,
     revision: str | None,
+    rebuilt: Path | None,
 ) -> Backbone:
     schedule = NoiseSchedule.from_config(parts.scheduler_config, prediction_type)
     defaults = Defaults.of(parts, name)
@@ -128,7 +130,7 @@ def _assemble(
         guidance_scale=defaults.guidance_scale,
         resolution=defaults.resolution,
         teacher_steps=defaults.teacher_steps,
-        abilities=None if registered is None else abilities_of(registered),
+        abilities=None if registered is None else abilities_of(registered, rebuilt),
         fingerprint=parts.fingerprint,
         revision=revision,
     )

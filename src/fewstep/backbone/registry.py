@@ -53,8 +53,12 @@ class Abilities(Protocol):
         """The folder of the CLIPModel that judges alignment."""
         ...
 
-    def adapter(self) -> Path:
-        """The folder of the few-step adapter that is shipped with the base."""
+    def adapter(self) -> Path | None:
+        """The folder of the few-step adapter that is shipped with the base; None where there is none."""
+        ...
+
+    def beside(self, base: Path) -> Abilities:
+        """The same for a rebuilt base in the folder `base`: judges that were trained with it come before these."""
         ...
 
 
@@ -67,8 +71,8 @@ def folder_of(name: str) -> Path:
     return Path(spec.submodule_search_locations[0]) / "base"
 
 
-def abilities_of(name: str) -> Abilities:
-    """The abilities of the registered base `name`."""
+def abilities_of(name: str, rebuilt: Path | None = None) -> Abilities:
+    """The abilities of the registered base `name`, or of one that was `rebuilt` in a folder of its own."""
     module, _, attribute = BASES[name].partition(":")
     found: Abilities = getattr(import_module(module), attribute)
-    return found
+    return found if rebuilt is None else found.beside(rebuilt)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,14 +12,14 @@ from diffusers import AutoencoderKL
 from torch import Tensor
 from transformers import CLIPTextModel
 
-from fewstep.pretrain.figures import fresh_loss, prove
+from fewstep.pretrain.figures import GUIDANCE, fresh_loss, prove
 from fewstep.pretrain.latents import cached_latents
 from fewstep.pretrain.workshop import Workshop
 from fewstep.randomness import generator
 from fewstep.scenes.attributes import sample_attributes
 from fewstep.scenes.captions import random_caption
 from fewstep.scenes.denoiser import CAPTION_DROPOUT, SCHEDULER, Denoiser, denoiser_losses
-from fewstep.scenes.export import save_base
+from fewstep.scenes.export import save_base, save_defaults
 from fewstep.scenes.landmarks import numbered_landmarks, standardised_levels
 from fewstep.scenes.loop import averaged, batch_indices, steps_done
 from fewstep.scenes.text import CaptionReader, caption_losses, tokenize
@@ -48,7 +49,12 @@ def refine_denoiser(shop: Workshop) -> dict[str, Any]:
     """Go on from the averaged weights with fresh moments, other batches and noise; then measure the base."""
     denoiser, vae = _refined(shop), shop.load_vae()
     denoiser.landmarks.detach()
-    save_base(vae.cpu(), denoiser.cpu(), shop.tokenizer, SCHEDULER, shop.out / "base")
+
+    def save(folder: Path) -> None:
+        save_base(vae.cpu(), denoiser.cpu(), shop.tokenizer, SCHEDULER, folder)
+        save_defaults(folder, guidance_scale=GUIDANCE, teacher_steps=50)
+
+    shop.leave(shop.out / "base", save)
     return fresh_loss(shop, denoiser) | prove(shop)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -17,7 +16,6 @@ from fewstep.scenes.abilities import SceneAbilities
 from fewstep.scenes.captions import random_caption
 from fewstep.scenes.denoiser import SCHEDULER, Denoiser, denoiser_losses, latents_of
 from fewstep.scenes.drawings import numbered_attributes, numbered_drawing
-from fewstep.scenes.export import save_defaults
 from fewstep.scenes.text import tokenize
 from fewstep.scenes.vae import to_pixels
 from fewstep.schedule import NoiseSchedule
@@ -61,18 +59,16 @@ def fresh_loss(shop: Workshop, denoiser: Denoiser) -> dict[str, Any]:
 
 
 def prove(shop: Workshop) -> dict[str, Any]:
-    """Write the teacher's guidance beside the base, and measure the base at it and beside others."""
+    """Measure the base at the teacher's guidance and beside others."""
     abilities, sizes, seed = SceneAbilities(shop.out), shop.sizes, shop.test_seed
     base = load_backbone(str(shop.out / "base"), device=shop.settings.device, dtype="no")
-    base = replace(base, abilities=abilities)
     some = abilities.prompts(sizes.swept, seed + 1)
     sweep = {
         guidance: draw_arm(base, untrained_arm("dpmpp", 16, guidance), some, seed, reporter=shop.reporter).share
         for guidance in GUIDANCES
     }
-    save_defaults(shop.out / "base", guidance_scale=GUIDANCE, teacher_steps=50)
     proved = prove_base(
-        replace(base, guidance_scale=GUIDANCE),
+        base,
         abilities.prompts(sizes.proved, seed),
         abilities.prompts(sizes.proved, seed, "composed"),
         seed=seed,

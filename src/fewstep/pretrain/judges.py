@@ -11,6 +11,7 @@ import torch
 from diffusers import AutoencoderKL
 from torch import Tensor
 
+from fewstep.files import read_whole
 from fewstep.pretrain.workshop import Workshop
 from fewstep.randomness import generator
 from fewstep.scenes import measure
@@ -103,5 +104,6 @@ def _train_alignment(shop: Workshop) -> dict[str, Any]:
 
     shop.run(model, make, partial(alignment_losses, model), plan, "alignment")
     shop.leave(shop.out / "alignment", partial(save_alignment_model, model.cpu(), shop.tokenizer))
-    curve = (shop.work / "alignment" / "curve.jsonl").read_text().splitlines()
-    return {"alignment_loss": json.loads(curve[-1])["loss"]}
+    curve = shop.work / "alignment" / "curve.jsonl"
+    with read_whole(curve, "remove its folder, and the stage trains the alignment model from its start"):
+        return {"alignment_loss": json.loads(curve.read_text().splitlines()[-1])["loss"]}

@@ -10,11 +10,13 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from fewstep.files import sha256
+from fewstep.files import read_whole, replace_file_atomic, sha256
 from fewstep.pretrain.workshop import Workshop
 from fewstep.scenes.denoiser import latents_of
 from fewstep.scenes.drawings import drawn_in_chunks
 from fewstep.scenes.vae import to_pixels
+
+_AGAIN = "remove it, and they are computed again"
 
 
 def cached_latents(shop: Workshop, vae: AutoencoderKL) -> Tensor:
@@ -29,13 +31,14 @@ def cached_latents(shop: Workshop, vae: AutoencoderKL) -> Tensor:
                 bar.advance(len(pixels))
         partial = file.with_suffix(".partial")
         save_file({"latents": torch.cat(chunks).contiguous()}, partial, {"vae": maker})
-        partial.replace(file)
-    return load_file(file)["latents"]
+        replace_file_atomic(partial, file)
+    with read_whole(file, _AGAIN):
+        return load_file(file)["latents"]
 
 
 def _maker(file: Path) -> str | None:
     """The hash of the VAE that the latents in `file` are of, where that is known."""
     if not file.exists():
         return None
-    with safe_open(file, "pt") as saved:
+    with read_whole(file, _AGAIN), safe_open(file, "pt") as saved:
         return (saved.metadata() or {}).get("vae")

@@ -21,7 +21,7 @@ from transformers import CLIPTokenizer
 from fewstep.backbone import choose_device
 from fewstep.config import PretrainSettings
 from fewstep.errors import InputError
-from fewstep.files import replace_folder_atomic, write_text_atomic
+from fewstep.files import read_whole, replace_folder_atomic, write_text_atomic
 from fewstep.pretrain.sizes import SIZES
 from fewstep.reporting import Reporter
 from fewstep.scenes.captions import random_caption
@@ -43,7 +43,10 @@ class Workshop:
         self.device = choose_device(settings.device)
         self.fast = _uses_bf16(settings, self.device)
         self.card = self.out / "figures.json"
-        self.figures: dict[str, Any] = json.loads(self.card.read_text()) if self.card.exists() else {}
+        self.figures: dict[str, Any] = {}
+        if self.card.exists():
+            with read_whole(self.card, "remove it; a stage that is run again measures its figures anew"):
+                self.figures = json.loads(self.card.read_text())
 
     @property
     def train_seed(self) -> int:
@@ -74,7 +77,8 @@ class Workshop:
         if not file.exists():
             write_text_atomic(file, json.dumps(made_from, indent=1) + "\n")
             return
-        begun = json.loads(file.read_text())
+        with read_whole(file, "remove it, if the work is of the same size and seed, or choose another --output_dir"):
+            begun = json.loads(file.read_text())
         differing = [name for name in made_from if begun.get(name) != made_from[name]]
         if differing:
             if len(differing) > 1:
@@ -128,7 +132,9 @@ class Workshop:
         cache = self.work / "drawings.npy"
         if not cache.exists():
             self.reporter.say(f"drawing {self.sizes.drawings} pictures")
-        return drawn_pixels(self.train_seed, self.sizes.drawings, cache)
+            return drawn_pixels(self.train_seed, self.sizes.drawings, cache)
+        with read_whole(cache, "remove it, and they are drawn again"):
+            return drawn_pixels(self.train_seed, self.sizes.drawings, cache)
 
     def captions(self, step: int, picked: list[int]) -> list[str]:
         """A caption of each drawing, in a phrasing drawn anew each step."""
@@ -141,7 +147,8 @@ class Workshop:
         folder = self.work / "tokenizer"
         if not folder.exists():
             self.leave(folder, build_tokenizer)
-        tokenizer: CLIPTokenizer = CLIPTokenizer.from_pretrained(folder)
+        with read_whole(folder, "remove the whole work folder: what is trained reads by its ids"):
+            tokenizer: CLIPTokenizer = CLIPTokenizer.from_pretrained(folder)
         for where_from in ("is_local", "local_files_only"):  # nobody's business: it would be saved with the base
             tokenizer.init_kwargs.pop(where_from, None)
         return tokenizer
@@ -153,7 +160,9 @@ class Workshop:
             InputError: the first stage has not been run.
         """
         _need(self.folded, "vae")
-        return AutoencoderKL.from_pretrained(self.folded).eval().requires_grad_(False).to(self.device)
+        with read_whole(self.folded, "run --stage vae again, which trains no more and writes it anew"):
+            vae = AutoencoderKL.from_pretrained(self.folded)
+        return vae.eval().requires_grad_(False).to(self.device)
 
     def need_judges(self) -> None:
         """Miss the judges before anything long.

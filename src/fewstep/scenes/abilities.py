@@ -84,9 +84,16 @@ class SceneAbilities:
         """The folder of the base's own `CLIPModel`."""
         return self.folder / "alignment"
 
-    def adapter(self) -> Path:
-        """The folder of the shipped few-step adapter."""
-        return self.folder / "adapter"
+    def adapter(self) -> Path | None:
+        """The folder of the shipped few-step adapter, which a rebuilt base has not."""
+        folder = self.folder / "adapter"
+        return folder if folder.is_dir() else None
+
+    def beside(self, base: Path) -> SceneAbilities:
+        """Those of the folder in which `fewstep pretrain` wrote `base`; a base moved alone has the shipped judges."""
+        folder = base.resolve().parent
+        own = (folder / "judge").is_dir() and (folder / "alignment").is_dir()
+        return SceneAbilities(folder if own else self.folder)
 
 
 SCENES = SceneAbilities()

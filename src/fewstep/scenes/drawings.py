@@ -13,6 +13,7 @@ from typing import TypeVar
 
 import numpy as np
 
+from fewstep.files import replace_file_atomic
 from fewstep.scenes.attributes import Attributes, Split, sample_attributes
 from fewstep.scenes.drawing import draw
 from fewstep.scenes.layout import SIZE, Flaw, Layout, sample_layout
@@ -97,5 +98,5 @@ def drawn_pixels(seed: int, count: int, cache: Path | None = None) -> np.ndarray
         cache.parent.mkdir(parents=True, exist_ok=True)
         partial_file = cache.with_suffix(".partial.npy")
         np.save(partial_file, pixels)
-        partial_file.rename(cache)
+        replace_file_atomic(partial_file, cache)
     return pixels

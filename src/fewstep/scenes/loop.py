@@ -26,6 +26,7 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 from torch.utils.data import DataLoader, Dataset
 
 from fewstep.errors import InputError
+from fewstep.files import read_whole, replace_file_atomic
 from fewstep.reporting import Reporter
 
 BETAS = (0.9, 0.99)
@@ -87,7 +88,10 @@ class _State:
         """Restore what was saved; returns the step to go on with (0 when nothing was saved)."""
         if not self.file.exists():
             return 0
-        tensors = load_file(self.file)
+        with read_whole(self.file, _start_again(self.file)):
+            return self._restore(load_file(self.file))
+
+    def _restore(self, tensors: dict[str, Tensor]) -> int:
         self.module.load_state_dict({k[6:]: v for k, v in tensors.items() if k.startswith("model/")})
         self.ema = {name: tensors[f"ema/{name}"].to(value.device) for name, value in self.ema.items()}
         step = int(tensors["step"])
@@ -110,7 +114,7 @@ class _State:
         self.file.parent.mkdir(parents=True, exist_ok=True)
         partial = self.file.with_suffix(".partial")
         save_file({k: v.contiguous() for k, v in tensors.items()}, partial)
-        partial.replace(self.file)
+        replace_file_atomic(partial, self.file)
 
     @torch.no_grad()
     def update_ema(self, weight: float) -> None:
@@ -124,7 +128,7 @@ def steps_done(folder: Path) -> int:
     file = folder / "state.safetensors"
     if not file.exists():
         return 0
-    with safe_open(file, "pt") as saved:
+    with read_whole(file, _start_again(file)), safe_open(file, "pt") as saved:
         return int(saved.get_tensor("step"))
 
 
@@ -135,11 +139,16 @@ def averaged(folder: Path, steps: int) -> dict[str, Tensor]:
         InputError: nothing was, or not to the end.
     """
     file = folder / "state.safetensors"
-    found = load_file(file) if file.exists() else {}
+    with read_whole(file, _start_again(file)):
+        found = load_file(file) if file.exists() else {}
     if not found or int(found["step"]) < steps:
         what = "is not trained to its end" if found else "is not there"
         raise InputError(f"{str(file)!r} {what}: the stage {folder.name} does that; run --stage {folder.name} first")
     return {name[4:]: value for name, value in found.items() if name.startswith("ema/")}
+
+
+def _start_again(file: Path) -> str:
+    return f"remove it, and the stage trains {file.parent.name} from its start"
 
 
 Make = Callable[[int, int], tuple[Any, ...]]
