@@ -144,6 +144,11 @@ def test_every_field_is_documented(settings: type[Settings]) -> None:
         (TrainSettings, {"seed": -1}, "seed: -1 came"),
         (BenchSettings, {"lora_path": "a", "lora_id": "b"}, "lora_path and lora_id came together"),
         (BenchSettings, {"prompt": "a", "prompts_file": "b"}, "prompt and prompts_file came together"),
+        (
+            BenchSettings,
+            {"prompts_file": "b", "num_prompts": 5},
+            "num_prompts 5 came with prompts_file, which is",
+        ),
         (BenchSettings, {"negative_prompt": "fog"}, "--flash_guidance 1.5"),
         (BenchSettings, {"steps": 0}, "steps: 0 came"),
         (GenerateSettings, {}, "no prompt came"),

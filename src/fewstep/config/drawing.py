@@ -167,6 +167,13 @@ class BenchSettings(SamplingSettings):
     def _prompts_from_one_place(self) -> Self:
         for first, second in combinations(("dataset_name", "data_dir", "prompts_file", "prompt"), 2):
             forbid_both(self, first, second, "leave one out")
+        given = "prompts_file" if self.prompts_file is not None else "prompt" if self.prompt is not None else None
+        # Settings files hold the default, too.
+        if given is not None and self.num_prompts != type(self).model_fields["num_prompts"].default:
+            raise ValueError(
+                f"num_prompts {self.num_prompts} came with {given}, which is drawn whole; allowed is num_prompts with "
+                "the data's captions or the base's own prompts; leave it out"
+            )
         return self
 
 

@@ -5,7 +5,8 @@
               captions-DIGEST.safetensors    likewise, with a digest of each caption: equal ones are kept once
 
 What is kept is rounded to fp16 and used rounded from the first time on, so that a run that fills the cache and one that
-finds it full are the same bit for bit; against a run without a cache it is that rounding, 2^-11 of each number, that
+finds it full are the same bit for bit (a cache that other numbers of processes or other batches filled may differ in a
+last digit: networks round by the batch); against a run without a cache it is that rounding, 2^-11 of each number, that
 differs. A run computes what it needs and lacks, batch by batch; `fewstep cache` does that and nothing else. Shards are
 read through memory maps: a data set does not have to fit into memory. Each entry has a checksum, which is looked at
 whenever it is read.
