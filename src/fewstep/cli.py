@@ -269,7 +269,11 @@ def _usage_error(error: CycloptsError, program: str) -> str:
             fix = f"texts with spaces need quotes, and every value needs its flag{example}"
         reason = f"{extra!r} belongs to no flag; {fix}"
     else:
-        reason = str(error).rstrip(".")
+        reason = str(error)
+        if reason.endswith("?"):
+            return f"{reason} See {command} --help"
+        if not reason.endswith("..."):  # a list that goes on
+            reason = reason.rstrip(".")
     return f"{reason}; see {command} --help"
 
 

@@ -173,7 +173,7 @@ def test_flags_win_over_the_file(procedures: Procedures, tmp_path: Path) -> None
         ("bench --steps 2 99", "steps: 99 came; allowed: one or several, each a whole number, at least 1, at most 50"),
         ("bench --steps 2 -4", "steps: -4 came"),
         ("bench --seed x", "seed: x came"),
-        ("bench --stebs 2", "Unknown option: --stebs. Did you mean --steps?; see fewstep bench --help"),
+        ("bench --stebs 2", "Unknown option: --stebs. Did you mean --steps? See fewstep bench --help"),
         ("bench --prompt a house", "'house' belongs to no flag; texts with spaces need quotes"),
         ("generate house", "and every value needs its flag, as --prompt before a prompt; see fewstep generate --help"),
         ("bench --compare_baseline false", "off with no_ before its name, as in --no_compare_baseline; see fewstep"),
@@ -186,6 +186,7 @@ def test_flags_win_over_the_file(procedures: Procedures, tmp_path: Path) -> None
         ("train --config", "--config"),
         ("generate", "no prompt came"),
         ("bech", 'Did you mean "bench"?'),
+        ("trian", "export, ...; see fewstep --help"),
     ],
 )
 def test_wrong_input_is_one_line_and_2(
@@ -341,7 +342,7 @@ def test_scripts_answer_for_themselves(script: str, flag: str) -> None:
     assert f"--{flag}" in done.stdout
     wrong = run(script, "--sed", "1")
     assert wrong.returncode == 2
-    assert wrong.stderr == f"error: Unknown option: --sed. Did you mean --seed?; see {script} --help\n"
+    assert wrong.stderr == f"error: Unknown option: --sed. Did you mean --seed? See {script} --help\n"
 
 
 @pytest.mark.parametrize("command", ["bench", "train"])
