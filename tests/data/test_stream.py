@@ -47,6 +47,8 @@ class Server:
         """After how many bytes the next answers to GET break off."""
         self.heads, self.ranges = True, True
         """Whether HEAD and Range are known."""
+        self.lengths = True
+        """Whether HEAD says a length."""
         self.versions = True
         """Whether it says when a file was changed."""
         ours = self
@@ -56,7 +58,9 @@ class Server:
                 pass
 
             def send_header(self, keyword: str, value: str) -> None:
-                if ours.versions or keyword != "Last-Modified":
+                unsaid = {"Last-Modified"} if not ours.versions else set()
+                unsaid |= {"Content-Length"} if self.command == "HEAD" and not ours.lengths else set()
+                if keyword not in unsaid:
                     super().send_header(keyword, value)
 
             def do_HEAD(self) -> None:
@@ -439,6 +443,13 @@ def test_servers_without_head_or_without_ranges(server: Server) -> None:
     server.ranges, server.cuts = False, [10] * SHARDS + [1500]
     found = opened(server, dataset_name=f"{server.address}/set-{{00..05}}.tar?key=other")
     assert samples(batches(found)) and found.fingerprint == with_ranges
+
+
+def test_a_server_that_says_a_length_only_when_it_sends(server: Server) -> None:
+    server.lengths, server.cuts = False, [1500]
+    found = opened(server)
+    assert server.asked[-1] == ("GET", "/set-00.tar?key=secret", "bytes=1500-")
+    assert samples(batches(found))
 
 
 def test_a_server_that_goes_away_is_one_line_without_secrets(server: Server) -> None:

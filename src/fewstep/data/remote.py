@@ -220,9 +220,9 @@ def _download(url: str, file: Path, expected: _State) -> None:
             with _Kept(file, append=reply.status == 206) as kept:
                 while chunk := reply.read(_AT_ONCE):
                     kept.write(chunk)
-        size = file.stat().st_size
-        if expected.length is not None and size != expected.length:
-            raise IncompleteRead(b"", expected.length - size)
+        size, whole = file.stat().st_size, said.length if expected.length is None else expected.length
+        if whole is not None and size != whole:
+            raise IncompleteRead(b"", whole - size)
 
     _insisting(url, fetch)
 
