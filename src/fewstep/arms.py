@@ -177,9 +177,9 @@ def base_arm(
     """The negative control: what a student's sampler and steps give without the adapter."""
     parts = ["base"]
     parts += [sampler] if sampler != "lcm" else []
-    parts += [f"eta{round(100 * eta)}"] if eta else []
-    parts += [f"span{span:g}".replace(".", "")] if span < 1 else []
-    parts += [f"w{guidance:g}".replace(".", "")] if guidance > 1 else []
+    parts += [f"eta{100 * eta:g}".replace(".", "p")] if eta else []
+    parts += [f"span{span:g}".replace(".", "")] if span < 1 else []  # 0.85 as 085: all of these begin with 0.
+    parts += [f"w{guidance:g}".replace(".", "p")] if guidance > 1 else []
     return Arm(
         id="-".join([*parts, str(steps)]),
         role="base",

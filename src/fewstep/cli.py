@@ -56,11 +56,11 @@ class Command:
 
 
 COMMANDS = {
-    "demo": Command(DemoSettings, "fewstep.walkthrough:walkthrough"),
+    "demo": Command(DemoSettings, "fewstep.walkthrough:walkthrough", again="run the same again"),
     "train": Command(TrainCommand, "fewstep.train:train", again="go on with --resume_from_checkpoint auto"),
     "cache": Command(CacheSettings, "fewstep.train.fill:fill", again="run the same again"),
     "doctor": Command(DoctorSettings, "fewstep.doctor:doctor"),
-    "bench": Command(BenchSettings, "fewstep.benchmark:benchmark"),
+    "bench": Command(BenchSettings, "fewstep.benchmark:benchmark", again="go on with --resume"),
     "generate": Command(GenerateSettings, "fewstep.generate:generate"),
     "report": Command(ReportSettings, "fewstep.redraw:report"),
     "export": Command(ExportSettings, "fewstep.export:export"),

@@ -29,7 +29,7 @@ def make_clip(folder: Path) -> Path:
 
     from fewstep import sd15
 
-    torch.manual_seed(11)
+    torch.manual_seed(2)  # its scores lie above their floor
     small = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
     text = small | {"max_position_embeddings": 77, "vocab_size": 49408, "bos_token_id": 49406, "eos_token_id": 49407}
     vision = small | {"image_size": 32, "patch_size": 16}
@@ -79,7 +79,7 @@ class Trunk(nn.Module):
 
 @dataclass(frozen=True)
 class FakeAbilities:
-    """What a base may bring along; a picture is right where it is bright."""
+    """What a base may bring along; a picture is right where its left is redder and its upper half greener."""
 
     clip: Path
     shipped: Path
@@ -97,7 +97,9 @@ class FakeAbilities:
 
     def answers(self, pixels: Tensor, prompts: list[str]) -> dict[str, Tensor]:
         assert len(pixels) == len(prompts)
-        red, green = pixels[:, 0].mean(dim=(1, 2)) > 0.5, pixels[:, 1].mean(dim=(1, 2)) > 0.5
+        half = self.side // 2  # true of some random pictures and false of others, far from where rounding matters
+        red = pixels[:, 0, :, :half].mean(dim=(1, 2)) > pixels[:, 0, :, half:].mean(dim=(1, 2))
+        green = pixels[:, 1, :half].mean(dim=(1, 2)) > pixels[:, 1, half:].mean(dim=(1, 2))
         return {"red": red, "green": green, "intact": torch.ones_like(red), "all_right": red & green}
 
     def features(self) -> nn.Module:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -12,9 +13,10 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from fewstep import lora, opening
+from fewstep.arms import student_arm
 from fewstep.backbone import Backbone
 from fewstep.benchmark import BenchmarkResult, benchmark
-from fewstep.benchmark.adapters import origin_of
+from fewstep.benchmark.adapters import controls, origin_of
 from fewstep.checkpoint import Origin
 from fewstep.config import adapter_entries, load_adapters
 from fewstep.errors import CheckpointError, InputError
@@ -197,6 +199,16 @@ def test_the_runs_own_adapter_is_sampled_as_its_saved_scheduler_says(
         "teacher-5": "ddim", "student-1": "tcd", "student-2": "tcd", "base-tcd-1": "tcd", "base-tcd-2": "tcd"
     }  # fmt: skip
     assert found.record.summary["student-2"].control == "base-tcd-2"
+
+
+def test_ways_to_sample_that_differ_have_controls_of_their_own() -> None:
+    students = [student_arm(4, guidance) for guidance in (1.5, 15.0)]
+    students += [replace(student_arm(4, sampler="tcd"), eta=eta) for eta in (0.3, 0.304)]
+    students += [student_arm(4, sampler="ddim", span=span) for span in (0.5, 0.05)]
+    assert [arm.id for arm in controls(students, 1000)] == [
+        *("base-w1p5-4", "base-w15-4", "base-tcd-eta30-4", "base-tcd-eta30p4-4"),
+        *("base-ddim-span05-4", "base-ddim-span005-4"),
+    ]
 
 
 def test_the_timesteps_of_a_span_are_recorded_or_said_and_have_their_own_control(

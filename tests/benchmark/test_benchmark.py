@@ -23,8 +23,10 @@ from fewstep.benchmark.real import Ids
 from fewstep.config import BenchSettings, load_toml
 from fewstep.errors import CheckpointError, InputError
 from fewstep.metrics.alignment import CLIPAlignment
+from fewstep.metrics.frechet import frechet_distance
+from fewstep.metrics.manifold import precision_recall
 from fewstep.pictures import Conditioning, draw_latents, encode_prompts
-from fewstep.records import BenchmarkRecord
+from fewstep.records import BenchmarkRecord, Interval
 from fewstep.report import picture_path
 from tests.benchmark.fakes import PROMPTS, Notes, make_adapter
 
@@ -51,7 +53,6 @@ def settings(folder: Path, **changes: object) -> BenchSettings:
         "num_images": 2,
         "batch_size": 3,
         "compare_baseline": True,
-        "baseline_steps": 5,
         "solver_steps": (3,),
         "frechet_images": 5,
         "device": "cpu",
@@ -217,7 +218,75 @@ def test_the_record_is_the_json_and_agrees_with_the_table(run: tuple[BenchmarkRe
     teacher = result.record.summary["teacher-5"]
     assert set(teacher.distances) == {"kid", "cmmd", "precision", "recall"} and teacher.diversity is None
     assert teacher.saturation == pytest.approx((1.0,) * 4)
-    assert teacher.retention_corrected is None or teacher.retention_corrected.value == pytest.approx(1)
+    assert teacher.retention_corrected is not None and teacher.retention_corrected.value == pytest.approx(1)
+
+
+def test_every_figure_is_that_of_its_own_pictures_against_the_right_others(
+    run: tuple[BenchmarkResult, Notes], base: Backbone
+) -> None:
+    """From the scores and the pictures that were saved, by hand: which arm is taken from which, and which way round."""
+    record, folders = run[0].record, run[0].folders
+    student, ids = record.summary["student-2"], [(prompt, n) for prompt in range(4) for n in range(2)]
+
+    def scores(arm: str, name: str) -> np.ndarray:
+        return np.array([getattr(score, name) for score in record.scores if score.arm == arm])
+
+    def right(arm: str, name: str) -> np.ndarray:
+        return np.array([score.right[name] for score in record.scores if score.arm == arm and score.right is not None])
+
+    def value(interval: Interval | None) -> float:
+        assert interval is not None
+        return interval.value
+
+    teacher, control = "teacher-5", "base-2"
+    score, floor = scores("student-2", "clip_align_x100"), scores("student-2", "clip_floor_x100")
+    its_score, its_floor = scores(teacher, "clip_align_x100"), scores(teacher, "clip_floor_x100")
+    for figure, other in ((student.delta_alignment, teacher), (student.gain_alignment, control)):
+        difference = (score - scores(other, "clip_align_x100")).mean()
+        assert value(figure) == pytest.approx(difference, abs=1e-4) and abs(difference) > 1e-3
+    honest = (score - floor).mean() / (its_score - its_floor).mean()
+    assert value(student.retention_corrected) == pytest.approx(honest, rel=1e-4) and abs(honest - 1) > 0.01
+    assert value(student.retention_raw) == pytest.approx(score.mean() / its_score.mean(), rel=1e-4)
+    for figure, other in ((student.delta_all_right, teacher), (student.gain_all_right, control)):
+        difference = right("student-2", "all_right").mean() - right(other, "all_right").mean()
+        assert value(figure) == difference and difference != 0
+    assert {name: value(one) for name, one in student.over_solvers.items()} == {
+        name: right("student-2", "all_right").mean() - right(name, "all_right").mean()
+        for name in ("dpmpp-3", "dpmpp-karras-3")
+    }
+    for name in ("red", "green"):
+        assert value(student.attributes[name]) == right("student-2", name).mean()
+        assert value(student.delta_attributes[name]) == right("student-2", name).mean() - right(teacher, name).mean()
+
+    def features(arm: str) -> torch.Tensor:
+        shown = np.stack([pixels(picture_path(folders[arm], *one)) for one in ids])
+        return base.abilities.features()(torch.from_numpy(shown).permute(0, 3, 1, 2).float() / 255)  # type: ignore[union-attr]
+
+    drawn, theirs = features("student-2"), features(teacher)
+    assert student.frechet is not None and record.summary[teacher].frechet is not None
+    difference = student.frechet.through_vae.value - record.summary[teacher].frechet.through_vae.value
+    assert value(student.frechet.difference) == pytest.approx(difference)
+    references = torch.from_numpy(base.abilities.reference_pictures(PROMPTS, 5, 42)).permute(0, 3, 1, 2)  # type: ignore[union-attr]
+    raw = base.abilities.features()(references.float() / 255)  # type: ignore[union-attr]
+    assert student.frechet.raw.value == pytest.approx(frechet_distance(drawn, raw), rel=1e-4)
+    to_teacher = {name: value(student.distances[f"{name}_teacher"]) for name in ("frechet", "precision", "recall")}
+    assert to_teacher["frechet"] == pytest.approx(frechet_distance(drawn, theirs), rel=1e-3, abs=1e-6)
+    assert (to_teacher["precision"], to_teacher["recall"]) == precision_recall(drawn, theirs)
+    assert value(student.faithfulness) == pytest.approx((drawn - theirs).norm(dim=1).mean().item(), rel=1e-3)
+
+    def among(found: torch.Tensor) -> float:
+        return (found[0::2] - found[1::2]).norm(dim=1).mean().item()
+
+    assert value(student.diversity) == pytest.approx(among(drawn) / among(theirs), rel=1e-3)
+    # The latents are drawn once more.
+    text = Conditioning(tuple(PROMPTS), base.embed(PROMPTS), base.embed([""]))
+    lora.load_adapter(base, lora.locate(base.abilities.adapter()))  # type: ignore[union-attr]
+
+    def spread(arm: str) -> torch.Tensor:
+        latents = draw_latents(base, record.summary[arm].arm, text, ids, seed=42, resolution=64)
+        return latents.std(dim=(0, 2, 3), correction=0)
+
+    assert student.saturation == pytest.approx((spread("student-2") / spread(teacher)).tolist(), rel=1e-4)
 
 
 def test_one_prompt_has_no_kernel_distances(base: Backbone, tmp_path: Path) -> None:
@@ -397,6 +466,14 @@ def test_an_adapter_that_changes_nothing_is_an_error_and_leaves_nothing(base: Ba
 
 
 def test_an_attached_adapter_that_changes_nothing_is_an_error(base: Backbone, tmp_path: Path) -> None:
+    lora.attach(base.unet, 2, 16, ["to_q"], seed=1)
+    with pytest.raises(CheckpointError, match="changes nothing"):
+        benchmark(settings(tmp_path), backbone=base)
+
+
+def test_nor_does_rounding_count_as_a_change(base: Backbone, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a GPU the student runs under autocast and the teacher does not."""
+    monkeypatch.setattr(Backbone, "autocast", lambda self: torch.autocast("cpu", torch.bfloat16))
     lora.attach(base.unet, 2, 16, ["to_q"], seed=1)
     with pytest.raises(CheckpointError, match="changes nothing"):
         benchmark(settings(tmp_path), backbone=base)

@@ -15,12 +15,16 @@ from PIL import Image
 
 from fewstep.arms import base_arm, student_arm
 from fewstep.backbone import Backbone
-from fewstep.config import GenerateSettings
+from fewstep.benchmark import benchmark
+from fewstep.config import BenchSettings, GenerateSettings
 from fewstep.errors import CheckpointError, InputError, Interrupted
 from fewstep.generate import generate
 from fewstep.opening import trained_for
 from fewstep.pictures import draw_latents, encode_prompts, evaluate, make_pictures, picture_ids
+from fewstep.report import picture_path
 from fewstep.safety import SafetyChecker
+from fewstep.sampling import PictureNoise, lcm_sample
+from fewstep.timesteps import student_grid
 from tests.benchmark.fakes import Notes, make_adapter
 
 
@@ -68,6 +72,38 @@ def test_a_picture_is_the_same_one_in_every_command(base: Backbone, tmp_path: Pa
     for path, expected in zip(first, whole.pixels, strict=True):
         saved = np.asarray(Image.open(path), dtype=np.int16)
         assert np.abs(saved - expected.permute(1, 2, 0).numpy().astype(np.int16)).max() <= 1
+
+
+def test_guidance_and_the_negative_prompt_are_what_is_drawn_with(base: Backbone, tmp_path: Path) -> None:
+    plain = GenerateSettings(
+        prompt="a red house", steps=(2,), outdir=tmp_path / "g", seed=7, device="cpu", flash_guidance=3.0
+    )
+    asked = plain.replace(negative_prompt="fog")
+
+    def drawn(settings: GenerateSettings) -> np.ndarray:
+        return np.asarray(Image.open(generate(settings, backbone=base).images[0]), dtype=np.int16)
+
+    mine = drawn(asked)
+    text, noise = base.embed(["a red house"]), PictureNoise([(0, 0)], 7)
+    with torch.no_grad():
+        latents = lcm_sample(
+            *(base.denoiser(), base.schedule, noise, base.latent_shape(64), student_grid(2), text),
+            base.embed(["fog"]),
+            3.0,
+        )
+    expected = (255 * base.decode(latents)[0]).round().permute(1, 2, 0).numpy().astype(np.int16)
+    assert np.abs(mine - expected).max() <= 1
+    unlike = drawn(plain), drawn(plain.replace(flash_guidance=1.0))
+    assert all(np.abs(mine - other).max() > 3 for other in unlike)
+    measured = benchmark(
+        BenchSettings(
+            prompt="a red house", steps=(2,), outdir=tmp_path / "b", seed=7, device="cpu", flash_guidance=3.0,
+            negative_prompt="fog", clip_model_id="none", frechet_images=0, timing_repeats=1, batch_sizes=(1,),
+        ),
+        backbone=base,
+    )  # fmt: skip
+    shown = np.asarray(Image.open(picture_path(measured.folders["student-2"], 0, 0)), dtype=np.int16)
+    assert np.abs(shown - mine).max() <= 1
 
 
 @pytest.mark.parametrize("file", ["clipscore_results.json", "cells/key.json"])

@@ -24,7 +24,7 @@ from fewstep import lora
 from fewstep.backbone import Backbone
 from fewstep.benchmark import BenchmarkResult, benchmark
 from fewstep.config import BenchSettings
-from fewstep.errors import InputError, Interrupted
+from fewstep.errors import InputError, Interrupted, StopAsked
 from fewstep.locks import alone_in
 from fewstep.reporting import Bar
 from fewstep.schedule import NoiseSchedule
@@ -74,7 +74,7 @@ def finished(whole: BenchmarkResult, tmp_path: Path) -> Path:
     return tmp_path / "out"
 
 
-def stopping(base: Backbone, after: int, error: type[BaseException] = KeyboardInterrupt) -> Backbone:
+def stopping(base: Backbone, after: int, error: type[BaseException] = StopAsked) -> Backbone:
     """A base whose answer key raises when it is asked once more than `after` times."""
     own, asked = base.abilities, []
     assert own is not None
@@ -111,6 +111,11 @@ def test_stopped_at_three_places_and_resumed_it_is_the_same_benchmark(
     assert contents(result.outdir) == contents(whole.outdir)
 
 
+def test_what_is_to_stop_at_once_is_not_told_as_a_stop_between_two_pieces(base: Backbone, tmp_path: Path) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        benchmark(small(tmp_path), backbone=stopping(base, 1, KeyboardInterrupt))
+
+
 class Stumbling:
     """A reporter that stops the run at one of the places where it may be stopped, wherever that is."""
 
@@ -129,7 +134,7 @@ class Stumbling:
             def advance(self, n: int = 1, **values: float) -> None:
                 stumbling.passed += 1
                 if stumbling.passed == stumbling._place:
-                    raise KeyboardInterrupt
+                    raise StopAsked
 
         yield _Bar()
 

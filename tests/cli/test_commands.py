@@ -230,7 +230,9 @@ def test_exit_codes(
     assert words in one_line(capsys)
 
 
-@pytest.mark.parametrize(("command", "code"), [("train", 75), ("cache", 75), ("pretrain", 75), ("report", 130)])
+@pytest.mark.parametrize(
+    ("command", "code"), [("train", 75), ("cache", 75), ("pretrain", 75), ("demo", 75), ("bench", 75), ("report", 130)]
+)
 def test_a_first_signal_that_comes_where_nothing_is_to_be_saved(
     command: str, code: int, procedures: Procedures, capsys: pytest.CaptureFixture[str]
 ) -> None:

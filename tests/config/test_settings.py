@@ -64,7 +64,7 @@ def test_promised_defaults() -> None:
     assert (train.max_steps, train.batch_size, train.learning_rate) == (3000, 8, 1e-4)
     assert (train.lora_rank, train.alpha, train.teacher_steps) == (4, 32, 8)
     assert train.lora_targets == ("to_q", "to_k", "to_v", "to_out.0")
-    assert (bench.steps, bench.baseline_steps, bench.flash_guidance) == ((2, 4, 8), 50, 1.0)
+    assert (bench.steps, bench.baseline_steps, bench.flash_guidance) == ((2, 4, 8), None, 1.0)
     assert str(bench.outdir) == "outputs"
 
 

@@ -19,6 +19,7 @@ from fewstep.lora import (
     attach,
     detach,
     load_adapter,
+    locate,
     prove_round_trip,
     save_adapter,
     trainable_parameters,
@@ -169,6 +170,22 @@ def test_no_file_that_is_not_the_student_passes(student: Backbone, saved: Path, 
         prove_round_trip(student, saved)
     save_file(good, saved / WEIGHTS, stated)
     prove_round_trip(student, saved)
+
+
+def test_nor_is_one_in_half_precision_where_the_teacher_rounds_otherwise(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    half = random_backbone("tiny")  # the student alone under autocast, as on a GPU, where the two differ
+    monkeypatch.setattr(Backbone, "autocast", lambda self: torch.autocast("cpu", torch.bfloat16))
+    x_t, cond, t = torch.randn(1, 4, 8, 8), torch.randn(1, 8, half.unet.config.cross_attention_dim), torch.tensor([9])
+    assert not torch.equal(half.denoiser()(x_t, t, cond), half.denoiser(adapter=False)(x_t, t, cond))
+    attach(half.unet, 4, 32, TARGETS, seed=1)
+    save_adapter(half.unet, tmp_path, half.scheduler_config)
+    with pytest.raises(CheckpointError, match="changes nothing"):
+        prove_round_trip(half, tmp_path)
+    detach(half.unet)
+    with pytest.raises(CheckpointError, match="changes nothing"):
+        load_adapter(half, locate(tmp_path))
 
 
 def test_an_untrained_adapter_is_not_published(base: Backbone, tmp_path: Path) -> None:

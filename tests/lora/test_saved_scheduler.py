@@ -29,6 +29,7 @@ SD15 = {
     "prediction_type": "epsilon",
 }
 ODD = {"clip_sample": True, "thresholding": True, "steps_offset": 1, "set_alpha_to_one": False}
+V = {"prediction_type": "v_prediction"}
 LEVELS = {
     "_class_name": "DPMSolverMultistepScheduler",
     "use_karras_sigmas": True,
@@ -58,7 +59,11 @@ def saved(folder: Path, *arguments: Any) -> Any:
     return getattr(diffusers, config["_class_name"]).from_pretrained(folder / "scheduler", local_files_only=True)
 
 
-@pytest.mark.parametrize("base", [SD15, SD15 | ODD, SD15 | LEVELS], ids=["sd15", "odd", "karras"])
+@pytest.mark.parametrize(
+    "base",
+    [SD15, SD15 | ODD, SD15 | LEVELS, SD15 | V, SD15 | V | {"rescale_betas_zero_snr": True}],
+    ids=["sd15", "odd", "karras", "v", "zero snr"],
+)
 @pytest.mark.parametrize("steps", [1, 3, 4, 6, 7, 15])
 @pytest.mark.parametrize("span", [1.0, 0.85])
 def test_ddim_whatever_the_number_of_steps(base: dict[str, Any], steps: int, span: float, tmp_path: Path) -> None:
@@ -67,7 +72,9 @@ def test_ddim_whatever_the_number_of_steps(base: dict[str, Any], steps: int, spa
     ours = ddim_sample(network, schedule, PictureNoise(PICTURES, 5), SHAPE, timesteps, COND)
     scheduler = saved(tmp_path, base, "ddim", span, (steps,))
     asked = {"num_inference_steps": steps} if span == 1 else {"timesteps": list(timesteps)}
-    assert_close(drawn_by(scheduler, **asked), ours, rtol=1e-4, atol=1e-4)
+    # Where ᾱ is 0 at the end, diffusers' DPM-Solver++ takes 2⁻²⁴ instead: a signal of 1/4096.
+    near = 2e-2 if base.get("rescale_betas_zero_snr") and not isinstance(scheduler, diffusers.DDIMScheduler) else 1e-4
+    assert_close(drawn_by(scheduler, **asked), ours, rtol=near, atol=near)
     assert scheduler.timesteps.tolist() == list(timesteps)
 
 

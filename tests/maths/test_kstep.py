@@ -305,9 +305,11 @@ def test_more_pairs_are_states_on_the_teachers_way(
     assert toy.batches[:8] == [8] * 8  # the teacher does no more for more pairs
 
 
-@pytest.mark.parametrize("most", [1, 2, 3, 8, 20])
-def test_more_pairs_leave_every_timesteps_share_of_the_loss(schedule: NoiseSchedule, most: int) -> None:
-    method = kstep(schedule, pairs_per_rollout=most, guidance=1.0)
+@pytest.mark.parametrize(("most", "from_noise"), [*((most, False) for most in (1, 2, 3, 8, 20)), (4, True), (20, True)])
+def test_more_pairs_leave_every_timesteps_share_of_the_loss(
+    schedule: NoiseSchedule, most: int, from_noise: bool
+) -> None:
+    method = kstep(schedule, pairs_per_rollout=most, guidance=1.0, from_noise=from_noise)
 
     def still(x_t: Tensor, t: Tensor, cond: Tensor) -> Tensor:
         return torch.zeros_like(x_t)
@@ -322,7 +324,7 @@ def test_more_pairs_leave_every_timesteps_share_of_the_loss(schedule: NoiseSched
     for steps in (1, 2, 4, 8):
         for at in student_grid(steps):
             expected[at] += 1 / 4 / steps
-    assert shares == pytest.approx(expected, abs=0.03)
+    assert shares == pytest.approx(expected, rel=0.25)  # drawn 125 times, the rarest of them: within a tenth or so
     assert sum(shares.values()) == pytest.approx(1, abs=0.03)
 
 
@@ -336,6 +338,15 @@ def test_which_states_are_learnt_from_belongs_to_the_sample(
     assert whole.t[whole.rows == 2].tolist() == alone.t.tolist()
     other = method.pairs(toy, x_t, method.draw(1, 3, range(4), SHAPE), cond, uncond)
     assert whole.t.tolist() != other.t.tolist()
+
+
+@pytest.mark.parametrize("weighting", ["eps", "mid"])
+def test_a_weighting_that_learns_nothing_from_pure_noise_is_refused(sd15: dict[str, Any], weighting: str) -> None:
+    pure = NoiseSchedule.from_config(sd15 | {"rescale_betas_zero_snr": True}, "v_prediction")
+    with pytest.raises(InputError, match=rf"loss_weighting {weighting} came .* t = 999.*pass --loss_weighting v"):
+        kstep(pure, weighting=weighting)
+    for allowed in ("x0", "v"):
+        kstep(pure, weighting=allowed)
 
 
 @pytest.mark.parametrize(("counts", "steps"), [((1, 2, 3, 4, 8), 8), ((1, 2, 4, 8), 4)])

@@ -15,7 +15,15 @@ from fewstep.arms import solver_arm
 from fewstep.config.kinds import MOST_STUDENT_STEPS
 from fewstep.errors import InputError
 from fewstep.randomness import generator
-from fewstep.sampling import PictureNoise, ddim_sample, dpmpp_karras_sample, dpmpp_sample, lcm_sample, tcd_sample
+from fewstep.sampling import (
+    SAMPLERS,
+    PictureNoise,
+    ddim_sample,
+    dpmpp_karras_sample,
+    dpmpp_sample,
+    lcm_sample,
+    tcd_sample,
+)
 from fewstep.schedule import NoiseSchedule
 from fewstep.timesteps import karras_grid, student_grid, teacher_grid
 
@@ -99,9 +107,9 @@ def test_ddim_sample_is_ddim_scheduler(
     assert_close(ours, x_t, rtol=1e-5, atol=1e-4)
 
 
-@pytest.mark.parametrize("sample", [lcm_sample, ddim_sample])
-def test_a_picture_does_not_depend_on_its_batch(schedule: NoiseSchedule, toy: Any, cond: Tensor, sample: Any) -> None:
-    grid = student_grid(4)
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_a_picture_does_not_depend_on_its_batch(schedule: NoiseSchedule, toy: Any, cond: Tensor, name: str) -> None:
+    sample, grid = SAMPLERS[name], student_grid(4) if name != "dpmpp-karras" else karras_timesteps(schedule)
     together = sample(toy, schedule, PictureNoise(PICTURES, 42), SHAPE, grid, cond)
     assert together.dtype == torch.float32
     assert not together.requires_grad
@@ -110,8 +118,13 @@ def test_a_picture_does_not_depend_on_its_batch(schedule: NoiseSchedule, toy: An
         assert_close(alone[0], together[row], rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("sample", [lcm_sample, ddim_sample])
-def test_both_samplers_start_from_the_same_noise(schedule: NoiseSchedule, cond: Tensor, sample: Any) -> None:
+def karras_timesteps(schedule: NoiseSchedule) -> tuple[int, ...]:
+    return solver_arm(4, 1.0, schedule.alphas_cumprod.tolist(), karras=True).timesteps
+
+
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_all_samplers_start_from_the_same_noise(schedule: NoiseSchedule, cond: Tensor, name: str) -> None:
+    grid = [999, 499] if name != "dpmpp-karras" else karras_timesteps(schedule)
     seen: list[Tensor] = []
 
     def denoiser(x_t: Tensor, t: Tensor, cond: Tensor) -> Tensor:
@@ -120,9 +133,9 @@ def test_both_samplers_start_from_the_same_noise(schedule: NoiseSchedule, cond: 
 
     steps: list[int] = []
     noise = PictureNoise(PICTURES, 42)
-    sample(denoiser, schedule, noise, SHAPE, [999, 499], cond, on_step=lambda: steps.append(1))
+    SAMPLERS[name](denoiser, schedule, noise, SHAPE, grid, cond, on_step=lambda: steps.append(1))
     assert torch.equal(seen[0], PictureNoise(PICTURES, 42).draw(SHAPE))
-    assert len(seen) == len(steps) == 2
+    assert len(seen) == len(steps) == len(grid)
 
 
 @pytest.mark.parametrize("steps", [1, 2, 4, 8])

@@ -50,6 +50,18 @@ def test_nothing_between_a_set_and_itself_and_a_shift_counts_squared() -> None:
     assert frechet_distance(a + torch.tensor([3.0, 0, 0, 4.0]), a) == pytest.approx(25, abs=1e-6)
 
 
+@pytest.mark.parametrize("prompts", [5, 6, 7, 21])
+def test_halves_of_few_prompts_odd_ones_too_tell_a_means_standard_error(prompts: int) -> None:
+    """Against what is known of a mean: the spread of the n numbers, ddof 1, over √n."""
+    numbers = np.random.default_rng(prompts).normal(size=prompts)
+    found = with_spread(
+        float(numbers.mean()),
+        [float(numbers[sorted(half)].mean()) for half in half_samples(range(prompts), halves=20_000)],
+        range(prompts),
+    )
+    assert found.standard_error == pytest.approx(numbers.std(ddof=1) / prompts**0.5, rel=0.03)
+
+
 def test_half_samples_tell_the_standard_error() -> None:
     """Against the spread of the distance itself over many independent sets."""
     shift, reference = torch.tensor([0.6, 0.0]), normal(4000, 2, 99)

@@ -86,6 +86,13 @@ def test_students_t_is_scipys() -> None:
             assert student_t(share_below, freedom) == pytest.approx(expected, rel=1e-3, abs=1e-3)
 
 
+def test_a_gap_that_may_be_the_other_way_round_has_no_interval() -> None:
+    untrained = np.tile([1.0, 0.0, 0.0, 1.0], 5)
+    teacher = np.tile([0.0, 1.0, 1.0, 0.4123], 5)  # never the untrained arm's mean itself
+    found = gap_closed(untrained, 0.5 * untrained, teacher, range(20))
+    assert found.value == pytest.approx(0.25 / (0.5 - 0.603075)) and found.low is None and found.high is None
+
+
 def test_gap_closed() -> None:
     untrained, teacher = RANDOM.normal(1, 0.05, 300), RANDOM.normal(0, 0.05, 300)
     found = gap_closed(untrained, 0.2 * untrained + 0.8 * teacher, teacher, range(300))
@@ -113,6 +120,11 @@ def test_all_right_is_not_certainty() -> None:
     found = share(np.ones(200, dtype=bool), np.repeat(np.arange(20), 10).tolist())
     assert found.method == "Wilson" and found.high == 1.0
     assert found.low == pytest.approx(wilson(20, 20).low)
+    # Likewise where every prompt has the same share of its pictures right.
+    half = share([True, False] * 6, [prompt for prompt in range(6) for _ in range(2)])
+    assert (half.value, half.low, half.high) == (0.5, wilson(3, 6).low, wilson(3, 6).high)
+    third = share([True, False, False] * 5, [prompt for prompt in range(5) for _ in range(3)])
+    assert third.value == pytest.approx(1 / 3) and third.low is not None and 0.05 < third.low < 0.2
 
 
 def test_a_share_between() -> None:

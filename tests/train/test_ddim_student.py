@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
 from fewstep import lora
 from fewstep.arms import Sampler, student_arm
@@ -120,7 +121,12 @@ def test_a_stock_pipeline_draws_with_the_timesteps_of_a_span(short: TrainSetting
             return np.asarray(picture).astype(int)
 
     assert np.abs(stock - own()).max() <= 1
-    (adapter / "settings.toml").write_text("")  # nothing says any more which timesteps were meant
+    (adapter / "settings.toml").unlink()  # as where weights and scheduler are passed on: the weights' header says it
+    (adapter / "manifest.json").unlink()
+    assert np.abs(stock - own(outdir=tmp_path / "header")).max() <= 1
+    save_file(
+        load_file(adapter / lora.WEIGHTS_NAME), adapter / lora.WEIGHTS_NAME
+    )  # nothing says any more what was meant
     assert np.abs(stock - own(outdir=tmp_path / "without")).mean() > 1
 
 

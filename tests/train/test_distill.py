@@ -104,9 +104,12 @@ def test_checkpoints_are_whole_and_the_final_one_is_the_last(whole: DistillResul
 
 def test_what_is_sampled_with_is_the_average_and_raw_weights_stay_in_resume(whole: DistillResult) -> None:
     folder = whole.folder / "lora" / "checkpoint-10"
-    raw, published = saved_state(folder, "adapter", "optimizer", "ema")["adapter"], weights(folder)
+    state, published = saved_state(folder, "adapter", "optimizer", "ema"), weights(folder)
+    raw, averages = state["adapter"], state["ema"]["averages"]
     assert raw.keys() == published.keys()
     assert any(not torch.equal(raw[name], published[name]) for name in raw)
+    for name, average in zip(raw, averages, strict=True):  # the adapter's parameters, in their order
+        assert torch.equal(published[name], average)
 
 
 def test_metrics_have_the_loss_of_every_timestep(whole: DistillResult) -> None:
@@ -518,6 +521,22 @@ def test_gradients_are_clipped(settings: TrainSettings, tmp_path: Path, monkeypa
     result = distill(few_updates(settings, tmp_path).replace(max_grad_norm=0.01, max_steps=2))
     assert norms == pytest.approx([0.01, 0.01], rel=1e-3)
     assert all(row["gradient_norm"] > 0.01 for row in result.history)
+
+
+def test_the_optimizer_steps_at_the_rate_of_the_schedule(
+    settings: TrainSettings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rates = []
+    honest = AcceleratedOptimizer.step
+
+    def listens(self: AcceleratedOptimizer, closure: Any = None) -> None:
+        rates.append([group["lr"] for group in self.param_groups])
+        honest(self, closure)
+
+    monkeypatch.setattr(AcceleratedOptimizer, "step", listens)
+    distill(few_updates(settings, tmp_path).replace(max_steps=4, lr_schedule="cosine", lr_warmup_steps=2))
+    rate = settings.learning_rate  # a third, two thirds, then half a cosine
+    assert rates == [[pytest.approx(share * rate)] for share in (1 / 3, 2 / 3, 1.0, 0.5)]
 
 
 def test_a_loss_that_is_not_finite_ends_the_run_before_anything_is_saved(

@@ -9,13 +9,14 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
 
-from fewstep import validation
+from fewstep import lora, validation
 from fewstep.backbone import Backbone, load_backbone
 from fewstep.checkpoint import Record, verify
 from fewstep.config import TrainSettings
-from fewstep.errors import CheckpointError, Interrupted
+from fewstep.errors import CheckpointError, InputError, Interrupted
 from fewstep.methods.kstep import KStep
 from fewstep.train import DistillResult, distill
 from fewstep.validation import FIGURE, MEASURE, Validation, open_validation
@@ -98,9 +99,51 @@ def test_a_best_that_is_broken_or_of_an_earlier_start_is_not_taken_over(
     assert run.best is not None and verify(run.best).step == 5
     for folder in (run.folder / "lora").glob("checkpoint-*"):
         shutil.rmtree(folder)
+    with pytest.raises(InputError, match=r"has come to its end, and there is no checkpoint.*remove '.*final'"):
+        distill(short.replace(resume_from_checkpoint="auto"))
+    assert verify(run.best).step == 5 and verify(run.adapter).step == 6
+    shutil.rmtree(run.adapter)
     scripted[:] = [0.1]
     again = distill(short.replace(max_steps=1, lr_warmup_steps=0, resume_from_checkpoint="auto"))
     assert again.best is not None and verify(again.best).more[FIGURE] == 0.1
+
+
+def test_pictures_that_are_no_numbers_cost_a_look_and_not_the_run(
+    scripted: list[float], short: TrainSettings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    looks = []
+
+    def figures(self: Validation) -> dict[str, float]:
+        looks.append(1)
+        if len(looks) == 2:
+            raise CheckpointError("the student's latents are not finite")
+        return {FIGURE: 0.1 * len(looks)}
+
+    monkeypatch.setattr(Validation, "figures", figures)
+    heard = Heard()
+    run = distill(short.replace(max_steps=3), reporter=heard)
+    assert heard.warned == ["step 2: the student was not looked at: the student's latents are not finite"]
+    assert verify(run.folder / "lora" / "checkpoint-2").step == 2
+    assert measured(run).keys() == {1, 3} and run.best is not None and verify(run.best).step == 3
+
+
+def test_what_is_looked_at_is_the_average_that_is_saved(
+    scripted: list[float], short: TrainSettings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[dict[str, Tensor]] = []
+
+    def figures(self: Validation) -> dict[str, float]:
+        unet = self._evaluate.args[0].unet
+        seen.append({name: one.detach().clone() for name, one in lora.AdapterWeights(unet).parameters().items()})
+        return {FIGURE: float(len(seen))}
+
+    monkeypatch.setattr(Validation, "figures", figures)
+    run = distill(short.replace(max_steps=3, ema_decay=0.9))
+    assert run.best is not None and verify(run.best).step == 3
+    best = load_file(run.best / "pytorch_lora_weights.safetensors")
+    pairs = {name: one for name, one in best.items() if name in seen[-1]}
+    assert len(pairs) == len(seen[-1]) > 0
+    assert all(torch.equal(one, seen[-1][name]) for name, one in pairs.items())
 
 
 # ------------------------------------------------------------------------------------------------------- the measures

@@ -188,6 +188,10 @@ class Backbone:
 
         return denoise
 
+    def adapters_off(self) -> AbstractContextManager[None]:
+        """`adapters_off` of the UNet: the base alone inside, computed as the student is."""
+        return adapters_off(self.unet)
+
     def autocast(self) -> AbstractContextManager[Any]:
         """Run networks in `dtype`: weights kept in fp32, the adapter's, are cast on the way; nothing at fp32."""
         if self.dtype == torch.float32:

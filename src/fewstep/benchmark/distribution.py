@@ -1,8 +1,8 @@
 """How far an arm's pictures, taken together, are from real ones and from the teacher's.
 
-The features are the base's own where it brings some, else the picture embeddings of the alignment model. References
-are pictures of the same captions; those of the base's own making are passed through the VAE, so that what the VAE loses
-is not held against an arm.
+The features are of the model that was asked for, else the base's own where it brings some, else the picture embeddings
+of the alignment model. References are pictures of the same captions, the base's own or the data's; they are passed
+through the VAE, so that what the VAE loses is not held against an arm, and taken raw beside that.
 """
 
 from __future__ import annotations

@@ -217,6 +217,7 @@ def _resolved(settings: BenchSettings, backbone: Backbone, data: DataPictures | 
         prediction_type=backbone.schedule.prediction_type,
         resolution=settings.resolution or backbone.resolution,
         frechet_images=own_pictures if settings.frechet_images is None else settings.frechet_images,
+        baseline_steps=settings.baseline_steps or backbone.teacher_steps,
         baseline_guidance=backbone.guidance_scale if settings.baseline_guidance is None else settings.baseline_guidance,
     )
 
@@ -241,7 +242,8 @@ def _arms(settings: BenchSettings, backbone: Backbone, adapters: Adapters, sampl
         for steps in settings.solver_steps
         if steps
     ]
-    return [teacher_arm(settings.baseline_steps, guidance, count), *solvers, *students, *controls(students, count)]
+    teacher = teacher_arm(settings.baseline_steps or backbone.teacher_steps, guidance, count)
+    return [teacher, *solvers, *students, *controls(students, count)]
 
 
 def _alignment(settings: BenchSettings, backbone: Backbone, reporter: Reporter) -> CLIPAlignment | None:

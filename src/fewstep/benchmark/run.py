@@ -19,7 +19,7 @@ from fewstep.benchmark.drawing import draw, judges_of, replacing
 from fewstep.benchmark.plan import Plan, make_plan
 from fewstep.benchmark.summary import sum_up
 from fewstep.config import BenchSettings, settings_toml, spell
-from fewstep.errors import Interrupted
+from fewstep.errors import Interrupted, StopAsked
 from fewstep.files import write_text_atomic
 from fewstep.hiding import without_secrets
 from fewstep.locks import alone_in
@@ -80,7 +80,8 @@ def benchmark(
     Raises:
         InputError: prompts, arms or a base that cannot be used; no adapter to measure; somebody else writes there.
         CheckpointError: an adapter that attaches nothing or changes nothing; CLIP weights that are not at hand.
-        Interrupted: stopped on request, or another process of the run has died; what was drawn is kept.
+        Interrupted: stopped on request (`StopAsked` from the reporter), or another process of the run has died; what
+            was drawn is kept.
     """
     processes = join_processes(settings.device)
     main = processes.is_main_process
@@ -103,7 +104,7 @@ def benchmark(
                 distributions = measure_distributions(plan, evaluations, listening)
                 record, rows = sum_up(plan, evaluations, timings, distributions, listening.warnings)
                 _write(plan, record, rows, listening)
-        except KeyboardInterrupt:
+        except StopAsked:
             raise Interrupted(f"stopped; what was drawn is kept in {outdir}; go on with --resume") from None
         processes.wait_for_everyone()
         if not main:

@@ -50,10 +50,10 @@ def recorded_steps(folder: Path) -> tuple[int, ...] | None:
     return tuple(steps)
 
 
-def recorded_span(folder: Path) -> float:
-    """The share of the schedule in which the timesteps of the adapter in `folder` lie; 1 where nothing states it."""
-    span = _settings(folder).get("timestep_span", 1.0)
-    return float(span) if isinstance(span, float | int) and 0 < span <= 1 else 1.0
+def recorded_span(folder: Path) -> float | None:
+    """The share of the schedule in which the timesteps of the adapter in `folder` lie; None where nothing states it."""
+    span = _settings(folder).get("timestep_span")
+    return float(span) if isinstance(span, float | int) and 0 < span <= 1 else None
 
 
 @dataclass(frozen=True)

@@ -34,7 +34,9 @@ class AdapterSettings(BaseModelSettings):
     """A base, and an adapter on it."""
 
     lora_path: Folder | None = Field(
-        None, description="Adapter file or folder. Unset, like lora_id: the one shipped with the base, if any."
+        None,
+        description="Adapter file or folder. Unset, like lora_id: the one shipped with the base, if any; in a "
+        "benchmark none where further adapters are given.",
     )
     lora_id: Text | None = Field(None, description="Adapter on the Hub.")
 
@@ -51,7 +53,9 @@ class SamplingSettings(AdapterSettings):
     prompts_file: Folder | None = Field(None, description="Text file with one prompt a line.")
     negative_prompt: str | None = Field(None, description="What to keep away from; needs guidance above 1.")
     num_images: Count = Field(1, description="Pictures a prompt.")
-    batch_size: Count = Field(8, description="Pictures drawn at once; does not change them.")
+    batch_size: Count = Field(
+        8, description="Pictures drawn at once; changes them by rounding at most, and --resume takes the same."
+    )
     resolution: Side | None = Field(None, description="Side in pixels. Unset: the base's own, else sample_size x 8.")
     outdir: Folder = Field(Path("./outputs"), description="Folder for the results.")
     flash_guidance: Guidance = Field(1.0, description="Guidance of the student; above 1 doubles its work.")
@@ -81,13 +85,21 @@ class BenchSettings(SamplingSettings):
         description="Pictures with captions, laid out as for training: the captions are the prompts, the pictures the "
         "real ones that arms are measured against.",
     )
-    image_column: Text | None = Field(None, description="Column of the pictures. Unset: found by its type.")
-    caption_column: Text | None = Field(None, description="Column of the captions. Unset: found by its name.")
-    max_dropped: Share = Field(0.01, description="Share of unusable pictures above which data is refused.")
+    image_column: Text | None = Field(
+        None, description="Column of the pictures. Unset: of a dataset found by its type, of metadata.jsonl file_name."
+    )
+    caption_column: Text | None = Field(
+        None, description="Column of the captions, or key of shards' .json. Unset: found by its name."
+    )
+    max_dropped: Share = Field(
+        0.01, description="Share of unusable pictures, or captions, above which data is refused."
+    )
     compare_baseline: bool = Field(
         False, description="Also draw with the teacher and with the base without adapter at the same few steps."
     )
-    baseline_steps: TeacherSteps = Field(50, description="DDIM steps of the teacher.")
+    baseline_steps: TeacherSteps | None = Field(
+        None, description="DDIM steps of the teacher. Unset: the base's own, else 50."
+    )
     baseline_guidance: Guidance | None = Field(
         None, description="Guidance of the teacher. Unset: the base's own, else 7.5."
     )
@@ -192,7 +204,9 @@ def adapter_entries(settings: BenchSettings) -> tuple[AdapterEntry, ...]:
 class GenerateSettings(SamplingSettings):
     """Draw pictures in a few steps."""
 
-    outdir: Folder = Field(Path("./pictures"), description="Folder for the pictures; earlier ones there are replaced.")
+    outdir: Folder = Field(
+        Path("./pictures"), description="Folder for the pictures; earlier ones of the same step counts are replaced."
+    )
     steps: StepCounts = Field((4,), description="Step counts of the student; each makes its own pictures.")
     safety_checker: bool = Field(
         False, description="Blacken pictures that the base's safety checker objects to, where it has one."

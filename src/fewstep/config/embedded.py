@@ -8,16 +8,34 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from fewstep.config.base import BaseModelSettings, Settings
-from fewstep.config.kinds import Count, Folder, Names, SolverSteps, Span, StepCounts, StudentSteps, TeacherSteps
+from fewstep.config.kinds import (
+    Count,
+    Folder,
+    Names,
+    Precision,
+    SolverSteps,
+    Span,
+    StepCounts,
+    StudentSteps,
+    TeacherSteps,
+)
 
 
 class PretrainSettings(Settings):
     """Rebuild the embedded base and its judges from nothing."""
 
+    mixed_precision: Precision = Field(
+        "auto",
+        description="Precision to train in: no or bf16; auto is bf16 on a GPU and on processors with matrix units for "
+        "it, else no.",
+    )
+
     output_dir: Folder = Field(Path("./scenes_base"), description="Folder for the weights; a stopped run goes on here.")
     size: Literal["full", "tiny"] = Field("full", description="full is the shipped size; tiny takes a minute.")
     stage: Literal["all", "vae", "judges", "denoiser-half", "denoiser", "refine-half", "refine"] = Field(
-        "all", description="Which stage to train; after half of one its other half is what is left of it."
+        "all",
+        description="Which stage to train; denoiser-half is the first half of denoiser, which goes on from there, and "
+        "refine-half of refine.",
     )
 
 

@@ -137,5 +137,6 @@ Device = Annotated[str, AfterValidator(_device)]
 
 CLIP_MODEL = Field(
     "openai/clip-vit-base-patch32",
-    description="CLIP model of the alignment metric, for bases that bring none of their own; none leaves it out.",
+    description="CLIP model of the alignment metric. Left as it is: the base's own, where it brings one; none leaves "
+    "alignment out.",
 )

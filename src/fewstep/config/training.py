@@ -50,12 +50,20 @@ class TrainSettings(BaseModelSettings):
     prompts_file: Folder | None = Field(
         None, description="Text file with one caption a line to train on, without any pictures."
     )
-    image_column: Text | None = Field(None, description="Column of the pictures. Unset: found by its type.")
-    caption_column: Text | None = Field(None, description="Column of the captions. Unset: found by its name.")
-    max_dropped: Share = Field(0.01, description="Share of unusable pictures above which training refuses to start.")
+    image_column: Text | None = Field(
+        None, description="Column of the pictures. Unset: of a dataset found by its type, of metadata.jsonl file_name."
+    )
+    caption_column: Text | None = Field(
+        None, description="Column of the captions, or key of shards' .json. Unset: found by its name."
+    )
+    max_dropped: Share = Field(
+        0.01, description="Share of unusable pictures, or captions, above which the data is refused, at once or later."
+    )
     output_dir: Folder = Field(Path("./checkpoints"), description="Folder that holds the runs.")
     run_name: FolderName = Field("lora_flash", description="Folder of this run inside output_dir.")
-    log_file: Folder | None = Field(None, description="Also write what is printed to this file.")
+    log_file: Folder | None = Field(
+        None, description="Also write what a training prints to this file, without its progress."
+    )
     resume_from_checkpoint: Text | None = Field(
         None,
         description="checkpoint-N folder to go on from; 'latest': this run's newest, an error where there is none; "
@@ -158,12 +166,13 @@ class TrainSettings(BaseModelSettings):
     teacher_rollouts: Count | None = Field(
         None,
         description="How many rollouts the teacher makes before training, kept on disk and gone through again and "
-        "again. Unset: each update makes its own.",
+        "again; rounded up to whole updates. Unset: with teacher_cache one a sample of the run, else each update makes "
+        "its own.",
     )
     teacher_cache: Folder | None = Field(
         None,
-        description="Folder of kept rollouts; runs that ask the teacher the same can share it. Unset: rollouts/ in the "
-        "run's folder, where teacher_rollouts is given.",
+        description="Folder of kept rollouts; runs that ask the teacher the same, with the same seed and pictures an "
+        "update, can share it. Unset: rollouts/ in the run's folder, where teacher_rollouts is given.",
     )
     cache_dir: Folder | None = Field(
         None,

@@ -6,6 +6,7 @@ import json
 import warnings
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol
@@ -44,6 +45,7 @@ class Host(Protocol):
     @property
     def device(self) -> torch.device: ...
     def denoiser(self, adapter: bool = True) -> Denoiser: ...
+    def adapters_off(self) -> AbstractContextManager[None]: ...
     def pipeline(self) -> StableDiffusionPipeline: ...
 
 
@@ -364,7 +366,7 @@ def _check_shapes(
 
 
 @torch.no_grad()
-def _run(backbone: Host, adapter: bool = True) -> Tensor:
+def _run(backbone: Host) -> Tensor:
     """The UNet's output for fixed noise, of the smallest size that keeps every attention layer at work."""
     config = backbone.unet.config
     side = 2 ** len(config.block_out_channels)
@@ -372,12 +374,18 @@ def _run(backbone: Host, adapter: bool = True) -> Tensor:
     x_t = torch.randn(1, config.in_channels, side, side, generator=random)
     cond = torch.randn(1, 8, config.cross_attention_dim, generator=random)
     t = torch.tensor([PROBE_TIMESTEP], device=backbone.device)
-    return backbone.denoiser(adapter)(x_t.to(backbone.device), t, cond.to(backbone.device))
+    return backbone.denoiser()(x_t.to(backbone.device), t, cond.to(backbone.device))
 
 
 def _outputs(backbone: Host) -> tuple[Tensor, Tensor]:
-    """What the base says and what the base with the active adapter says."""
-    return _run(backbone, adapter=False), _run(backbone)
+    """What the base says and what the base with the active adapter says, computed alike.
+
+    The teacher's own way does without autocast: in half precision it rounds otherwise, and what changes nothing would
+    seem to change something.
+    """
+    with backbone.adapters_off():
+        base = _run(backbone)
+    return base, _run(backbone)
 
 
 def _change(base: Tensor, mine: Tensor, what: str) -> float:

@@ -139,6 +139,12 @@ class KStep:
                 "pairs_per_rollout 1 came with rollouts that all start from pure noise: timesteps below would never be "
                 "learnt; allowed is 2 or more; raise --pairs_per_rollout"
             )
+        deaf = [t for t in self.points if WEIGHTINGS[self.weighting](self.schedule.alpha_bar(torch.tensor([t]))) == 0]
+        if deaf:
+            raise InputError(
+                f"loss_weighting {self.weighting} came with a base that has nothing but noise at t = {deaf[0]}: there "
+                "its weight is 0, and nothing would be learnt; allowed are x0 and v; pass --loss_weighting v"
+            )
         self._check_rollouts()
 
     def _check_rollouts(self) -> None:

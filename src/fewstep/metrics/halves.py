@@ -1,7 +1,8 @@
 """Intervals of distances between sets of pictures, by half-sampling prompts.
 
 A half of the prompts, drawn without replacement, varies around the whole as the whole varies around the truth (Politis
-and Romano 1994: (1 - 1/2) / (n/2) = 1/n), so the spread of its distance is the standard error. Resampling *with*
+and Romano 1994: (1 - 1/2) / (n/2) = 1/n), so the spread of its distance is the standard error; of an odd number n the
+smaller half m = (n - 1) / 2 varies by (1 - m/n) / m, and its spread is scaled to 1/n. Resampling *with*
 replacement would count pictures twice, which shrinks covariances, puts neighbours at distance 0 and shifts the figure.
 """
 
@@ -89,8 +90,10 @@ def with_spread(
     """
     if len(distances) < 2:
         return Interval(value=value)
-    error = float(np.std(distances, ddof=1))
-    reach = error * student_t((1 + LEVEL) / 2, len(set(prompts)) - 1)
+    count = len(set(prompts))
+    half = count // 2
+    error = float(np.std(distances, ddof=1)) * math.sqrt(half / (count - half))
+    reach = error * student_t((1 + LEVEL) / 2, count - 1)
     return Interval(
         value=value,
         low=max(least, value - reach),

@@ -131,29 +131,33 @@ def gap_closed(
     untrained: ArrayLike, student: ArrayLike, teacher: ArrayLike, clusters: Sequence[int], *, level: float = LEVEL
 ) -> Interval:
     """(u - s) / (u - t) of the means: 0 is the untrained arm, 1 the teacher; columns [N] of errors or of scores."""
+    columns = np.stack([untrained, student, teacher], axis=1).astype(np.float64)
+    side = np.sign(columns[:, 0].mean() - columns[:, 2].mean())
 
     def ratio(means: NDArray[np.float64]) -> NDArray[np.float64]:
-        return (means[:, 0] - means[:, 1]) / (means[:, 0] - means[:, 2])
+        # Where a resample has teacher and untrained arm the other way round there is no gap: the interval stays open.
+        gap = means[:, 0] - means[:, 2]
+        return (means[:, 0] - means[:, 1]) / np.where(np.sign(gap) == side, gap, np.nan)
 
-    return bootstrap(np.stack([untrained, student, teacher], axis=1), clusters, ratio, level=level)
+    return bootstrap(columns, clusters, ratio, level=level)
 
 
 def share(outcomes: ArrayLike, clusters: Sequence[int], *, level: float = LEVEL, seed: int = 0) -> Interval:
     """Share of ``outcomes`` (booleans [N]) that hold.
 
-    Where all agree, resampling says nothing, and Wilson's interval over the number of *prompts* is given instead:
-    the cautious reading, in which the pictures of one prompt count as one.
+    Where all prompts agree, resampling says nothing, and Wilson's interval over the number of *prompts* is given
+    instead: the cautious reading, in which the pictures of one prompt count as one.
     """
     values = np.asarray(outcomes, dtype=np.float64)
     found = bootstrap(values, clusters, level=level, seed=seed)
-    if found.value not in (0.0, 1.0):
+    if found.value not in (0.0, 1.0) and (found.low is None or found.low != found.high):
         return found
     prompts = len(set(clusters))
-    return wilson(round(found.value * prompts), prompts, level=level)
+    return wilson(found.value * prompts, prompts, level=level)
 
 
-def wilson(successes: int, trials: int, *, level: float = LEVEL) -> Interval:
-    """Wilson's score interval of a share (Wilson 1927)."""
+def wilson(successes: float, trials: int, *, level: float = LEVEL) -> Interval:
+    """Wilson's score interval of a share (Wilson 1927); a success may be one in part."""
     if not 0 <= successes <= trials or trials < 1:
         raise ValueError(
             f"{successes} of {trials} came; allowed are 0 to as many successes as trials, at least one trial"

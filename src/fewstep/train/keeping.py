@@ -11,6 +11,7 @@ from fewstep import checkpoint, lora
 from fewstep.backbone import Backbone
 from fewstep.config import TrainSettings, settings_toml
 from fewstep.ema import EMA
+from fewstep.errors import CheckpointError
 from fewstep.methods.kstep import KStep
 from fewstep.opening import versions
 from fewstep.previews import Previews
@@ -117,21 +118,28 @@ class Looks:
         *,
         previews: Previews | None,
         validation: Validation | None,
+        warn: Callable[[str], None],
     ) -> None:
         self._settings, self._ema, self._keeper, self._telemetry = settings, ema, keeper, telemetry
         self._backbone = backbone
-        self._previews, self._validation = previews, validation
+        self._previews, self._validation, self._warn = previews, validation, warn
         self._best = settings.run_dir / "lora" / checkpoint.BEST
 
     def take(self, step: int) -> None:
-        """Draw previews, take the figures, and keep the adapter if it is the best so far."""
-        figures = {}
-        with self._ema.applied():
-            if self._previews is not None:
-                self._previews.save(start.preview_file(step, self._settings))
-            if self._validation is not None:
-                figures = self._validation.figures()
-        if self._validation is not None:
+        """Draw previews, take the figures, and keep the adapter if it is the best so far.
+
+        What cannot be drawn is warned of, and the run goes on.
+        """
+        figures: dict[str, float] = {}
+        try:
+            with self._ema.applied():
+                if self._previews is not None:
+                    self._previews.save(start.preview_file(step, self._settings))
+                if self._validation is not None:
+                    figures = self._validation.figures()
+        except CheckpointError as error:  # pictures that are no numbers: no reason to lose what has been learnt
+            self._warn(f"step {step}: the student was not looked at: {error}")
+        if self._validation is not None and figures:
             if self._validation.prefers(figures, checkpoint.recorded(self._best)):
                 self._keeper.save(checkpoint.BEST, step, more={MEASURE: self._validation.measure, **figures})
             self._telemetry.record(step, figures)

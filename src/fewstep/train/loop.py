@@ -215,7 +215,16 @@ def distill(
         books = Books(ema, losses, progress, reporter.warn, settings.run_dir)
         in_any = AnyProcess(accelerator)
         keeper = Keeper(settings, backbone, method, parameters, ema, encoder, progress, identity=identity, main=main)
-        looks = Looks(settings, backbone, ema, keeper, telemetry, previews=previews, validation=validation)
+        looks = Looks(
+            settings,
+            backbone,
+            ema,
+            keeper,
+            telemetry,
+            previews=previews,
+            validation=validation,
+            warn=reporter.warn,
+        )
 
         # ---- The loop.
         looks.rest()

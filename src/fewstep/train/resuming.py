@@ -54,6 +54,12 @@ def checkpoint_to_resume(settings: TrainSettings, reporter: Reporter) -> Path | 
             )
         return None
     folder = checkpoint.resolve(run, which, warn=reporter.warn)
+    final = run / "lora" / checkpoint.FINAL
+    if folder is None and final.exists():
+        raise InputError(
+            f"the run in {str(run)!r} has come to its end, and there is no checkpoint to go on from; allowed is a "
+            f"folder without a finished run; choose another --run_name, or remove {str(final)!r} to train it again"
+        )
     if folder is None or which in ("latest", "auto"):
         return folder
     if folder.resolve().parent != (run / "lora").resolve():
