@@ -6,7 +6,8 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
 # The first Python of at least 3.11; looked for only when there is something to set up.
-NEW_ENOUGH := import sys; sys.exit(sys.version_info < (3, 11))
+# With what makes a virtual environment; 3.14.1 is one that networkx does not run on.
+NEW_ENOUGH := import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11) or sys.version_info[:3] == (3, 14, 1))
 FOUND = $(shell for python in $(or $(PYTHON),python3.14 python3.13 python3.12 python3.11 python3); do \
 	"$$python" -c '$(NEW_ENOUGH)' 2>/dev/null && echo "$$python" && break; done)
 
@@ -28,9 +29,9 @@ test-faults: $(STAMP)
 install: $(STAMP)
 
 $(STAMP): pyproject.toml constraints.txt
-	$(if $(FOUND),,$(error no Python 3.11 or newer found; install one, or name it: PYTHON=/path/to/python3))
+	$(if $(FOUND),,$(error no Python 3.11 or newer with venv found; install one (Debian and Ubuntu: python3 and python3-venv), or name it: PYTHON=/path/to/python3))
 	@echo "setting up $(VENV) with $(FOUND); this takes a few minutes, once"
-	@$(FOUND) -m venv $(VENV) || { echo "error: $(FOUND) cannot make $(VENV); on Debian and Ubuntu: apt install python3-venv"; exit 1; }
+	@$(FOUND) -m venv $(VENV) || { echo "error: $(FOUND) cannot make $(VENV); on Debian and Ubuntu: apt install $(notdir $(FOUND))-venv"; exit 1; }
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch hatchling editables
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt --no-build-isolation -e '.[dev]'
 	@touch $@

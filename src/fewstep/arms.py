@@ -219,8 +219,8 @@ def control_of(arm: Arm, arms: Iterable[Arm]) -> Arm | None:
             other
             for other in arms
             if not other.adapter
-            and (other.sampler, other.timesteps, other.guidance, other.eta)
-            == (arm.sampler, arm.timesteps, arm.guidance, arm.eta)
+            and (other.sampler, other.timesteps, max(1.0, other.guidance), other.eta)
+            == (arm.sampler, arm.timesteps, max(1.0, arm.guidance), arm.eta)  # at 1 or less there is none
         ),
         None,
     )

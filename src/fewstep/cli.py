@@ -291,5 +291,6 @@ def _of_the_machine(error: Exception) -> str | None:
 
 _MACHINE_ERRORS = {
     *(errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.ENOTDIR, errno.EISDIR),
+    errno.EEXIST,  # where a folder is to be made
     *(errno.ENAMETOOLONG, errno.ELOOP, errno.EIO, errno.ESTALE, errno.ENODEV, errno.ENXIO, errno.EMFILE),
 }

@@ -44,7 +44,7 @@ def read_prompts(settings: SamplingSettings) -> list[str] | None:
         InputError: the file is missing, unreadable or empty.
     """
     if settings.prompt is not None:
-        return [settings.prompt]
+        return [" ".join(settings.prompt.split())]  # a line end in it would break tables
     if settings.prompts_file is None:
         return None
     path = settings.prompts_file
@@ -75,12 +75,14 @@ def warn_of_prompts(prompts: Sequence[str], backbone: Backbone, reporter: Report
         reporter.warn(
             f"the base {backbone.name} was never taught these words, and does not draw what they ask: {shown}"
         )
-    for number, (cut, text) in enumerate(zip(backbone.token_overflow(prompts), backbone.unread(prompts), strict=True)):
-        if cut:
-            reporter.warn(
-                f"prompt {number} is {cut} tokens longer than the {backbone.max_tokens} that the text encoder reads; "
-                f"what is cut: {_shortened(text)!r}; shorten it"
-            )
+    over = list(enumerate(zip(backbone.token_overflow(prompts), backbone.unread(prompts), strict=True)))
+    longer = [(number, cut, text) for number, (cut, text) in over if cut]
+    for number, cut, text in longer[:1]:
+        others = f", as {len(longer) - 1} others are too long" if len(longer) > 1 else ""
+        reporter.warn(
+            f"prompt {number} is {cut} tokens longer than the {backbone.max_tokens} that the text encoder reads"
+            f"{others}; what is cut: {_shortened(text)!r}; shorten it"
+        )
 
 
 def open_base(

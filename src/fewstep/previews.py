@@ -30,10 +30,17 @@ class Previews:
     """
 
     def __init__(
-        self, backbone: Backbone, method: KStep, prompts: Sequence[str], *, resolution: int, seed: int
+        self,
+        backbone: Backbone,
+        method: KStep,
+        prompts: Sequence[str],
+        *,
+        resolution: int,
+        seed: int,
+        batch_size: int = 8,
     ) -> None:
         timesteps = method.schedule.num_train_timesteps
-        self._backbone, self._resolution, self._seed = backbone, resolution, seed
+        self._backbone, self._resolution, self._seed, self._batch_size = backbone, resolution, seed, batch_size
         self._conditioning = encode_prompts(backbone, prompts)
         self._students = [method.arm(steps) for steps in method.step_counts]
         self._teacher = teacher_arm(backbone.teacher_steps, method.guidance, timesteps)
@@ -61,7 +68,13 @@ class Previews:
         """Pictures of an arm, uint8 [prompts, 3, H, W]."""
         ids = picture_ids(len(self._conditioning.prompts), 1)
         return make_pictures(
-            self._backbone, arm, self._conditioning, ids, seed=self._seed, resolution=self._resolution
+            self._backbone,
+            arm,
+            self._conditioning,
+            ids,
+            seed=self._seed,
+            batch_size=self._batch_size,
+            resolution=self._resolution,
         ).pixels
 
 

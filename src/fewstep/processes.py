@@ -23,8 +23,15 @@ def join_processes(device: str) -> PartialState:
     """The processes that were started together, one or several; a call after another in one process starts anew.
 
     Raises:
-        InputError: there are more of them than GPUs here, or one device is named for several.
+        InputError: there are more of them than GPUs here, one device is named for several, or accelerate was told to
+            cut the model up.
     """
+    for name in ("DEEPSPEED", "FSDP", "MEGATRON_LM"):
+        if parse_flag_from_env(f"ACCELERATE_USE_{name}"):
+            raise InputError(
+                f"ACCELERATE_USE_{name} is set, as by a default of accelerate's; allowed are processes with the whole "
+                "model each; start them with accelerate launch --multi_gpu, or with torchrun"
+            )
     AcceleratorState._reset_state(reset_partial_state=True)
     GradientState._reset_state()
     on_cpu = device == "cpu" or parse_flag_from_env("ACCELERATE_USE_CPU")
@@ -33,7 +40,13 @@ def join_processes(device: str) -> PartialState:
         raise InputError(
             f"{here} processes came for {gpus} GPUs; allowed is one process a GPU; start {gpus} on this machine"
         )
-    processes = PartialState(cpu=on_cpu, timeout=PATIENCE)
+    try:
+        processes = PartialState(cpu=on_cpu, timeout=PATIENCE)
+    except (ImportError, NotImplementedError) as error:  # accelerate says what this machine lacks
+        raise InputError(
+            f"accelerate cannot use this machine's devices so ({first_line(error)}); allowed is what it asks for; do "
+            "that, or pass --device cpu"
+        ) from error
     if processes.num_processes > 1 and ":" in device:
         raise InputError(
             f"device {device!r} came with {processes.num_processes} processes, each of which takes one of its own; "

@@ -37,10 +37,10 @@ def report(settings: ReportSettings, *, reporter: Reporter = SILENT) -> ReportRe
     folders = {}
     for arm, (run, own) in origins.items():
         apart = records[run].settings.get("baseline_outdir") if records[run].summary[own].arm.is_baseline else None
-        places = [arm_folder(Path(place), own) for place in (runs[run], apart) if place]
+        places = [arm_folder(Path(place), own) for place in (apart, runs[run]) if place]
         place = next((place for place in places if place.is_dir()), None)
         if place is None:
-            reporter.warn(f"the pictures of {own} are not in {places[0]}: the gallery goes without them")
+            reporter.warn(f"the pictures of {own} are not in {places[-1]}: the gallery goes without them")
         else:
             folders[arm] = place
             files = [picture_path(place, prompt, 0) for prompt in range(len(record.prompts))]
@@ -51,7 +51,7 @@ def report(settings: ReportSettings, *, reporter: Reporter = SILENT) -> ReportRe
                     "without them"
                 )
     file = (settings.outdir or settings.runs[0]) / "report.html"
-    write_text_atomic(file, page(record, folders))
+    write_text_atomic(file, page(record, folders, reporter.warn))
     reporter.say(f"report: {file}, {len(record.summary)} arms of {len(runs)} run{'s' if len(runs) > 1 else ''}")
     return ReportResult(file=file, record=record)
 
@@ -96,4 +96,7 @@ def _record(folder: Path) -> BenchmarkRecord:
             f"{str(file)!r} cannot be read ({reason}); allowed is the --outdir of a finished fewstep bench; check the "
             "path, or finish it with --resume"
         ) from None
-    return BenchmarkRecord.from_json(text)
+    try:
+        return BenchmarkRecord.from_json(text)
+    except InputError as error:
+        raise InputError(f"{str(file)!r}: {error}") from None

@@ -18,6 +18,7 @@ from fewstep.config import TrainSettings, spell
 from fewstep.errors import CheckpointError
 from fewstep.methods.kstep import KStep
 from fewstep.metrics.alignment import CLIPAlignment, align_x100
+from fewstep.metrics.pretrained import ModelNotAtHand
 from fewstep.pictures import AnswerKey, Judge, PictureBatch, encode_prompts, evaluate
 from fewstep.reporting import Reporter
 
@@ -85,9 +86,12 @@ def open_validation(
     else:
         model = settings.clip_model_id
         try:
-            clip = CLIPAlignment(model, device=backbone.device, allow_pickle=settings.allow_pickle, fetch=False)
-        except CheckpointError:
-            reporter.say(f"validation: previews alone, for the base has no answer key and no CLIP {model!r} is at hand")
+            clip = CLIPAlignment(model, device="cpu", allow_pickle=settings.allow_pickle, fetch=False)
+        except CheckpointError as error:
+            why = error.reason if isinstance(error, ModelNotAtHand) else str(error)
+            reporter.say(
+                f"validation: previews alone, for the base has no answer key and no CLIP {model!r} is at hand: {why}"
+            )
             return None
         measure, judge = f"alignment x 100 by {model}", _alignment(clip, prompts)
     validation = Validation(

@@ -352,16 +352,18 @@ def test_a_registered_base_is_found_by_name_and_brings_its_abilities(
     package = tmp_path / "toyland"
     package.mkdir()
     (package / "__init__.py").touch()
-    (package / "skills.py").write_text("SKILLS = 'abilities of toyland'\n")
+    (package / "skills.py").write_text(
+        "class Skills:\n    def beside(self, base):\n        return f'those beside {base}'\n\nSKILLS = Skills()\n"
+    )
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.setitem(registry.BASES, "toys", "toyland.skills:SKILLS")
     with pytest.raises(InputError, match="no weights in this installation"):
         load_backbone("toys", device="cpu")
     shutil.copytree(folder, package / "base")
     loaded = load_backbone("toys", device="cpu")
-    assert loaded.name == "toys" and loaded.abilities == "abilities of toyland"
+    assert loaded.name == "toys" and type(loaded.abilities).__name__ == "Skills"
     (folder / "fewstep.json").write_text(json.dumps({"abilities": "toys"}))
-    assert load_backbone(folder, device="cpu").abilities == "abilities of toyland"
+    assert load_backbone(folder, device="cpu").abilities == f"those beside {folder}"
 
 
 def test_the_default_base_is_registered() -> None:
@@ -434,3 +436,9 @@ def test_an_unsupported_base_is_refused_before_its_weights_are_fetched(
     offline_cache("someone/sd2", folder)
     with pytest.raises(InputError, match="Stable Diffusion 2"):
         load_backbone("someone/sd2", device="cpu")
+
+
+@pytest.mark.parametrize("name", ["scenes", "FOLDER"])
+def test_a_revision_of_what_is_not_the_hubs_is_refused(saved_tiny: Path, name: str) -> None:
+    with pytest.raises(InputError, match=r"revision 'fp16' came with base model .* leave --revision out"):
+        load_backbone(str(saved_tiny) if name == "FOLDER" else name, device="cpu", revision="fp16")

@@ -13,8 +13,8 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from fewstep import lora, opening
-from fewstep.arms import student_arm
-from fewstep.backbone import Backbone
+from fewstep.arms import control_of, student_arm
+from fewstep.backbone import Backbone, random_backbone
 from fewstep.benchmark import BenchmarkResult, benchmark
 from fewstep.benchmark.adapters import controls, origin_of
 from fewstep.checkpoint import Origin
@@ -199,6 +199,26 @@ def test_the_runs_own_adapter_is_sampled_as_its_saved_scheduler_says(
         "teacher-5": "ddim", "student-1": "tcd", "student-2": "tcd", "base-tcd-1": "tcd", "base-tcd-2": "tcd"
     }  # fmt: skip
     assert found.record.summary["student-2"].control == "base-tcd-2"
+
+
+def test_no_guidance_is_no_guidance_whatever_its_number() -> None:
+    students = [student_arm(4, 1.0), replace(student_arm(4, 0.0), id="recipe-4")]
+    (control,) = controls(students, 1000)
+    assert [control_of(student, [*students, control]) for student in students] == [control, control]
+
+
+def test_an_adapter_that_changes_while_it_is_measured_is_an_error(base: Backbone, tmp_path: Path) -> None:
+    class Overwriting(Notes):
+        def say(self, text: str) -> None:
+            if text.startswith("adapter two: "):
+                make_adapter(tmp_path / "one", replace(base, unet=random_backbone("tiny").unet), scale=0.03)
+
+    make_adapter(tmp_path / "one", base)
+    make_adapter(tmp_path / "two", base, scale=0.02)
+    text = "".join(f'[[adapter]]\nid = "{name}"\nlora_path = "{tmp_path / name}"\n' for name in ("one", "two"))
+    asked = settings(tmp_path, adapters_file=listed(tmp_path, text), compare_baseline=False, frechet_images=0)
+    with pytest.raises(CheckpointError, match="one has changed since the benchmark began"):
+        benchmark(asked.replace(clip_model_id="none"), backbone=base, reporter=Overwriting())
 
 
 def test_ways_to_sample_that_differ_have_controls_of_their_own() -> None:

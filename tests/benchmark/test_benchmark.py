@@ -25,6 +25,7 @@ from fewstep.errors import CheckpointError, InputError
 from fewstep.metrics.alignment import CLIPAlignment
 from fewstep.metrics.frechet import frechet_distance
 from fewstep.metrics.manifold import precision_recall
+from fewstep.opening import read_prompts, warn_of_prompts
 from fewstep.pictures import Conditioning, draw_latents, encode_prompts
 from fewstep.records import BenchmarkRecord, Interval
 from fewstep.report import picture_path
@@ -441,7 +442,7 @@ def test_an_earlier_run_is_said_and_replaced(base: Backbone, tmp_path: Path) -> 
     benchmark(plain.replace(num_images=2), backbone=base)
     notes = Notes()
     benchmark(plain, reporter=notes, backbone=base)
-    assert any("earlier benchmark" in line for line in notes.warned)
+    assert any("earlier benchmark" in line for line in notes.said)
     assert len(list((tmp_path / "out" / "images").rglob("*.png"))) == 4
 
 
@@ -509,6 +510,10 @@ def test_prompt_files_that_hold_nothing(base: Backbone, tmp_path: Path, content:
     assert not (tmp_path / "out").exists()
 
 
+def test_a_line_end_in_a_prompt_stays_out_of_tables() -> None:
+    assert read_prompts(BenchSettings(prompt="a red house\r\nat night\r")) == ["a red house at night"]
+
+
 def test_repeated_and_overlong_prompts_are_named(base: Backbone, tmp_path: Path) -> None:
     file = tmp_path / "odd.txt"
     file.write_text("a house\n\na house\n" + "very " * 75 + "long tail of words\n")
@@ -523,6 +528,11 @@ def test_repeated_and_overlong_prompts_are_named(base: Backbone, tmp_path: Path)
     assert any("more than once" in line for line in notes.warned)
     (cut,) = [line for line in notes.warned if line.startswith("prompt 2 is")]
     assert "4 tokens longer than the 77" in cut and "what is cut: 'long tail of words'" in cut
+    file.write_text("\n".join(f"{number} " + "very " * 80 for number in range(3)))
+    many = Notes()
+    warn_of_prompts(file.read_text().splitlines(), base, many)
+    (cut,) = [line for line in many.warned if "tokens longer" in line]
+    assert cut.startswith("prompt 0 is") and ", as 2 others are too long; what is cut" in cut
 
 
 @pytest.mark.parametrize("sampler", ["ddim", "lcm", "tcd", "dpmpp", "dpmpp-karras"])

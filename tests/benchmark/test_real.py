@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,7 +13,7 @@ from fewstep.backbone import Backbone
 from fewstep.benchmark import benchmark
 from fewstep.errors import DataError, InputError
 from fewstep.report import picture_path
-from tests.benchmark.fakes import make_adapter
+from tests.benchmark.fakes import Notes, make_adapter
 from tests.benchmark.test_benchmark import pixels, settings
 from tests.data.makers import noise
 
@@ -100,6 +101,33 @@ def test_data_that_does_not_do(
     with pytest.raises(error, match=words):
         benchmark(settings(tmp_path, **(plain | {"data_dir": data} | change)), backbone=base)
     assert not (tmp_path / "out").exists()
+
+
+def damaged(folder: Path, data: Path, *numbers: int) -> Path:
+    """A copy of the data with pictures whose header and end are whole and whose middle is not."""
+    shutil.copytree(data, folder)
+    for number in numbers:
+        content = bytearray((folder / f"{number}.png").read_bytes())
+        content[len(content) // 3 : len(content) // 2] = bytes(len(content) // 2 - len(content) // 3)
+        (folder / f"{number}.png").write_bytes(content)
+    return folder
+
+
+def test_damaged_pictures_are_found_before_anything_is_drawn(
+    bare: tuple[Backbone, dict[str, object]], data: Path, tmp_path: Path
+) -> None:
+    base, plain = bare
+    notes = Notes()
+    plain |= {"num_prompts": 4, "compare_baseline": False, "data_dir": damaged(tmp_path / "data", data, *range(4))}
+    result = benchmark(settings(tmp_path, max_dropped=0.5, **plain), backbone=base, reporter=notes)
+    left = [line for line in notes.warned if "no good and left out" in line]
+    assert left and all(line.split()[0] in {f"{number}.png" for number in range(4)} for line in left)
+    assert not {f"caption {number}" for number in range(4)} & set(result.record.prompts)
+    with pytest.raises(DataError, match=r"turned out to be no good.*\d\.png: .*raise --max_dropped"):
+        benchmark(settings(tmp_path, outdir=tmp_path / "strict", **plain), backbone=base)
+    assert not (tmp_path / "strict").exists()
+    with pytest.raises(InputError, match="num_prompts 5 came, 8 pictures of the data are good"):
+        benchmark(settings(tmp_path, max_dropped=0.5, **(plain | {"num_prompts": 5})), backbone=base)
 
 
 def test_prompts_come_from_one_place(tmp_path: Path) -> None:

@@ -22,7 +22,7 @@ from transformers import CLIPModel
 
 from fewstep import lora
 from fewstep.backbone import Backbone
-from fewstep.benchmark import BenchmarkResult, benchmark
+from fewstep.benchmark import BenchmarkResult, benchmark, cells
 from fewstep.config import BenchSettings
 from fewstep.errors import InputError, Interrupted, StopAsked
 from fewstep.locks import alone_in
@@ -264,6 +264,27 @@ def test_settings_are_not_mixed(
     assert {path: path.read_bytes() for path in whole.outdir.iterdir() if path.is_file()} == before
 
 
+def test_of_long_lists_that_differ_the_first_difference_is_told() -> None:
+    before = [f"prompt {number}" for number in range(2000)]
+    differing = [*before[:7], "another", *before[8:]]
+    assert cells._told(before, differing) == (
+        "(a list of 2000, number 7 of them 'prompt 7')",
+        "(a list of 2000, number 7 of them 'another')",
+    )
+    assert cells._told(before[:5], before[:3]) == ("(a list of 5, number 3 of them 'prompt 3')", "(a list of 3)")
+    assert cells._told("a", 3) == ("'a'", "3")
+
+
+def test_a_new_benchmark_takes_all_of_the_earlier_ones_arms_away(base: Backbone, tmp_path: Path) -> None:
+    first = benchmark(small(tmp_path, solver_steps=0), backbone=base)
+    lora.detach(base.unet)
+    assert (first.outdir / "images" / "student-2").is_dir()
+    (first.outdir / "images" / "mine").mkdir()
+    again = benchmark(small(tmp_path, solver_steps=0, steps=(1,), baseline_outdir=tmp_path / "apart"), backbone=base)
+    left = {folder.name for folder in (again.outdir / "images").iterdir()}
+    assert left == {"student-1", "base-1", "real", "mine"}
+
+
 def test_nor_is_what_the_base_is_taken_to_predict(base: Backbone, whole: BenchmarkResult, tmp_path: Path) -> None:
     other = replace(base, schedule=NoiseSchedule.from_config(base.scheduler_config, "v_prediction"))
     with pytest.raises(InputError, match="prediction_type 'v_prediction' came"):
@@ -288,7 +309,7 @@ def test_nor_are_another_runs_pictures_in_a_shared_folder(base: Backbone, tmp_pa
     lora.detach(base.unet)
     benchmark(asked.replace(outdir=tmp_path / "second", seed=7), backbone=base, reporter=notes)
     assert contents(apart).keys() == own.keys() and contents(apart) != own
-    assert [text for text in notes.warned if "earlier" in text] == [
+    assert [text for text in notes.said if "earlier" in text] == [
         f"{apart} holds an earlier benchmark, or pictures: tables and pictures are replaced"
     ]
     lora.detach(base.unet)

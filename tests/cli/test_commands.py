@@ -219,6 +219,7 @@ def test_wrong_input_is_one_line_and_2(
         (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling"), 2, "out of memory; lower --batch_size"),
         (RuntimeError("shapes do not match"), 1, "a bug in fewstep: RuntimeError: shapes do not match"),
         (OSError(errno.ENOSPC, "No space left on device", "run/x"), 2, "No space left on device: run/x"),
+        (FileExistsError(errno.EEXIST, "File exists", "out"), 2, "File exists: out; choose another folder"),
         (FileNotFoundError(errno.ENOENT, "No such file or directory", "x"), 1, "a bug in fewstep: FileNotFoundError"),
     ],
 )

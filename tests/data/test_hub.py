@@ -11,7 +11,7 @@ import datasets
 import numpy as np
 import pytest
 
-from fewstep.data import open_data
+from fewstep.data import hub, open_data
 from fewstep.data.folder import holds_rows
 from fewstep.data.hub import ScannedRows, scan_hub
 from fewstep.data.pictures import FORMATS, PictureError
@@ -193,3 +193,13 @@ def test_a_broken_file(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="cannot be opened") as caught:
         scan(str(tmp_path / "set"))
     assert "\n" not in str(caught.value)
+
+
+def test_a_dataset_behind_a_link_is_its_own(tmp_path: Path) -> None:
+    """`datasets` names its files by where they really are."""
+    (tmp_path / "real").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "real")
+    for name in ("real", "link"):
+        assert hub._place(str(tmp_path / "real" / "0.png"), hub._roots(str(tmp_path / name))).name == "0.png"
+    with pytest.raises(PictureError, match="leads out of the dataset"):
+        hub._place(str(tmp_path / "secret.png"), hub._roots(str(tmp_path / "link")))

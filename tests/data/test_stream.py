@@ -14,6 +14,7 @@ from functools import partial
 from http.client import InvalidURL
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import datasets
@@ -26,6 +27,7 @@ from fewstep.data import Batches, OpenedData, Slices, StreamedPictures, hub, ope
 from fewstep.data.remote import expand
 from fewstep.errors import DataError, InputError
 from fewstep.reporting import SILENT
+from fewstep.train.start import captions_to_show
 
 from .makers import Base, Settings, number_of, numbered
 from .test_hub import parquet
@@ -195,6 +197,15 @@ def test_a_resumed_run_fetches_the_shards_of_its_buffer_and_no_others(
     assert isinstance(data, StreamedPictures)
     wanted = {f"/set-{number:02d}.tar?key=secret" for number in data._shards_of(5, 4)}
     assert set(server.fetched()) - before == wanted - before
+
+
+def test_captions_to_look_at_cost_a_resumed_run_no_shard(server: Server) -> None:
+    found = opened(server)
+    assert samples(batches(found, start=2, end=3))
+    asked = len(server.fetched())
+    captions = captions_to_show(3, TrainSettings(dataset_name="x"), SimpleNamespace(abilities=None), found)
+    assert captions == ["number 0", "number 1", "number 2"]
+    assert samples(batches(found, start=2, end=3)) and len(server.fetched()) == asked
 
 
 def test_no_more_is_kept_than_is_needed(server: Server, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -88,3 +88,12 @@ def test_lcm_clips_nothing(base: dict[str, Any], tmp_path: Path) -> None:
     ours = lcm_sample(network, NoiseSchedule.from_config(base), PictureNoise(PICTURES, 5), SHAPE, [999], COND)
     assert ours.abs().max() > 1.5
     assert_close(drawn_by(saved(tmp_path, base, "lcm"), num_inference_steps=1), ours, rtol=1e-4, atol=1e-4)
+
+
+def test_lcms_own_numbers_are_those_that_were_trained_with(tmp_path: Path) -> None:
+    """Whatever a base's own scheduler says of them."""
+    base = SD15 | {"_class_name": "LCMScheduler", "original_inference_steps": 100, "timestep_scaling": 1.0}
+    scheduler = saved(tmp_path, base, "lcm")
+    scheduler.set_timesteps(4)
+    assert scheduler.timesteps.tolist() == list(sampler_timesteps("lcm", 4, 1000, 1.0)) == [999, 759, 499, 259]
+    assert scheduler.config.timestep_scaling == 10

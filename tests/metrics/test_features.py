@@ -50,6 +50,21 @@ def test_weights_that_are_not_at_hand(tmp_path: Path) -> None:
         assert "\n" not in str(caught.value) and f"hf download {name}" in str(caught.value)
 
 
+def test_pickled_weights_are_named_as_what_is_in_the_way(folder: Path, tmp_path: Path) -> None:
+    """As of the usual CLIP, which `hf download` fetches in no other form."""
+    for name in ("config.json", "preprocessor_config.json"):
+        (tmp_path / name).write_bytes((folder / name).read_bytes())
+    from transformers import Dinov2Model
+
+    torch.save(Dinov2Model.from_pretrained(folder).state_dict(), tmp_path / "pytorch_model.bin")
+    with pytest.raises(ModelNotAtHand, match="its weights here are pickled, which takes --allow_pickle"):
+        DINOFeatures(str(tmp_path))
+    pixels = torch.randint(0, 256, (1, 3, 40, 40), dtype=torch.uint8)
+    torch.testing.assert_close(
+        DINOFeatures(str(tmp_path), allow_pickle=True)(pixels), DINOFeatures(str(folder))(pixels)
+    )
+
+
 def test_code_that_came_with_the_weights_is_never_run_whoever_is_asked(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -279,6 +279,15 @@ def test_an_arm_that_is_called_like_another_is_not_lost() -> None:
     assert list(both.adapters) == ["b-2", "b-3", "b-4", "b-5"]
 
 
+def test_what_the_second_and_the_third_run_drew_alike_is_there_once() -> None:
+    first, other = record(), replace(record(), settings={**record().settings, "seed": 43})
+    both, origins = side_by_side({"a": first, "b": other, "c": other})
+    own = list(first.summary)
+    students = [name for name in own if first.summary[name].arm.adapter]
+    assert list(both.summary) == [*own, *(f"b-{name}" for name in own), *(f"c-{name}" for name in students)]
+    assert both.summary["c-student-4"].control == "b-base-4" and origins["b-base-4"] == ("b", "base-4")
+
+
 def test_real_pictures_of_other_data_are_others() -> None:
     first, other = (
         replace(with_real(record()), settings={**record().settings, "data_dir": place}) for place in ("one", "two")

@@ -11,6 +11,7 @@ import pytest
 from fewstep.cli import main
 from fewstep.config import BenchSettings, ReportSettings, command_line, merged
 from fewstep.errors import InputError
+from fewstep.records import BenchmarkRecord
 from fewstep.redraw import report
 from fewstep.report import RECORD_FILE, page, side_by_side
 from tests.benchmark.fakes import Notes
@@ -118,3 +119,35 @@ def test_a_picture_that_is_gone_is_told_and_left_out(tmp_path: Path) -> None:
         f"1 of the pictures of student-4, such as {gone}, are not there: the gallery goes without them"
     ]
     assert before.count("data:image") == after.count("data:image") + 1
+
+
+def test_a_picture_that_is_not_whole_is_told_and_left_out(tmp_path: Path) -> None:
+    run, notes = saved(tmp_path / "run"), Notes()
+    before = report(ReportSettings(runs=(run,))).file.read_text()
+    for number, content in ((0, b""), (1, (run / "images" / "student-4" / "001" / "000.png").read_bytes()[:60])):
+        (run / "images" / "student-4" / f"00{number}" / "000.png").write_bytes(content)
+    after = report(ReportSettings(runs=(run,)), reporter=notes).file.read_text()
+    assert [text.split(" cannot be read (")[0].rpartition("student-4/")[2] for text in notes.warned] == [
+        "000/000.png",
+        "001/000.png",
+    ]
+    assert before.count("data:image") == after.count("data:image") + 2
+
+
+def test_the_teachers_pictures_are_where_the_run_put_them(tmp_path: Path) -> None:
+    """Not those of an earlier run in the same folder."""
+    apart = tmp_path / "apart"
+    run = saved(tmp_path / "run", settings={**record().settings, "baseline_outdir": str(apart)})
+    pictures(apart, record(), side=16)
+    shown = report(ReportSettings(runs=(run,))).file.read_text()
+    folders = {arm: run / "images" / arm for arm in record().summary}
+    folders["teacher-50"] = apart / "images" / "teacher-50"
+    found = BenchmarkRecord.from_json((run / RECORD_FILE).read_text())
+    assert shown == page(found, folders) != page(found, {**folders, "teacher-50": run / "images" / "teacher-50"})
+
+
+def test_a_file_that_is_no_record_is_named(tmp_path: Path) -> None:
+    good, bad = saved(tmp_path / "good"), saved(tmp_path / "bad")
+    (bad / RECORD_FILE).write_text("{}")
+    with pytest.raises(InputError, match=r"bad/clipscore_results\.json': this is no benchmark record"):
+        report(ReportSettings(runs=(good, bad), outdir=tmp_path / "both"))

@@ -20,7 +20,7 @@ from fewstep.report.bars import time_bars
 from fewstep.report.columns import columns
 from fewstep.report.figures import frontier
 from fewstep.report.grids import _wrapped
-from fewstep.report.verdict import headline, seconds
+from fewstep.report.verdict import decimals, headline, seconds
 from tests.report.fakes import (
     PROMPTS,
     interval,
@@ -249,7 +249,23 @@ def test_a_loss_is_called_a_loss(found: BenchmarkRecord) -> None:
     worse = replace(found.summary["student-4"], delta_all_right=interval(-0.2, 0.05), saturation=(0.8, 1.0, 1.0, 1.0))
     sentences = verdict(replace(found, summary=found.summary | {"student-4": worse}))
     assert "a loss beyond the interval" in sentences[0]
-    assert "−20.0 %" in sentences[-1] and "washed out" in sentences[-1]
+    assert "The latents of student-4 spread −20.0 %" in sentences[-1] and "it may be chance" in sentences[-1]
+    sure = replace(worse, mean_saturation=interval(0.9, 0.05))
+    sentences = verdict(replace(found, summary=found.summary | {"student-4": sure}))
+    assert "−20.0 %" in sentences[-1] and sentences[-1].endswith("pictures are washed out.")
+
+
+def test_small_distances_keep_digits_that_say_something(found: BenchmarkRecord) -> None:
+    """As over embeddings of length 1, where all of them are."""
+    assert [decimals(value) for value in (0.0, 12.3, 1.0, 0.85, 0.056, -0.0056, 1e-9)] == [2, 2, 2, 3, 4, 5, 6]
+    student = found.summary["student-4"]
+    assert student.frechet is not None
+    near = replace(student.frechet, through_vae=interval(0.0341, 0.002), difference=interval(0.0021, 0.001))
+    small = replace(student, frechet=near, distances={"kid": interval(0.0000561, 0.00001)})
+    changed = replace(found, summary=found.summary | {"student-4": small})
+    told = next(line for line in verdict(changed) if "Fréchet distance of student-4" in line)
+    assert "is 0.0341, +0.0021 (+0.0011 to +0.0031) against" in told
+    assert "0.0561 (0.0461 to 0.0661)" in page(changed, {})  # KID × 1000
 
 
 def test_an_adapter_that_does_not_help_is_told(found: BenchmarkRecord) -> None:

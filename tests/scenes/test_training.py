@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import signal
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -376,15 +377,40 @@ def test_a_batch_in_parts_trains_as_the_whole_batch_does(tmp_path: Path) -> None
         torch.testing.assert_close(a, b, atol=1e-6, rtol=1e-5)
 
 
+def test_a_stage_does_not_go_on_in_batches_of_another_size(tmp_path: Path) -> None:
+    """As another device would take."""
+
+    def trained(batch_size: int, until: int) -> nn.Module:
+        plan = Plan(steps=4, batch_size=batch_size, learning_rate=1e-3)
+        torch.manual_seed(0)
+        module = nn.Linear(2, 1)
+
+        def make(step: int, _part: int) -> tuple[torch.Tensor]:
+            return (torch.randn(batch_size, 2, generator=torch.Generator().manual_seed(step)),)
+
+        def loss(x: torch.Tensor) -> dict[str, torch.Tensor]:
+            return {"loss": module(x).square().mean()}
+
+        return run(module, make, loss, plan, tmp_path / "stage", SILENT, CPU, until)
+
+    trained(2, 2)
+    with pytest.raises(InputError, match=r"batches of 16 came, .* was trained in batches of 2, .*--device"):
+        trained(16, 4)
+    trained(2, 4)
+    trained(16, 4)  # it is at its end: nothing is trained any more
+
+
 def test_batches_made_ahead_are_those_made_at_their_step() -> None:
     def make(step: int, part: int) -> tuple[torch.Tensor, list[torch.Tensor], dict[str, torch.Tensor]]:
         x = torch.randn(4, 3, generator=torch.Generator().manual_seed(step))
-        return x, [x + part, x * step], {"step": torch.tensor(step)}
+        deaf = all(signal.getsignal(one) == signal.SIG_IGN for one in (signal.SIGINT, signal.SIGTERM))
+        return x, [x + part, x * step], {"step": torch.tensor(step), "deaf": torch.tensor(deaf)}
 
     for step, (x, (same, times), named) in zip(range(3, 9), made_ahead(make, range(3, 9)), strict=True):
         wanted, (_, multiplied), _ = make(step, 0)
         assert torch.equal(x, wanted) and torch.equal(same, wanted) and torch.equal(times, multiplied)
         assert int(named["step"]) == step
+        assert named["deaf"], "a job's end reaches its workers too, and the main process has to save"
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

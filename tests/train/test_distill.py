@@ -381,6 +381,61 @@ def test_another_run_cannot_pass_for_a_resumed_one(
         distill(settings.replace(**{"resume_from_checkpoint": "latest"} | change))
 
 
+@pytest.mark.parametrize("again", ["the same", "auto"])
+def test_a_branch_that_was_stopped_before_its_first_checkpoint_begins_again_where_it_did(
+    whole: DistillResult, settings: TrainSettings, tmp_path: Path, again: str
+) -> None:
+    """`auto` began it from nothing, and the same command was refused."""
+    origin = whole.folder / "lora" / "checkpoint-4"
+    branch = settings.replace(
+        output_dir=tmp_path, run_name="branch", resume_from_checkpoint=str(origin), checkpoint_every=0
+    )
+
+    class Falls(Heard):
+        def say(self, text: str) -> None:
+            super().say(text)
+            if text.startswith("adapter: "):
+                raise MemoryError
+
+        def progress(self, name: str, total: int) -> Any:
+            if name == "training":
+                raise MemoryError
+            return super().progress(name, total)
+
+    with pytest.raises(MemoryError):
+        distill(branch, reporter=Falls())
+    assert (tmp_path / "branch" / "settings.toml").exists() and not list((tmp_path / "branch").glob("lora/*"))
+    with pytest.raises(InputError, match=r"and '.*checkpoint-8' is of another one"):
+        distill(branch.replace(resume_from_checkpoint=str(whole.folder / "lora" / "checkpoint-8")))
+    heard = Heard()
+    went_on = distill(branch if again == "the same" else branch.replace(resume_from_checkpoint="auto"), reporter=heard)
+    assert any(line.startswith("resumed from") and line.endswith("checkpoint-4 at step 4") for line in heard.said)
+    assert_same(weights(went_on.adapter), weights(whole.adapter))
+    with pytest.raises(InputError, match="holds a run already"):  # it is one of its own now
+        distill(branch)
+
+
+def test_a_checkpoint_of_an_older_release_is_gone_on_with(
+    whole: DistillResult, settings: TrainSettings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A setting that it does not know was at its default, one that has gone decides nothing."""
+    honest = resuming.load_toml
+
+    def older(path: Path) -> dict[str, Any]:
+        found = honest(path)
+        del found["teacher_solver"]
+        return found | {"a_setting_of_old": 3}
+
+    monkeypatch.setattr(resuming, "load_toml", older)
+    folder, backbone = (
+        whole.folder / "lora" / "checkpoint-10",
+        load_backbone(whole.settings.base_model or "", device="cpu"),
+    )
+    resuming.check_resumed(folder, whole.settings, backbone, {})
+    with pytest.raises(InputError, match=r"teacher_solver dpmpp \(not ddim\) came"):
+        resuming.check_resumed(folder, whole.settings.replace(teacher_solver="dpmpp"), backbone, {})
+
+
 def test_a_run_on_another_base_is_not_resumed(whole: DistillResult, settings: TrainSettings, v_base: Path) -> None:
     with pytest.raises(CheckpointError, match=r"was trained on another base \(.*; pass that one as --base_model"):
         distill(settings.replace(resume_from_checkpoint="latest", base_model=str(v_base)))

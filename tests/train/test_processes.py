@@ -13,6 +13,7 @@ import pytest
 import torch
 from torch.distributed import DistNetworkError
 
+from fewstep import processes
 from fewstep.backbone import Backbone, random_backbone
 from fewstep.config import TrainSettings, settings_toml
 from fewstep.errors import DataError, InputError, Interrupted
@@ -31,6 +32,22 @@ def test_more_processes_than_gpus_are_refused(monkeypatch: pytest.MonkeyPatch) -
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("name", ["DEEPSPEED", "FSDP"])
+def test_a_launcher_that_would_cut_the_model_up_is_refused(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(f"ACCELERATE_USE_{name}", "true")
+    with pytest.raises(InputError, match=f"ACCELERATE_USE_{name} is set.*accelerate launch --multi_gpu"):
+        join_processes("auto")
+
+
+def test_what_accelerate_lacks_is_no_bug(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuses(**_: object) -> None:
+        raise NotImplementedError("Using RTX 4000 series doesn't support faster communication. Set NCCL_P2P_DISABLE")
+
+    monkeypatch.setattr(processes, "PartialState", refuses)
+    with pytest.raises(InputError, match=r"RTX 4000 series.*Set NCCL_P2P_DISABLE"):
+        join_processes("auto")
+
+
 def test_two_processes_do_what_one_does(settings: TrainSettings, tmp_path: Path) -> None:
     """4 pictures each on two processes, or 8 on one, through the command that users type."""
     asked = few_updates(settings, tmp_path / "runs")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -108,21 +109,29 @@ def test_a_best_that_is_broken_or_of_an_earlier_start_is_not_taken_over(
     assert again.best is not None and verify(again.best).more[FIGURE] == 0.1
 
 
-def test_pictures_that_are_no_numbers_cost_a_look_and_not_the_run(
-    scripted: list[float], short: TrainSettings, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (CheckpointError("the student's latents are not finite"), "the student's latents are not finite"),
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate"), "out of memory"),
+        (OSError(errno.ENOSPC, "No space left on device"), "[Errno 28] No space left on device"),
+    ],
+)
+def test_a_look_that_fails_costs_a_look_and_not_the_run(
+    scripted: list[float], short: TrainSettings, monkeypatch: pytest.MonkeyPatch, error: Exception, said: str
 ) -> None:
     looks = []
 
     def figures(self: Validation) -> dict[str, float]:
         looks.append(1)
         if len(looks) == 2:
-            raise CheckpointError("the student's latents are not finite")
+            raise error
         return {FIGURE: 0.1 * len(looks)}
 
     monkeypatch.setattr(Validation, "figures", figures)
     heard = Heard()
     run = distill(short.replace(max_steps=3), reporter=heard)
-    assert heard.warned == ["step 2: the student was not looked at: the student's latents are not finite"]
+    assert heard.warned == [f"step 2: the student was not looked at: {said}"]
     assert verify(run.folder / "lora" / "checkpoint-2").step == 2
     assert measured(run).keys() == {1, 3} and run.best is not None and verify(run.best).step == 3
 
@@ -209,5 +218,5 @@ def test_any_other_base_is_judged_by_a_clip_model_that_is_at_hand(
     assert _opened(backbone, settings.replace(clip_model_id="missing"), heard) is None
     assert heard.said == [
         "validation: alignment x 100 by a/clip, 2 pictures each at 1 4 steps",
-        "validation: previews alone, for the base has no answer key and no CLIP 'missing' is at hand",
+        "validation: previews alone, for the base has no answer key and no CLIP 'missing' is at hand: not at hand",
     ]

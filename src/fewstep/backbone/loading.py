@@ -77,13 +77,19 @@ def load_backbone(
     place = choose_device(device)
     precision = choose_dtype(dtype, place)
     path = at_home(name)
+    from_hub = name not in BASES and not path.exists() and hub.looks_like_id(name) and not name.endswith(WEIGHT_FILES)
+    if revision is not None and not from_hub:
+        raise InputError(
+            f"revision {revision!r} came with base model {name!r}, which is none of the Hub's; allowed is a Hub id "
+            "OWNER/NAME; leave --revision out"
+        )
     if name in BASES:
         parts = load_folder(_shipped_folder(name), name=name, dtype=precision, allow_pickle=False)
     elif path.is_dir():
         parts = load_folder(path, name=name, dtype=precision, allow_pickle=allow_pickle)
     elif path.is_file():
         parts = load_single_file(path, dtype=precision, allow_pickle=allow_pickle)
-    elif hub.looks_like_id(name) and not name.endswith(WEIGHT_FILES):
+    elif from_hub:
         parts = _load_from_hub(name, revision=revision, dtype=precision, allow_pickle=allow_pickle)
     else:
         raise InputError(
@@ -97,7 +103,7 @@ def load_backbone(
         device=place,
         dtype=precision,
         prediction_type=prediction_type,
-        revision=revision if hub.looks_like_id(name) else None,
+        revision=revision,
         rebuilt=path if name not in BASES and path.is_dir() else None,
     )
 

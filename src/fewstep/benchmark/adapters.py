@@ -12,7 +12,8 @@ from fewstep.arms import Arm, base_arm, sampler_timesteps, student_arm
 from fewstep.backbone import Backbone, adapters_off
 from fewstep.checkpoint import Origin, recorded_origin
 from fewstep.config import AdapterEntry, BenchSettings, adapter_entries
-from fewstep.errors import InputError
+from fewstep.errors import CheckpointError, InputError
+from fewstep.files import sha256
 from fewstep.opening import (
     Sampling,
     describe_adapter,
@@ -58,9 +59,9 @@ class Adapters:
         self, settings: BenchSettings, backbone: Backbone, main: lora.AdapterSource | None, reporter: Reporter
     ) -> None:
         self._backbone, self._settings = backbone, settings
-        self._sources: dict[str | None, tuple[lora.AdapterSource, float]] = {}
+        self._sources: dict[str | None, tuple[lora.AdapterSource, float, str]] = {}
         if main is not None:
-            self._sources[None] = (main, 1.0)
+            self._sources[None] = (main, 1.0, sha256(main.weights))
         self._attached: str | None = None
         self.further: list[Further] = []
         entries = adapter_entries(settings)
@@ -90,7 +91,7 @@ class Adapters:
     def _attach(self, name: str | None, source: lora.AdapterSource, scale: float, reporter: Reporter) -> dict[str, str]:
         info = lora.load_adapter(self._backbone, source, allow_pickle=self._settings.allow_pickle, warn=reporter.warn)
         lora.set_scale(self._backbone.unet, scale)
-        self._sources[name] = (source, scale)
+        self._sources[name] = (source, scale, sha256(source.weights))
         self._attached = name
         reporter.say(f"adapter {name}: {describe_adapter(source, info)}, scale {scale:g}")
         return {"source": source.name, "layout": info.layout, "rank": str(info.rank), "alpha": f"{info.alpha:g}",
@@ -106,7 +107,12 @@ class Adapters:
     def _switch(self, name: str | None) -> None:
         if name == self._attached or name not in self._sources:
             return
-        source, scale = self._sources[name]
+        source, scale, digest = self._sources[name]
+        if sha256(source.weights) != digest:
+            raise CheckpointError(
+                f"the adapter {source.name} has changed since the benchmark began; allowed is one that stays as it is; "
+                "measure a copy, or start again when its training has ended"
+            )
         lora.load_adapter(self._backbone, source, allow_pickle=self._settings.allow_pickle, warn=lambda _: None)
         lora.set_scale(self._backbone.unet, scale)
         self._attached = name

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -44,9 +44,9 @@ class Cells:
         self.folder = folder
         differing = _claim(folder, key)
         if differing is not None:
-            name, found, wanted = differing
+            name, found, wanted = differing[0], *_told(*differing[1:])
             raise InputError(
-                f"{name} {wanted!r} came, the benchmark in {str(folder.parent)!r} has {found!r}; allowed is the same, "
+                f"{name} {wanted} came, the benchmark in {str(folder.parent)!r} has {found}; allowed is the same, "
                 "or other steps and adapters; choose another --outdir"
             )
 
@@ -62,12 +62,25 @@ class Cells:
         folder = self.folder / arm.id
         differing = _claim(folder, {**asdict(arm), **key})
         if differing is not None:
-            name, found, wanted = differing
+            name, found, wanted = differing[0], *_told(*differing[1:])
             raise InputError(
-                f"arm {arm.id} came with {name} {wanted!r}, the one in {str(folder)!r} has {found!r}; allowed is the "
+                f"arm {arm.id} came with {name} {wanted}, the one in {str(folder)!r} has {found}; allowed is the "
                 "same; choose another --outdir, or another id for the adapter"
             )
         return ArmCells(folder)
+
+
+def _told(found: Any, wanted: Any) -> tuple[str, str]:
+    """Two values that differ; of two lists where they do first."""
+    if not (isinstance(found, list | tuple) and isinstance(wanted, list | tuple)):
+        return repr(found), repr(wanted)
+    at = next((n for n, (a, b) in enumerate(zip(found, wanted, strict=False)) if a != b), min(len(found), len(wanted)))
+
+    def told(values: Sequence[Any]) -> str:
+        there = f", number {at} of them {values[at]!r:.100}" if at < len(values) else ""
+        return f"(a list of {len(values)}{there})"
+
+    return told(found), told(wanted)
 
 
 @dataclass(frozen=True)

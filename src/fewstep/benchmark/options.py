@@ -14,10 +14,11 @@ from dataclasses import replace
 import torch
 
 from fewstep.arms import Arm, faster_arm
-from fewstep.backbone import Backbone, compiled, load_tiny_vae
+from fewstep.backbone import Backbone, compiled, load_tiny_vae, steady_vae
 from fewstep.config import BenchSettings
 from fewstep.errors import InputError, first_line, is_out_of_memory
 from fewstep.quiet import quiet_libraries
+from fewstep.reporting import SILENT, Reporter
 
 TINY_VAE = "tiny-vae"
 PRECISIONS = {"bf16": torch.bfloat16, "fp16": torch.float16}
@@ -29,13 +30,15 @@ class Options:
     Args:
         settings: which are asked for.
         backbone: the base.
+        reporter: told what an option cannot have.
 
     Raises:
         InputError: an option that this machine or this base cannot have.
         CheckpointError: a tiny VAE that is not at hand or not one for this base.
     """
 
-    def __init__(self, settings: BenchSettings, backbone: Backbone) -> None:
+    def __init__(self, settings: BenchSettings, backbone: Backbone, reporter: Reporter = SILENT) -> None:
+        self._reporter, self._warned = reporter, set[str]()
         self._names = [*(settings.fast_options or ()), *([TINY_VAE] if settings.tiny_vae else [])]
         parts = [part for name in self._names for part in name.split("+")]
         for name in PRECISIONS:
@@ -83,6 +86,8 @@ class Options:
             painter = replace(backbone, **copies)
             for option in _parts(arm):
                 painter = self._applied(painter, option)
+            if TINY_VAE not in _parts(arm) and not PRECISIONS.keys().isdisjoint(_parts(arm)):
+                steady_vae(painter, self._warn_once)
             yield painter
         except RuntimeError as error:
             if is_out_of_memory(error):
@@ -94,6 +99,11 @@ class Options:
         finally:
             if "compile" in _parts(arm):
                 torch.compiler.reset()  # what was compiled for the copy would count against the next one's limit
+
+    def _warn_once(self, text: str) -> None:
+        if text not in self._warned:
+            self._warned.add(text)
+            self._reporter.warn(text)
 
     def _applied(self, copy: Backbone, option: str) -> Backbone:
         match option:

@@ -163,7 +163,7 @@ def make_plan(
         prompts = data.prompts if data else _own_prompts(settings, backbone)
     settings = _resolved(settings, backbone, data)
     adapters = Adapters(settings, backbone, opened.source, reporter)
-    options = Options(settings, backbone)
+    options = Options(settings, backbone, reporter)
     sampling = recorded_sampling(opened.source, reporter) if wants_adapter else None
     arms = options.beside(arms or _arms(settings, backbone, adapters, sampling))
     real: RealPictures | None = data

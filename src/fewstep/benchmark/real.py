@@ -12,6 +12,8 @@ from torch import Tensor
 from fewstep.backbone import Abilities, Backbone
 from fewstep.config import BenchSettings
 from fewstep.data import PictureData, StreamedPictures, open_data
+from fewstep.data.loader import refuse_too_many
+from fewstep.data.pictures import PictureError
 from fewstep.errors import InputError
 from fewstep.pictures import as_bytes
 from fewstep.randomness import generator
@@ -86,15 +88,18 @@ class DataPictures:
         data: the pictures.
         fingerprint: of their content.
         settings: how many are wanted, and the seed that picks them.
+        allowance: how many pictures may turn out to be no good.
 
     Raises:
         InputError: more prompts than the data has pictures for, or several pictures or references a caption.
-        DataError: a picture that cannot be read.
+        DataError: more pictures than allowed cannot be read.
     """
 
     references = 1
 
-    def __init__(self, data: PictureData, fingerprint: str, settings: BenchSettings) -> None:
+    def __init__(
+        self, data: PictureData, fingerprint: str, settings: BenchSettings, allowance: int, reporter: Reporter
+    ) -> None:
         for name in ("num_images", "frechet_images"):
             if (getattr(settings, name) or 0) > 1:
                 raise InputError(
@@ -107,9 +112,10 @@ class DataPictures:
                 "as many prompts, for real pictures are compared with as many other ones; lower --num_prompts"
             )
         self._data, self.key = data, fingerprint
-        picked = torch.randperm(len(data), generator=generator(settings.seed, "real pictures")).tolist()
+        order = torch.randperm(len(data), generator=generator(settings.seed, "real pictures")).tolist()
+        picked = _whole(data, order, 2 * settings.num_prompts, allowance, reporter)
         self._own, self._others = picked[: settings.num_prompts], picked[settings.num_prompts :]
-        self.prompts = [data.item(index)[1][0] for index in self._own]
+        self.prompts = [data.captions(index)[0] for index in self._own]
 
     def shown(self, ids: Ids) -> Tensor:
         return self._read(self._own[prompt] for prompt, _ in ids)
@@ -125,6 +131,31 @@ class DataPictures:
         return torch.stack(pictures).permute(0, 3, 1, 2).contiguous()
 
 
+def _whole(data: PictureData, order: Sequence[int], count: int, allowance: int, reporter: Reporter) -> list[int]:
+    """The first `count` of `order` that can be decoded: one that cannot would end the benchmark when all is drawn."""
+    found: list[int] = []
+    bad: dict[str, str] = {}
+    with reporter.progress("real pictures", count) as bar:
+        for index in order:
+            if len(found) == count:
+                return found
+            try:
+                data.item(index)
+            except PictureError as error:
+                bad[data.name(index)] = str(error)
+                refuse_too_many(bad, allowance)
+                reporter.warn(f"{data.name(index)} is no good and left out: {error}")
+                continue
+            found.append(index)
+            bar.advance()
+    if len(found) < count:
+        raise InputError(
+            f"num_prompts {count // 2} came, {len(found)} pictures of the data are good; allowed are at most half as "
+            "many prompts; lower --num_prompts"
+        )
+    return found
+
+
 def pictures_of_data(settings: BenchSettings, backbone: Backbone, reporter: Reporter) -> DataPictures | None:
     """The pictures and captions of the data set that the settings name; None where they name none."""
     if settings.data_dir is None and settings.dataset_name is None:
@@ -135,7 +166,7 @@ def pictures_of_data(settings: BenchSettings, backbone: Backbone, reporter: Repo
             f"dataset_name {settings.dataset_name!r} came by URL, of which a part at a time is here; allowed for a "
             "benchmark is data that is here as a whole; download the shards, and pass their folder as --data_dir"
         )
-    return DataPictures(opened.data, opened.fingerprint, settings)
+    return DataPictures(opened.data, opened.fingerprint, settings, opened.allowance, reporter)
 
 
 def latents_of(backbone: Backbone, pixels: Tensor) -> Tensor:

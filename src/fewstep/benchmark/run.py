@@ -31,6 +31,7 @@ from fewstep.report import (
     CELLS,
     RECORD_FILE,
     RESULT_FILES,
+    arm_folder,
     markdown,
     page,
     results_csv,
@@ -136,12 +137,13 @@ def _make_room(plan: Plan, processes: PartialState, reporter: Reporter) -> dict[
     settings, outdir = plan.settings, plan.settings.outdir
     if processes.is_main_process:
         finished = all((outdir / name).exists() for name in RESULT_FILES)
+        earlier = [arm_folder(outdir, cell.name) for cell in (outdir / CELLS).glob("*/")]
         make_room(outdir / CELLS, resume=settings.resume, finished=finished)
     processes.wait_for_everyone()
     cells = Cells(outdir / CELLS, plan.key)
     kept = {arm.id: cells.of(arm, plan.key_of(arm)) for arm in plan.arms}
     if processes.is_main_process:
-        _clear(outdir, () if settings.resume else plan.folders.values(), reporter)
+        _clear(outdir, () if settings.resume else {*plan.folders.values(), *earlier}, reporter)
         reporter.say(settings_toml(settings).strip())
         write_text_atomic(outdir / "settings.toml", settings_toml(settings))
     processes.wait_for_everyone()
@@ -153,7 +155,7 @@ def _clear(outdir: Path, folders: Iterable[Path], reporter: Reporter) -> None:
     stale = [outdir / name for name in RESULT_FILES if (outdir / name).exists()]
     drawn = [folder for folder in folders if folder.exists()]
     for home in dict.fromkeys(folder.parent.parent for folder in drawn):
-        reporter.warn(f"{home} holds an earlier benchmark, or pictures: tables and pictures are replaced")
+        reporter.say(f"{home} holds an earlier benchmark, or pictures: tables and pictures are replaced")
     for path in stale:
         path.unlink()
     for folder in drawn:

@@ -175,7 +175,8 @@ def _roots(name: str) -> tuple[Path, ...]:
     place = Path(name)
     own = (place if place.is_dir() else place.parent,) if place.exists() else (Path(constants.HF_HUB_CACHE),)
     caches = (config.HF_DATASETS_CACHE, config.DOWNLOADED_DATASETS_PATH, config.EXTRACTED_DATASETS_PATH)
-    return (*own, *map(Path, caches))
+    roots = (*own, *map(Path, caches))
+    return (*roots, *(Path(os.path.realpath(root)) for root in roots))  # `datasets` goes through links to a local one
 
 
 def _place(path: str, roots: Sequence[Path]) -> Path:

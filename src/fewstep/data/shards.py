@@ -11,6 +11,7 @@ import io
 import json
 import os
 import tarfile
+from bisect import bisect_left
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -21,7 +22,7 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from fewstep.data import captions
-from fewstep.data.pairs import READERS, Pair
+from fewstep.data.pairs import READERS, Pair, Strings
 from fewstep.data.pictures import KNOWN, SUFFIXES, UNREAD, decode, gone, inspect
 from fewstep.data.report import Drops, Kind, shown
 from fewstep.data.stems import Listing, pair_by_stem
@@ -72,7 +73,10 @@ class Shards:
     def __init__(self, shards: Sequence[_Shard], places: Mapping[str, tuple[int, int, int]]) -> None:
         """Take the shards, and of each picture (number of its shard, first byte, length)."""
         self._shards = shards
-        self._places = places
+        names = sorted(places)
+        # In arrays, which worker processes share: of a dictionary each would come to have a copy of its own.
+        self._names = Strings(names)
+        self._places = np.array([places[name] for name in names], dtype=np.int64).reshape(-1, 3)
 
     def inspect(self, name: str) -> str:
         with self._member(name) as member:
@@ -84,7 +88,7 @@ class Shards:
 
     @contextmanager
     def _member(self, name: str) -> Iterator[BinaryIO]:
-        number, first, length = self._places[name]
+        number, first, length = self._places[bisect_left(self._names, name)].tolist()
         with self._shards[number].opened() as stream:
             yield io.BufferedReader(_Window(stream, first, length))
 

@@ -12,6 +12,8 @@ from safetensors import SafetensorError, safe_open
 
 from ..arms import Sampler
 from ..quiet import quiet_libraries
+from ..schedule import TIMESTEP_SCALING
+from ..timesteps import ORIGINAL_STEPS
 
 FOLDER = "scheduler"
 
@@ -73,7 +75,9 @@ def save_scheduler(
     base, unclipped = dict(base_config), {"clip_sample": False, "thresholding": False}
     uneven = any(base.get("num_train_timesteps", 1000) % steps for steps in step_counts)
     if sampler == "lcm":
-        scheduler = LCMScheduler.from_config(base, **unclipped)
+        scheduler = LCMScheduler.from_config(
+            base, **unclipped, original_inference_steps=ORIGINAL_STEPS, timestep_scaling=TIMESTEP_SCALING
+        )
     elif span < 1 or uneven:
         first_order = {"algorithm_type": "dpmsolver++", "solver_order": 1, "final_sigmas_type": "zero"}
         own_sigmas = dict.fromkeys(NOISE_LEVELS, False)

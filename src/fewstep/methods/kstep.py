@@ -139,7 +139,12 @@ class KStep:
                 "pairs_per_rollout 1 came with rollouts that all start from pure noise: timesteps below would never be "
                 "learnt; allowed is 2 or more; raise --pairs_per_rollout"
             )
-        deaf = [t for t in self.points if WEIGHTINGS[self.weighting](self.schedule.alpha_bar(torch.tensor([t]))) == 0]
+        weights = WEIGHTINGS[self.weighting](self.schedule.alpha_bar(torch.tensor(self.points)))
+        deaf = (
+            []
+            if weights.is_meta
+            else [t for t, weight in zip(self.points, weights.tolist(), strict=True) if not weight]
+        )
         if deaf:
             raise InputError(
                 f"loss_weighting {self.weighting} came with a base that has nothing but noise at t = {deaf[0]}: there "

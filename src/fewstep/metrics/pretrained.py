@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import hashlib
 import os
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
+from fewstep import hub
 from fewstep.errors import CheckpointError, first_line
 from fewstep.quiet import quiet_libraries
+
+PICKLED = "pytorch_model.bin"
+"""What transformers calls pickled weights."""
 
 ENDS = 1024
 """Values at the beginning and at the end of every tensor that a fingerprint is taken of."""
@@ -25,8 +30,8 @@ class ModelNotAtHand(CheckpointError):
         kept = os.environ.get("HF_HUB_CACHE", HF_HUB_CACHE)
         self.reason = f"looked in {kept}; {reason}"
         super().__init__(
-            f"the model {name!r} of {flag} is not at hand ({self.reason}); run `hf download {name}`, or pass {flag} "
-            "FOLDER"
+            f"the model {name!r} of {flag} is not at hand ({self.reason}); run `hf download {name}` and, where its "
+            f"weights are pickled (.bin), pass --allow_pickle, or pass {flag} FOLDER"
         )
 
 
@@ -64,7 +69,9 @@ def load_pretrained(
                 part.from_pretrained(name, local_files_only=not fetch, **options, **own_code[part]) for part in others
             ]
     except (OSError, ValueError, KeyError) as error:
-        raise ModelNotAtHand(name, flag, first_line(error)) from error
+        pickled = not allow_pickle and _has_pickled_weights(name)
+        reason = "its weights here are pickled, which takes --allow_pickle" if pickled else first_line(error)
+        raise ModelNotAtHand(name, flag, reason) from error
     missing = sorted(loading["missing_keys"])
     if missing:
         raise CheckpointError(
@@ -72,6 +79,15 @@ def load_pretrained(
             f"complete one in transformers' layout; pass another {flag}"
         )
     return network.eval().requires_grad_(False), *found
+
+
+def _has_pickled_weights(name: str) -> bool:
+    """Whether a folder, or the Hub's cache, has a model's weights as .bin: so has the usual CLIP, and nothing else."""
+    from huggingface_hub import try_to_load_from_cache
+
+    if Path(name).is_dir():
+        return (Path(name) / PICKLED).is_file()
+    return hub.looks_like_id(name) and isinstance(try_to_load_from_cache(name, PICKLED), str)
 
 
 def fingerprint(network: nn.Module) -> str:

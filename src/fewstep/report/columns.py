@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from fewstep.records import ArmSummary, Interval
-from fewstep.report.verdict import percent, seconds, signed
+from fewstep.report.verdict import decimals, percent, seconds, signed
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,7 @@ def _spread(found: Interval | None) -> str:
 
 
 def _number(value: float) -> str:
-    return f"{value:.2f}" if abs(value) < 1000 else f"{value:,.0f}"
+    return f"{value:.{decimals(value)}f}" if abs(value) < 1000 else f"{value:,.0f}"
 
 
 def _share(found: Interval | None) -> str:

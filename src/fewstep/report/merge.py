@@ -74,6 +74,8 @@ def side_by_side(records: Mapping[str, BenchmarkRecord]) -> tuple[BenchmarkRecor
             summary[new] = _of_another_run(found)
             origins[new] = (name, arm)
             scores += [replace(score, arm=new) for score in record.scores if score.arm == arm]
+            if not found.arm.adapter:
+                drawn[_same_pictures(record, arm)] = new  # a run after this one may have the same
         adapters |= {f"{prefix}-{key}": facts for key, facts in record.adapters.items()}
         if record.adapter:
             adapters[prefix] = record.adapter

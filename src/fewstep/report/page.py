@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ from markupsafe import Markup
 from PIL import Image
 
 from fewstep.config import BenchSettings, command_line
+from fewstep.errors import first_line
 from fewstep.records import ArmSummary, BenchmarkRecord
 from fewstep.report.bars import attribute_bars, time_bars
 from fewstep.report.columns import attribute_columns, column_groups, option_columns
@@ -29,12 +30,13 @@ GALLERY_SIDE = 256
 """Pixels of a gallery picture's longer side."""
 
 
-def page(record: BenchmarkRecord, folders: Mapping[str, Path]) -> str:
+def page(record: BenchmarkRecord, folders: Mapping[str, Path], warn: Callable[[str], object] = lambda _: None) -> str:
     """The whole page as text.
 
     Args:
         record: what was found.
         folders: arm id to the folder of its pictures; arms that are missing here stay out of the gallery.
+        warn: told of pictures that cannot be read; the gallery goes without them.
     """
     # autoescape whatever the template's name: captions and paths come from outside.
     environment = jinja2.Environment(
@@ -66,7 +68,7 @@ def page(record: BenchmarkRecord, folders: Mapping[str, Path]) -> str:
         made=_made(record),
         batches=sorted({arm.timings[0].batch_size for arm in arms if arm.timings}),
         gallery_arms=shown,
-        gallery=_gallery(record, {arm.arm.id: folders[arm.arm.id] for arm in shown}, losses),
+        gallery=_gallery(record, {arm.arm.id: folders[arm.arm.id] for arm in shown}, losses, warn),
         can_sort=len(set(losses.values())) > 1,
         gallery_left_out=max(0, len(record.prompts) - GALLERY_PROMPTS),
         has_worst=bool(losses),
@@ -250,7 +252,9 @@ def _chosen(prompts: int, losses: Mapping[int, float]) -> list[int]:
     return sorted([*worst, *islice(rest, GALLERY_PROMPTS - len(worst))])
 
 
-def _gallery(record: BenchmarkRecord, folders: Mapping[str, Path], losses: Mapping[int, float]) -> list[dict[str, Any]]:
+def _gallery(
+    record: BenchmarkRecord, folders: Mapping[str, Path], losses: Mapping[int, float], warn: Callable[[str], object]
+) -> list[dict[str, Any]]:
     """A row a prompt, a picture an arm: picture 0 of each."""
     return [
         {
@@ -258,19 +262,25 @@ def _gallery(record: BenchmarkRecord, folders: Mapping[str, Path], losses: Mappi
             "number": number,
             "loss": losses.get(number, 0.0),
             "pictures": [
-                {"arm": arm, "src": _embedded(path)}
+                {"arm": arm, "src": source}
                 for arm, folder in folders.items()
-                if (path := picture_path(folder, number, 0)).exists()
+                if (source := _embedded(picture_path(folder, number, 0), warn)) is not None
             ],
         }
         for number in _chosen(len(record.prompts), losses)
     ]
 
 
-def _embedded(path: Path) -> str:
-    """A picture as a data: address, small enough for a page of hundreds."""
-    with Image.open(path) as image:
-        small = image.convert("RGB")
+def _embedded(path: Path, warn: Callable[[str], object]) -> str | None:
+    """A picture as a data: address, small enough for a page of hundreds; None where it is not there, or not whole."""
+    if not path.exists():
+        return None
+    try:
+        with Image.open(path) as image:
+            small = image.convert("RGB")
+    except OSError as error:
+        warn(f"the picture {path} cannot be read ({first_line(error)}): the gallery goes without it")
+        return None
     small.thumbnail((GALLERY_SIDE, GALLERY_SIDE))
     buffer = io.BytesIO()
     small.save(buffer, format="JPEG", quality=88)

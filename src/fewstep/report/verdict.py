@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 from fewstep.records import ArmSummary, BenchmarkRecord, Interval, Run
@@ -71,6 +72,11 @@ def percent(interval: Interval) -> str:
     """``52.0 % (47.1 to 56.9)``."""
     bounds = "" if interval.low is None else f" ({100 * interval.low:.1f} to {100 * (interval.high or 0):.1f})"
     return f"{100 * interval.value:.1f} %{bounds}"
+
+
+def decimals(value: float) -> int:
+    """How many a figure is shown with: two, and below 1 as many as make three digits that say something."""
+    return 2 if abs(value) >= 1 or value == 0 else min(6, 2 - math.floor(math.log10(abs(value))))
 
 
 def signed(interval: Interval, scale: float = 1.0, digits: int = 1) -> str:
@@ -237,9 +243,10 @@ def _distribution(student: ArmSummary, record: BenchmarkRecord) -> str | None:
         return None
     against = {True: "worse", False: "better"}[frechet.difference.value > 0]
     sure = "" if frechet.difference.excludes_zero else ", within the interval"
+    digits = decimals(frechet.through_vae.value)
     return (
-        f"Its Fréchet distance to pictures of the same captions is "
-        f"{frechet.through_vae.value:.2f}, {signed(frechet.difference, 1, 2)} against "
+        f"The Fréchet distance of {student.arm.id} to pictures of the same captions is "
+        f"{frechet.through_vae.value:.{digits}f}, {signed(frechet.difference, 1, digits)} against "
         f"{_the_teacher(student, record)}'s ({against}{sure}; N = {frechet.pictures})."
     )
 
@@ -251,9 +258,12 @@ def _saturation(student: ArmSummary, record: BenchmarkRecord) -> str | None:
     if abs(worst - 1) <= SATURATION_TOLERANCE:
         return None
     spread = f"{100 * (worst - 1):+.1f} %".replace("-", "−")
+    mean = student.mean_saturation
+    sure = mean is not None and mean.low is not None and mean.high is not None and (mean.low > 1 or mean.high < 1)
+    told = f"pictures are {'burnt' if worst > 1 else 'washed out'}" if sure else "of all channels it may be chance"
     return (
-        f"Its latents spread {spread} against {_the_teacher(student, record)}'s in the worst channel, beyond the 5 % "
-        f"of a faithful student: pictures are {'burnt' if worst > 1 else 'washed out'}."
+        f"The latents of {student.arm.id} spread {spread} against {_the_teacher(student, record)}'s in the worst "
+        f"channel, beyond the 5 % of a faithful student: {told}."
     )
 
 

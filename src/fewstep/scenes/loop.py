@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import signal
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -78,8 +79,10 @@ def batch_indices(seed: int, step: int, batch_size: int, count: int) -> Tensor:
 class _State:
     """Module, its EMA and AdamW moments, as one safetensors file and a step count."""
 
-    def __init__(self, module: nn.Module, optimizer: torch.optim.Optimizer, folder: Path) -> None:
-        self.module, self.optimizer = module, optimizer
+    def __init__(
+        self, module: nn.Module, optimizer: torch.optim.Optimizer, folder: Path, batch_size: int | None = None
+    ) -> None:
+        self.module, self.optimizer, self.batch_size = module, optimizer, batch_size
         self.ema = {name: value.detach().clone() for name, value in module.state_dict().items()}
         self.file = folder / "state.safetensors"
         self.named = [(name, p) for name, p in module.named_parameters() if p.requires_grad]
@@ -90,6 +93,19 @@ class _State:
             return 0
         with read_whole(self.file, _start_again(self.file)):
             return self._restore(load_file(self.file))
+
+    def require_batches_alike(self) -> None:
+        """Refuse to go on in batches of another size, as another device takes: the steps would not be the same."""
+        if not self.file.exists():
+            return
+        with read_whole(self.file, _start_again(self.file)), safe_open(self.file, "pt") as saved:
+            before = int(saved.get_tensor("batch_size")) if "batch_size" in saved.keys() else self.batch_size  # noqa: SIM118
+        if before != self.batch_size:
+            raise InputError(
+                f"batches of {self.batch_size} came, {str(self.file)!r} was trained in batches of {before}, as on "
+                "another kind of device; allowed is the same; go on with the --device that it was begun on, or "
+                f"{_start_again(self.file)}"
+            )
 
     def _restore(self, tensors: dict[str, Tensor]) -> int:
         self.module.load_state_dict({k[6:]: v for k, v in tensors.items() if k.startswith("model/")})
@@ -111,6 +127,8 @@ class _State:
             moments = self.optimizer.state[parameter]
             tensors |= {f"m/{name}": moments["exp_avg"], f"v/{name}": moments["exp_avg_sq"]}
         tensors["step"] = torch.tensor(step)
+        if self.batch_size is not None:
+            tensors["batch_size"] = torch.tensor(self.batch_size)
         self.file.parent.mkdir(parents=True, exist_ok=True)
         partial = self.file.with_suffix(".partial")
         save_file({k: v.contiguous() for k, v in tensors.items()}, partial)
@@ -168,6 +186,11 @@ class _Steps(Dataset[tuple[Any, ...]]):
         return self.make(step, 0)
 
 
+def _leave_signals_to_the_main_process(_worker: int) -> None:
+    for number in (signal.SIGINT, signal.SIGTERM):  # a job's end reaches all of its processes: the main one saves
+        signal.signal(number, signal.SIG_IGN)
+
+
 def made_ahead(make: Make, steps: range) -> Iterator[tuple[Any, ...]]:
     """The batches of `steps` in order, made by worker processes while others are trained on."""
     loader = DataLoader(
@@ -177,6 +200,7 @@ def made_ahead(make: Make, steps: range) -> Iterator[tuple[Any, ...]]:
         num_workers=max(1, min(WORKERS, (os.cpu_count() or 1) - 1)),
         prefetch_factor=AHEAD,
         pin_memory=torch.cuda.is_available(),
+        worker_init_fn=_leave_signals_to_the_main_process,
         multiprocessing_context="fork",  # `make` holds the stage's drawings: too many to send
     )
     yield from loader
@@ -243,7 +267,9 @@ def run(
     optimizer = torch.optim.AdamW(
         module.parameters(), lr=plan.learning_rate, weight_decay=plan.weight_decay, betas=BETAS, fused=True
     )
-    state = _State(module, optimizer, folder)
+    state = _State(module, optimizer, folder, plan.batch_size)
+    if steps_done(folder) < (plan.steps if until is None else until):  # what is done is taken as it is
+        state.require_batches_alike()
     first = state.load()
     module.train()
     saved_at = time.monotonic()

@@ -11,7 +11,7 @@ from fewstep import checkpoint, lora
 from fewstep.backbone import Backbone
 from fewstep.config import TrainSettings, settings_toml
 from fewstep.ema import EMA
-from fewstep.errors import CheckpointError
+from fewstep.errors import CheckpointError, first_line, is_out_of_memory
 from fewstep.methods.kstep import KStep
 from fewstep.opening import versions
 from fewstep.previews import Previews
@@ -137,8 +137,12 @@ class Looks:
                     self._previews.save(start.preview_file(step, self._settings))
                 if self._validation is not None:
                     figures = self._validation.figures()
-        except CheckpointError as error:  # pictures that are no numbers: no reason to lose what has been learnt
-            self._warn(f"step {step}: the student was not looked at: {error}")
+        except Exception as error:
+            # No reason to lose what has been learnt: pictures that are no numbers, no memory for them, no room on disk.
+            if not (isinstance(error, CheckpointError | OSError) or is_out_of_memory(error)):
+                raise
+            why = "out of memory" if is_out_of_memory(error) else first_line(error)
+            self._warn(f"step {step}: the student was not looked at: {why}")
         if self._validation is not None and figures:
             if self._validation.prefers(figures, checkpoint.recorded(self._best)):
                 self._keeper.save(checkpoint.BEST, step, more={MEASURE: self._validation.measure, **figures})

@@ -160,6 +160,7 @@ def distill(
             resuming.drop_best(
                 settings.run_dir / "lora" / checkpoint.BEST, resumed=resumed is not None, warn=reporter.warn
             )
+            resuming.note_beginning(settings.run_dir, resumed)
             write_text_atomic(settings.run_dir / "settings.toml", settings_toml(settings))
         telemetry = cleanup.enter_context(
             Telemetry(settings.run_dir, resumed_at=None if resumed is None else step, active=main)
@@ -169,7 +170,14 @@ def distill(
         oracle, previews, validation = None, None, None
         if settings.validate_every and main:
             prompts = start.captions_to_show(PREVIEW_PROMPTS, settings, backbone, opened)
-            previews = Previews(backbone, method, prompts, resolution=settings.resolution, seed=settings.seed)
+            previews = Previews(
+                backbone,
+                method,
+                prompts,
+                resolution=settings.resolution,
+                seed=settings.seed,
+                batch_size=settings.batch_size,
+            )
         oracle_pictures = settings.oracle_images or 0
         if oracle_pictures and main and resumed is None:
             oracle = measure_oracle(

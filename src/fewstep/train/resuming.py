@@ -11,9 +11,12 @@ from fewstep import checkpoint
 from fewstep.backbone import Backbone
 from fewstep.config import TrainSettings, load_toml, settings_toml, spell
 from fewstep.errors import CheckpointError, InputError
-from fewstep.files import sha256
+from fewstep.files import sha256, write_text_atomic
 from fewstep.opening import versions
 from fewstep.reporting import Reporter
+
+BEGAN = ".began_from"
+"""The file in a run's folder that names the other run's checkpoint it began from."""
 
 MAY_CHANGE = {
     *("output_dir", "run_name", "log_file", "checkpoint_every", "validate_every", "log_every", "oracle_images"),
@@ -28,6 +31,9 @@ MAY_CHANGE = {
     "max_steps",
 }
 """Settings that a resumed run may change and still be the same run. Under a cosine, max_steps is not one of them."""
+
+
+_NAMES = TrainSettings.model_fields.keys()
 
 
 def told(resumed: Path | None) -> str:
@@ -45,6 +51,7 @@ def checkpoint_to_resume(settings: TrainSettings, reporter: Reporter) -> Path | 
     run, which = settings.run_dir, settings.resume_from_checkpoint
     holds_a_run = (run / checkpoint.SETTINGS).exists() or (run / "lora").exists()
     saved = checkpoint.checkpoints(run)
+    final = run / "lora" / checkpoint.FINAL
     if which is None:
         if holds_a_run:
             way = "latest to go on with it" if saved else "auto to start it again, for it has no checkpoint"
@@ -54,7 +61,10 @@ def checkpoint_to_resume(settings: TrainSettings, reporter: Reporter) -> Path | 
             )
         return None
     folder = checkpoint.resolve(run, which, warn=reporter.warn)
-    final = run / "lora" / checkpoint.FINAL
+    other = _origin(run)
+    if folder is None and not final.exists() and other is not None:  # stopped before a checkpoint of its own
+        reporter.say(f"the run has no checkpoint of its own yet: it begins again from {other}, as it did")
+        return checkpoint.resolve(run, str(other), warn=reporter.warn)
     if folder is None and final.exists():
         raise InputError(
             f"the run in {str(run)!r} has come to its end, and there is no checkpoint to go on from; allowed is a "
@@ -63,7 +73,7 @@ def checkpoint_to_resume(settings: TrainSettings, reporter: Reporter) -> Path | 
     if folder is None or which in ("latest", "auto"):
         return folder
     if folder.resolve().parent != (run / "lora").resolve():
-        if holds_a_run:
+        if saved or final.exists() or (holds_a_run and _origin(run) != folder.resolve()):
             raise InputError(
                 f"{str(run)!r} holds a run already, and {which!r} is of another one; choose a new --run_name to go on "
                 "from it"
@@ -74,6 +84,19 @@ def checkpoint_to_resume(settings: TrainSettings, reporter: Reporter) -> Path | 
             "checkpoint; pass --resume_from_checkpoint latest, or a new --run_name to go on from the older one"
         )
     return folder
+
+
+def note_beginning(run: Path, resumed: Path | None) -> None:
+    """Note in a run's folder which other run's checkpoint it goes on from, until it has one of its own."""
+    if resumed is not None and resumed.resolve().parent != (run / "lora").resolve():
+        write_text_atomic(run / BEGAN, str(resumed.resolve()))
+    elif resumed is None:
+        (run / BEGAN).unlink(missing_ok=True)
+
+
+def _origin(run: Path) -> Path | None:
+    file = run / BEGAN
+    return Path(file.read_text(encoding="utf-8")) if file.exists() else None
 
 
 def state_of(run: Path) -> tuple[int | None, tuple[str, ...]]:
@@ -126,7 +149,10 @@ def check_resumed(folder: Path, settings: TrainSettings, backbone: Backbone, mor
             f"checkpoint {name!r} is at step {record.step}, max_steps is {settings.max_steps}; allowed is as many or "
             "more; raise --max_steps"
         )
-    before, after = load_toml(folder / checkpoint.SETTINGS), tomllib.loads(settings_toml(settings))
+    # A setting that came with a later release was at its default then; one that has gone decides nothing any more.
+    defaults = tomllib.loads(settings_toml(TrainSettings()))
+    saved = {key: value for key, value in load_toml(folder / checkpoint.SETTINGS).items() if key in _NAMES}
+    before, after = defaults | saved, tomllib.loads(settings_toml(settings))
     free = MAY_CHANGE if settings.lr_schedule == "constant" else MAY_CHANGE - {"max_steps"}
     changed = [key for key in sorted((before.keys() | after.keys()) - free) if before.get(key) != after.get(key)]
     if changed:

@@ -17,7 +17,7 @@ from fewstep.arithmetic import flops
 from fewstep.arms import sampler_timesteps
 from fewstep.backbone import BASES, Backbone
 from fewstep.config import TrainSettings
-from fewstep.data import Batches, OpenedData, Slices
+from fewstep.data import Batches, OpenedData, Slices, StreamedPictures
 from fewstep.errors import Interrupted
 from fewstep.methods import METHODS
 from fewstep.methods.kstep import KStep
@@ -294,6 +294,9 @@ def captions_to_show(count: int, settings: TrainSettings, backbone: Backbone, op
     """Captions to look at: the base's own unseen ones, else the first that training draws."""
     if backbone.abilities is not None:
         return backbone.abilities.prompts(count, settings.seed)
+    if isinstance(opened.data, StreamedPictures):  # of the shard that is here: to ask for others removes what is kept
+        first_shard = opened.data.first.data
+        return [first_shard.captions(number)[0] for number in range(min(count, len(first_shard)))]
     few = Slices(batch_size=min(count, len(opened.data)))
     first = Batches(opened.data, few, seed=settings.seed, start=0, end=1, allowance=opened.allowance)
     return list(next(iter(first)).captions)
