@@ -30,7 +30,6 @@ from fewstep.errors import InputError
 from fewstep.files import read_whole, replace_file_atomic
 from fewstep.reporting import Reporter
 
-BETAS = (0.9, 0.99)
 WORKERS, AHEAD = 8, 4
 LOOKED_AT = 20
 """Of this many steps on a GPU one is waited for, to see its loss and whether it is finite."""
@@ -49,6 +48,7 @@ class Plan:
     parts: int = 1
     learning_rate: float
     warmup: int = 100
+    beta2: float = 0.99  # of AdamW; its beta1 is 0.9
     ema_decay: float = 0.999
     weight_decay: float = 0.01
     save_seconds: float = 120.0
@@ -265,7 +265,11 @@ def run(
     """
     module.to(device)
     optimizer = torch.optim.AdamW(
-        module.parameters(), lr=plan.learning_rate, weight_decay=plan.weight_decay, betas=BETAS, fused=True
+        module.parameters(),
+        lr=plan.learning_rate,
+        weight_decay=plan.weight_decay,
+        betas=(0.9, plan.beta2),
+        fused=True,
     )
     state = _State(module, optimizer, folder, plan.batch_size)
     if steps_done(folder) < (plan.steps if until is None else until):  # what is done is taken as it is
