@@ -276,11 +276,12 @@ def test_of_long_lists_that_differ_the_first_difference_is_told() -> None:
 
 
 def test_a_new_benchmark_takes_all_of_the_earlier_ones_arms_away(base: Backbone, tmp_path: Path) -> None:
-    first = benchmark(small(tmp_path, solver_steps=0), backbone=base)
+    few = small(tmp_path, solver_steps=0, num_images=1)
+    first = benchmark(few, backbone=base)
     lora.detach(base.unet)
     assert (first.outdir / "images" / "student-2").is_dir()
     (first.outdir / "images" / "mine").mkdir()
-    again = benchmark(small(tmp_path, solver_steps=0, steps=(1,), baseline_outdir=tmp_path / "apart"), backbone=base)
+    again = benchmark(few.replace(steps=(1,), baseline_outdir=tmp_path / "apart"), backbone=base)
     left = {folder.name for folder in (again.outdir / "images").iterdir()}
     assert left == {"student-1", "base-1", "real", "mine"}
 
