@@ -20,7 +20,7 @@ LAYERS = [
     set(modules.split())
     for modules in (
         # 0: settings, errors, and what everybody may use; no torch
-        "allocator config errors files hiding hub pickles reporting",
+        "allocator config errors files hiding hub pickles reporting signals",
         # 1: the mathematics
         "losses randomness schedule timesteps transfer",
         # 2: plain functions over a denoiser, and the shapes of what goes in and comes out

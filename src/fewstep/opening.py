@@ -77,7 +77,8 @@ def warn_of_prompts(prompts: Sequence[str], backbone: Backbone, reporter: Report
         )
     over = list(enumerate(zip(backbone.token_overflow(prompts), backbone.unread(prompts), strict=True)))
     longer = [(number, cut, text) for number, (cut, text) in over if cut]
-    for number, cut, text in longer[:1]:
+    if longer:
+        number, cut, text = longer[0]
         others = f", as {len(longer) - 1} others are too long" if len(longer) > 1 else ""
         reporter.warn(
             f"prompt {number} is {cut} tokens longer than the {backbone.max_tokens} that the text encoder reads"

@@ -27,6 +27,7 @@ class Previews:
         prompts: one a row.
         resolution: side of a picture in pixels.
         seed: of the noise; the same at every save, so that grids of different updates can be laid side by side.
+        batch_size: pictures drawn at once; what a training has memory for.
     """
 
     def __init__(

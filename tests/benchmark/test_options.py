@@ -13,13 +13,14 @@ import pytest
 import torch
 
 from fewstep import lora
-from fewstep.arms import base_arm
-from fewstep.backbone import Backbone, compiled, untrained
+from fewstep.arms import base_arm, student_arm
+from fewstep.backbone import Backbone, compiled, random_backbone, untrained
 from fewstep.benchmark import BenchmarkResult, benchmark, options
 from fewstep.config import BenchSettings
 from fewstep.errors import CheckpointError, InputError
 from fewstep.report import picture_path
-from tests.benchmark.fakes import make_base
+from tests.backbone.test_steady import too_large_for_half
+from tests.benchmark.fakes import Notes, make_base
 from tests.benchmark.test_benchmark import pixels, settings, table
 from tests.benchmark.test_resume import stopping
 
@@ -251,3 +252,20 @@ def test_unknown_repeated_and_impossible_options(tmp_path: Path, options: object
     with pytest.raises(InputError, match=words) as caught:
         asked(tmp_path, fast_options=options)
     assert "\n" not in str(caught.value)
+
+
+def test_a_vae_that_half_precision_is_too_narrow_for_runs_in_fp32(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(options.PRECISIONS, "bf16", torch.float16)  # which a CPU is not asked for: what is tested here
+    base, notes = random_backbone("tiny"), Notes()
+    arms = [replace(student_arm(steps), option="bf16") for steps in (1, 2)]
+    chosen = options.Options(BenchSettings(fast_options="bf16"), base, notes)
+    with chosen.on(base, arms[0]) as painter:
+        assert next(painter.vae.parameters()).dtype == torch.float16
+    too_large_for_half(base)
+    for arm in arms:
+        with chosen.on(base, arm) as painter:
+            assert next(painter.vae.parameters()).dtype == torch.float32
+            assert next(painter.unet.parameters()).dtype == torch.float16
+            assert painter.decode(torch.randn(1, *base.latent_shape(64))).isfinite().all()
+    (warned,) = notes.warned  # once, however many arms it concerns
+    assert "overflows in float16: it runs in float32" in warned

@@ -199,8 +199,8 @@ def test_any_other_base_is_judged_by_a_clip_model_that_is_at_hand(
     class CLIP:
         """Finds that a picture fits its own prompt by 0.25, and any other not at all."""
 
-        def __init__(self, model: str, *, fetch: bool, **_: Any) -> None:
-            assert not fetch
+        def __init__(self, model: str, *, fetch: bool, device: str, **_: Any) -> None:
+            assert not fetch and device == "cpu", "a GPU's memory is for the training"
             if model == "missing":
                 raise CheckpointError("not at hand")
 

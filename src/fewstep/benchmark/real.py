@@ -138,7 +138,7 @@ def _whole(data: PictureData, order: Sequence[int], count: int, allowance: int, 
     with reporter.progress("real pictures", count) as bar:
         for index in order:
             if len(found) == count:
-                return found
+                break
             try:
                 data.item(index)
             except PictureError as error:

@@ -11,7 +11,10 @@ from pydantic import Field, field_validator, model_validator
 from fewstep.config.adapters import AdapterEntry, adapter_of, distinct_ids, load_adapters
 from fewstep.config.base import BaseModelSettings, Checked, forbid_both
 from fewstep.config.kinds import (
+    CAPTION_COLUMN,
     CLIP_MODEL,
+    IMAGE_COLUMN,
+    MAX_DROPPED,
     Count,
     CountOrNone,
     Counts,
@@ -85,15 +88,9 @@ class BenchSettings(SamplingSettings):
         description="Pictures with captions, laid out as for training: the captions are the prompts, the pictures the "
         "real ones that arms are measured against.",
     )
-    image_column: Text | None = Field(
-        None, description="Column of the pictures. Unset: of a dataset found by its type, of metadata.jsonl file_name."
-    )
-    caption_column: Text | None = Field(
-        None, description="Column of the captions, or key of shards' .json. Unset: found by its name."
-    )
-    max_dropped: Share = Field(
-        0.01, description="Share of unusable pictures, or captions, above which data is refused."
-    )
+    image_column: Text | None = IMAGE_COLUMN
+    caption_column: Text | None = CAPTION_COLUMN
+    max_dropped: Share = MAX_DROPPED
     compare_baseline: bool = Field(
         False, description="Also draw with the teacher and with the base without adapter at the same few steps."
     )

@@ -140,3 +140,12 @@ CLIP_MODEL = Field(
     description="CLIP model of the alignment metric. Left as it is: the base's own, where it brings one; none leaves "
     "alignment out.",
 )
+
+# Of whatever reads pictures with captions.
+IMAGE_COLUMN = Field(
+    None, description="Column of the pictures. Unset: of a dataset found by its type, of metadata.jsonl file_name."
+)
+CAPTION_COLUMN = Field(None, description="Column of the captions, or key of shards' .json. Unset: found by its name.")
+MAX_DROPPED = Field(
+    0.01, description="Share of unusable pictures, or captions, above which the data is refused, at once or later."
+)

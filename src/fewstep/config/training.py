@@ -10,7 +10,10 @@ from pydantic import Field, model_validator
 
 from fewstep.config.base import BaseModelSettings, forbid_both
 from fewstep.config.kinds import (
+    CAPTION_COLUMN,
     CLIP_MODEL,
+    IMAGE_COLUMN,
+    MAX_DROPPED,
     Count,
     CountOrNone,
     Folder,
@@ -50,15 +53,9 @@ class TrainSettings(BaseModelSettings):
     prompts_file: Folder | None = Field(
         None, description="Text file with one caption a line to train on, without any pictures."
     )
-    image_column: Text | None = Field(
-        None, description="Column of the pictures. Unset: of a dataset found by its type, of metadata.jsonl file_name."
-    )
-    caption_column: Text | None = Field(
-        None, description="Column of the captions, or key of shards' .json. Unset: found by its name."
-    )
-    max_dropped: Share = Field(
-        0.01, description="Share of unusable pictures, or captions, above which the data is refused, at once or later."
-    )
+    image_column: Text | None = IMAGE_COLUMN
+    caption_column: Text | None = CAPTION_COLUMN
+    max_dropped: Share = MAX_DROPPED
     output_dir: Folder = Field(Path("./checkpoints"), description="Folder that holds the runs.")
     run_name: FolderName = Field("lora_flash", description="Folder of this run inside output_dir.")
     log_file: Folder | None = Field(

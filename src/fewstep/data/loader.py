@@ -12,7 +12,6 @@ repetition, and each one is named in the batch. More of them than the scan's all
 
 from __future__ import annotations
 
-import signal
 from collections.abc import Callable, Container, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
@@ -27,6 +26,7 @@ from fewstep.data.pairs import NO_PICTURE, PictureData
 from fewstep.data.pictures import PictureError
 from fewstep.errors import DataError, FewstepError
 from fewstep.randomness import generator
+from fewstep.signals import leave_to_the_main_process
 
 _PREFETCH = 2  # micro-batches that a worker is asked for in advance
 
@@ -216,7 +216,7 @@ class Batches:
             collate_fn=_as_it_is,
             num_workers=self._workers,
             prefetch_factor=_PREFETCH if self._workers else None,
-            worker_init_fn=_leave_signals_to_the_main_process,
+            worker_init_fn=leave_to_the_main_process,
             generator=torch.Generator(),  # else the loader draws from, and so changes, torch's global generator
         )
         for loaded in loader:
@@ -324,12 +324,3 @@ def _draw(n: int, rng: torch.Generator) -> int:
 
 def _as_it_is(loaded: Any) -> Any:
     return loaded
-
-
-def _leave_signals_to_the_main_process(_worker: int) -> None:
-    """Control-C goes to every process of the terminal, and a scheduler's SIGTERM to every one of the job.
-
-    The main one decides what becomes of them, and its workers end with it.
-    """
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_IGN)

@@ -139,18 +139,20 @@ class KStep:
                 "pairs_per_rollout 1 came with rollouts that all start from pure noise: timesteps below would never be "
                 "learnt; allowed is 2 or more; raise --pairs_per_rollout"
             )
-        weights = WEIGHTINGS[self.weighting](self.schedule.alpha_bar(torch.tensor(self.points)))
-        deaf = (
-            []
-            if weights.is_meta
-            else [t for t, weight in zip(self.points, weights.tolist(), strict=True) if not weight]
-        )
-        if deaf:
-            raise InputError(
-                f"loss_weighting {self.weighting} came with a base that has nothing but noise at t = {deaf[0]}: there "
-                "its weight is 0, and nothing would be learnt; allowed are x0 and v; pass --loss_weighting v"
-            )
+        self._check_weights()
         self._check_rollouts()
+
+    def _check_weights(self) -> None:
+        """Refuse, by an `InputError`, a weighting that learns nothing at a timestep: where ᾱ is 0, some are 0."""
+        alpha_bar = self.schedule.alpha_bar(torch.tensor(self.points))
+        if alpha_bar.is_meta:  # shapes alone
+            return
+        for t, weight in zip(self.points, WEIGHTINGS[self.weighting](alpha_bar).tolist(), strict=True):
+            if weight == 0:
+                raise InputError(
+                    f"loss_weighting {self.weighting} came with a base that has nothing but noise at t = {t}: there "
+                    "its weight is 0, and nothing would be learnt; allowed are x0 and v; pass --loss_weighting v"
+                )
 
     def _check_rollouts(self) -> None:
         """Refuse, by an `InputError`, a K with which a rollout does not exist or a timestep is never learnt from."""

@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import math
 import os
-import signal
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -29,6 +28,7 @@ from torch.utils.data import DataLoader, Dataset
 from fewstep.errors import InputError
 from fewstep.files import read_whole, replace_file_atomic
 from fewstep.reporting import Reporter
+from fewstep.signals import leave_to_the_main_process
 
 WORKERS, AHEAD = 8, 4
 LOOKED_AT = 20
@@ -79,9 +79,7 @@ def batch_indices(seed: int, step: int, batch_size: int, count: int) -> Tensor:
 class _State:
     """Module, its EMA and AdamW moments, as one safetensors file and a step count."""
 
-    def __init__(
-        self, module: nn.Module, optimizer: torch.optim.Optimizer, folder: Path, batch_size: int | None = None
-    ) -> None:
+    def __init__(self, module: nn.Module, optimizer: torch.optim.Optimizer, folder: Path, batch_size: int) -> None:
         self.module, self.optimizer, self.batch_size = module, optimizer, batch_size
         self.ema = {name: value.detach().clone() for name, value in module.state_dict().items()}
         self.file = folder / "state.safetensors"
@@ -127,8 +125,7 @@ class _State:
             moments = self.optimizer.state[parameter]
             tensors |= {f"m/{name}": moments["exp_avg"], f"v/{name}": moments["exp_avg_sq"]}
         tensors["step"] = torch.tensor(step)
-        if self.batch_size is not None:
-            tensors["batch_size"] = torch.tensor(self.batch_size)
+        tensors["batch_size"] = torch.tensor(self.batch_size)
         self.file.parent.mkdir(parents=True, exist_ok=True)
         partial = self.file.with_suffix(".partial")
         save_file({k: v.contiguous() for k, v in tensors.items()}, partial)
@@ -186,11 +183,6 @@ class _Steps(Dataset[tuple[Any, ...]]):
         return self.make(step, 0)
 
 
-def _leave_signals_to_the_main_process(_worker: int) -> None:
-    for number in (signal.SIGINT, signal.SIGTERM):  # a job's end reaches all of its processes: the main one saves
-        signal.signal(number, signal.SIG_IGN)
-
-
 def made_ahead(make: Make, steps: range) -> Iterator[tuple[Any, ...]]:
     """The batches of `steps` in order, made by worker processes while others are trained on."""
     loader = DataLoader(
@@ -200,7 +192,7 @@ def made_ahead(make: Make, steps: range) -> Iterator[tuple[Any, ...]]:
         num_workers=max(1, min(WORKERS, (os.cpu_count() or 1) - 1)),
         prefetch_factor=AHEAD,
         pin_memory=torch.cuda.is_available(),
-        worker_init_fn=_leave_signals_to_the_main_process,
+        worker_init_fn=leave_to_the_main_process,
         multiprocessing_context="fork",  # `make` holds the stage's drawings: too many to send
     )
     yield from loader

@@ -33,9 +33,6 @@ MAY_CHANGE = {
 """Settings that a resumed run may change and still be the same run. Under a cosine, max_steps is not one of them."""
 
 
-_NAMES = TrainSettings.model_fields.keys()
-
-
 def told(resumed: Path | None) -> str:
     """A checkpoint by its name and content, to tell it from another process's of the same name."""
     return "none" if resumed is None else f"{resumed.name} ({sha256(resumed / checkpoint.MANIFEST)[:8]})"
@@ -73,7 +70,7 @@ def checkpoint_to_resume(settings: TrainSettings, reporter: Reporter) -> Path | 
     if folder is None or which in ("latest", "auto"):
         return folder
     if folder.resolve().parent != (run / "lora").resolve():
-        if saved or final.exists() or (holds_a_run and _origin(run) != folder.resolve()):
+        if saved or final.exists() or (holds_a_run and other != folder.resolve()):
             raise InputError(
                 f"{str(run)!r} holds a run already, and {which!r} is of another one; choose a new --run_name to go on "
                 "from it"
@@ -151,7 +148,11 @@ def check_resumed(folder: Path, settings: TrainSettings, backbone: Backbone, mor
         )
     # A setting that came with a later release was at its default then; one that has gone decides nothing any more.
     defaults = tomllib.loads(settings_toml(TrainSettings()))
-    saved = {key: value for key, value in load_toml(folder / checkpoint.SETTINGS).items() if key in _NAMES}
+    saved = {
+        key: value
+        for key, value in load_toml(folder / checkpoint.SETTINGS).items()
+        if key in TrainSettings.model_fields
+    }
     before, after = defaults | saved, tomllib.loads(settings_toml(settings))
     free = MAY_CHANGE if settings.lr_schedule == "constant" else MAY_CHANGE - {"max_steps"}
     changed = [key for key in sorted((before.keys() | after.keys()) - free) if before.get(key) != after.get(key)]
