@@ -57,10 +57,12 @@ def snapshot(repo_id: str, patterns: Iterable[str], revision: str | None = None)
         raise NotAtHand(f"it has no revision {revision!r}") from None
     except errors.RepositoryNotFoundError:
         raise NotAtHand("the Hub has no such repository, or it is private and HF_TOKEN is not set") from None
+    except errors.IncompleteSnapshotError as error:  # of any file that matches, whether a caller reads it or not
+        return Path(error.snapshot_path)
     except errors.LocalEntryNotFoundError:
         offline = "HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else "the Hub was not reached"
         raise NotAtHand(offline) from None
     except UnicodeError:
         raise NotAtHand("HF_TOKEN holds characters that no token has") from None
-    except (errors.HfHubHTTPError, errors.HFValidationError, OSError) as error:
+    except (errors.HTTPError, errors.HFValidationError, OSError) as error:  # HTTPError is any of httpx's, too
         raise NotAtHand(" ".join(str(error).split())[:200]) from None

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers import StableDiffusionPipeline
+from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import CLIPTokenizer
 
@@ -112,7 +113,7 @@ def test_what_a_stage_leaves_is_there_whole_or_not_at_all(tmp_path: Path, monkey
         raise KeyboardInterrupt
 
     vae = build_vae("tiny").eval()
-    vae.save_pretrained(tmp_path / "work" / "vae" / "folded")
+    vae.save_pretrained(tmp_path / "work" / "vae-refine" / "folded")
     with monkeypatch.context() as patch:
         patch.setattr(latents, "save_file", half)
         with pytest.raises(KeyboardInterrupt):
@@ -167,7 +168,7 @@ def test_work_from_before_the_note_is_gone_on_with(tmp_path: Path) -> None:
         ("work/drawings.npy", b"\x93NUMPY", "vae", "drawn again"),
         ("work/made_from.json", b"{", "vae", "another --output_dir"),
         ("figures.json", b"", "vae", "measures its figures anew"),
-        ("work/vae/folded/config.json", b"{", "judges", "run --stage vae again"),
+        ("work/vae-refine/folded/config.json", b"{", "judges", "run --stage vae-refine again"),
         ("work/tokenizer/tokenizer.json", b"{", "judges", "the whole work folder"),
     ],
 )
@@ -184,11 +185,25 @@ def test_work_that_is_damaged_is_told_from_a_bug(
 
 @pytest.fixture(scope="module")
 def begun(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What the first stage leaves, and the tokenizer."""
+    """What the VAE's stages leave, and the tokenizer."""
     folder = tmp_path_factory.mktemp("begun")
-    pretrain(PretrainSettings(output_dir=folder, size="tiny", seed=0, device="cpu", mixed_precision="no", stage="vae"))
+    vae = PretrainSettings(output_dir=folder, size="tiny", seed=0, device="cpu", mixed_precision="no", stage="vae")
+    pretrain(vae)
+    pretrain(vae.replace(stage="vae-refine"))
     assert workshop(folder).tokenizer
     return folder
+
+
+def test_a_training_does_not_go_on_where_what_it_builds_on_was_trained_anew(tmp_path: Path, begun: Path) -> None:
+    shutil.copytree(begun, tmp_path / "out")
+    settings = {"output_dir": tmp_path / "out", "size": "tiny", "seed": 0, "device": "cpu", "mixed_precision": "no"}
+    pretrain(PretrainSettings(**settings, stage="vae-refine"))  # the same VAE
+    anew = tmp_path / "out" / "work" / "vae" / "state.safetensors"
+    save_file({name: value + 1 if "ema/" in name else value for name, value in load_file(anew).items()}, anew)
+    with pytest.raises(InputError, match=r"^vae was trained anew after .*vae-refine.*; remove .*vae-refine'"):
+        pretrain(PretrainSettings(**settings, stage="vae-refine"))
+    shutil.rmtree(tmp_path / "out" / "work" / "vae-refine")
+    pretrain(PretrainSettings(**settings, stage="vae-refine"))
 
 
 def test_latents_that_cannot_be_read_say_what_to_do(tmp_path: Path, begun: Path) -> None:
@@ -333,9 +348,10 @@ def test_a_stopped_stage_goes_on_as_if_it_had_not_been(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("stage", "missing"),
     [
-        ("judges", "vae"),
-        ("denoiser", "vae"),
-        ("refine", "vae"),
+        ("vae-refine", "vae"),
+        ("judges", "vae-refine"),
+        ("denoiser", "vae-refine"),
+        ("refine", "vae-refine"),
         ("refine-half", "judges"),
         ("refine", "judges"),
         ("refine", "denoiser"),
@@ -343,7 +359,7 @@ def test_a_stopped_stage_goes_on_as_if_it_had_not_been(tmp_path: Path) -> None:
 )
 def test_a_stage_says_which_one_comes_before_it(tmp_path: Path, stage: str, missing: str) -> None:
     if missing in ("judges", "denoiser"):
-        build_vae("tiny").save_pretrained(tmp_path / "work" / "vae" / "folded")
+        build_vae("tiny").save_pretrained(tmp_path / "work" / "vae-refine" / "folded")
     if missing == "denoiser":
         for judge in ("judge", "alignment"):
             (tmp_path / judge).mkdir()
@@ -481,7 +497,7 @@ def test_pretraining_from_nothing_gives_a_base_that_a_stock_pipeline_draws_with(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     result = pretrain(PretrainSettings(output_dir=tmp_path, size="tiny", seed=0, mixed_precision="no"))
-    assert set(result.figures) == {"vae", "judges", "denoiser-half", "denoiser", "refine-half", "refine"}
+    assert set(result.figures) == {"vae", "vae-refine", "judges", "denoiser-half", "denoiser", "refine-half", "refine"}
     assert json.loads((tmp_path / "figures.json").read_text()) == result.figures
     assert 5 < result.figures["vae"]["psnr_db"] < 40
     assert set(result.figures["refine"]["arms"]) >= {"ddim-50-guided", "lcm-2-unguided"}

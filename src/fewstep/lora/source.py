@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -91,9 +92,9 @@ def _fetch(hub_id: str) -> tuple[Path, Path | None]:
     try:
         if not hub.looks_like_id(repository):
             raise hub.NotAtHand("that is no OWNER/NAME")
-        inside = file.rpartition("/")[0]
+        inside, exactly = glob.escape(file.rpartition("/")[0]), glob.escape(file)  # names with brackets are names
         beside = tuple(f"{inside}/{pattern}" for pattern in PATTERNS) if inside else PATTERNS
-        folder = hub.snapshot(repository, (*beside, file) if file else beside)
+        folder = hub.snapshot(repository, (*beside, exactly) if file else beside)
         if file and not (folder / file).is_file():
             raise hub.NotAtHand(f"it has no file {file}, or the copy here lacks it")
         if not file and not any((folder / usual).is_file() for usual in (WEIGHTS_NAME, PEFT_NAME)):

@@ -1,6 +1,6 @@
-"""`fewstep pretrain`: the embedded base and its judges, rebuilt from nothing in six resumable stages.
+"""`fewstep pretrain`: the embedded base and its judges, rebuilt from nothing in seven resumable stages.
 
-1. vae: drawings to latents and back;
+1. vae, vae-refine: drawings to latents and back, down two learning rate curves;
 2. judges: the reader with its features, and the alignment model;
 3. denoiser-half, denoiser: the text encoder, then the UNet on cached latents;
 4. refine-half, refine: the UNet's training goes on under a second learning rate curve, then the figures that say what

@@ -61,7 +61,7 @@ def refine_denoiser(shop: Workshop) -> dict[str, Any]:
 def _drawing(shop: Workshop, until: int | None = None) -> Denoiser:
     vae = shop.load_vae()  # missing, it is missed before anything long
     denoiser = _untrained_denoiser(shop, _train_text(shop))
-    _train_unet(shop, denoiser, vae, "denoiser", shop.seed, until)
+    _train_unet(shop, denoiser, vae, "denoiser", shop.seed, until, after=("vae-refine", "text"))
     return denoiser
 
 
@@ -70,7 +70,7 @@ def _refined(shop: Workshop, until: int | None = None) -> Denoiser:
     shop.need_judges()  # which measure the base when it is trained
     denoiser = _untrained_denoiser(shop, CaptionReader(shop.tokenizer, shop.size).text_encoder)
     denoiser.load_state_dict(averaged(shop.work / "denoiser", shop.plan("denoiser").steps))
-    _train_unet(shop, denoiser, vae, "refine", shop.seed + 1, until)
+    _train_unet(shop, denoiser, vae, "refine", shop.seed + 1, until, after=("vae-refine", "denoiser"))
     return denoiser
 
 
@@ -80,7 +80,13 @@ def _untrained_denoiser(shop: Workshop, text_encoder: CLIPTextModel) -> Denoiser
 
 
 def _train_unet(
-    shop: Workshop, denoiser: Denoiser, vae: AutoencoderKL, name: str, seed: int, until: int | None
+    shop: Workshop,
+    denoiser: Denoiser,
+    vae: AutoencoderKL,
+    name: str,
+    seed: int,
+    until: int | None,
+    after: tuple[str, ...],
 ) -> None:
     latents, plan = cached_latents(shop, vae), shop.plan(name)
     landmarks: list[Tensor] = []
@@ -101,7 +107,7 @@ def _train_unet(
         clean, ids = latents[picked].float(), tokenize(shop.tokenizer, captions)
         return clean, noise, t, ids, [level[picked] for level in landmarks], ~dropped
 
-    shop.run(denoiser, make, partial(denoiser_losses, denoiser, schedule), plan, name, until)
+    shop.run(denoiser, make, partial(denoiser_losses, denoiser, schedule), plan, name, until, after)
     denoiser.use_plain_attention(False)
 
 

@@ -1,4 +1,4 @@
-"""Stage 2: whoever looks at pictures, trained on drawings and on reconstructions of drawings, never on drawn ones."""
+"""The judges: whoever looks at pictures, trained on drawings and on reconstructions of drawings, never on drawn ones."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ def _train_judge(shop: Workshop, vae: AutoencoderKL) -> dict[str, Any]:
         softened = soften(batch.permute(0, 3, 1, 2).float() / 255, sigma, contrast)
         return judge_losses(judge, softened, asked, wanted)
 
-    shop.run(judge, make, loss, plan, "judge")
+    shop.run(judge, make, loss, plan, "judge", after=("vae-refine",))
     judge.cpu()
     real = to_pixels(pixels[: min(sizes.drawings, WHITENED)])
     whiten_features(judge, torch.cat([judge((some + 1) / 2)[1] for some in real.split(64)]))

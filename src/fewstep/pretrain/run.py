@@ -13,12 +13,13 @@ from fewstep.locks import alone_in
 from fewstep.pretrain.denoiser import half_of_denoiser, half_of_refine, refine_denoiser, train_denoiser
 from fewstep.pretrain.judges import train_judges
 from fewstep.pretrain.sizes import STAGES
-from fewstep.pretrain.vae import train_vae
+from fewstep.pretrain.vae import refine_vae, train_vae
 from fewstep.pretrain.workshop import Workshop
 from fewstep.reporting import SILENT, Reporter
 
 TRAIN: dict[str, Callable[[Workshop], dict[str, Any]]] = {
     "vae": train_vae,
+    "vae-refine": refine_vae,
     "judges": train_judges,
     "denoiser-half": half_of_denoiser,
     "denoiser": train_denoiser,

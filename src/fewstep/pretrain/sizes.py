@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from fewstep.scenes.loop import Plan
 
-STAGES = ("vae", "judges", "denoiser-half", "denoiser", "refine-half", "refine")
+STAGES = ("vae", "vae-refine", "judges", "denoiser-half", "denoiser", "refine-half", "refine")
 """One goes on where the one before stopped; a half is the first one, so that none takes longer than 90 minutes."""
 
 
@@ -43,7 +43,15 @@ SIZES = {
         swept=200,
         proved=256,
         larger_on_gpu=8,
-        minutes={"vae": 80, "judges": 40, "denoiser-half": 75, "denoiser": 65, "refine-half": 60, "refine": 75},
+        minutes={
+            "vae": 80,
+            "vae-refine": 80,
+            "judges": 40,
+            "denoiser-half": 75,
+            "denoiser": 65,
+            "refine-half": 60,
+            "refine": 75,
+        },
         vae=Plan(steps=4_200, batch_size=8, parts=2, learning_rate=1e-3, beta2=0.999, ema_decay=0.999),
         judge=Plan(steps=2_200, batch_size=64, parts=2, learning_rate=2e-3),
         alignment=Plan(steps=500, batch_size=96, learning_rate=1e-3),

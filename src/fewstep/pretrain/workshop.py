@@ -6,7 +6,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
@@ -21,7 +21,7 @@ from transformers import CLIPTokenizer
 from fewstep.backbone import choose_device
 from fewstep.config import PretrainSettings
 from fewstep.errors import InputError
-from fewstep.files import read_whole, replace_folder_atomic, write_text_atomic
+from fewstep.files import read_whole, replace_folder_atomic, sha256, write_text_atomic
 from fewstep.pretrain.sizes import SIZES
 from fewstep.reporting import Reporter
 from fewstep.scenes.captions import random_caption
@@ -60,8 +60,8 @@ class Workshop:
 
     @property
     def folded(self) -> Path:
-        """Where the first stage leaves the VAE."""
-        return self.work / "vae" / "folded"
+        """Where the VAE's stages leave it."""
+        return self.work / "vae-refine" / "folded"
 
     def begin(self) -> None:
         """Note beside the work what it is made from; work from before such notes is taken for what came.
@@ -118,15 +118,48 @@ class Workshop:
         return replace(plan, batch_size=plan.batch_size * self.sizes.larger_on_gpu, parts=1)
 
     def run(
-        self, module: nn.Module, make: Make, loss: Loss, plan: Plan, name: str, until: int | None = None
+        self,
+        module: nn.Module,
+        make: Make,
+        loss: Loss,
+        plan: Plan,
+        name: str,
+        until: int | None = None,
+        after: Sequence[str] = (),
     ) -> nn.Module:
-        """Train `module` under autocast in the folder `name`, to the end or `until` a step; it stays on the device."""
+        """Train `module` under autocast in the folder `name`, to the end or `until` a step; it stays on the device.
+
+        Args:
+            after: the folders in which was trained what this training builds on.
+
+        Raises:
+            InputError: it was begun on one of them before that was trained anew.
+        """
+        self._note_begun_on(name, after)
 
         def cast(*batch: Any) -> dict[str, Tensor]:
             with self.autocast():
                 return loss(*batch)
 
         return run(module, make, cast, plan, self.work / name, self.reporter, self.device, until)
+
+    def _note_begun_on(self, name: str, after: Sequence[str]) -> None:
+        """Keep, beside what is trained in `name`, the hashes of what it builds on."""
+        trained, note = self.work / name / "state.safetensors", self.work / name / "begun_on.json"
+        for one in after:
+            _need(self.work / one / "state.safetensors", one)
+        came = {one: sha256(self.work / one / "state.safetensors") for one in after}
+        if trained.exists() and note.exists():
+            with read_whole(note, f"remove its folder, and the stage trains {name} from its start"):
+                begun = json.loads(note.read_text())
+            for one in after:
+                if begun.get(one) != came[one]:
+                    raise InputError(
+                        f"{one} was trained anew after {str(trained)!r} was begun on it; allowed is the one that it was "
+                        f"begun on; remove {str(trained.parent)!r}, and the stage trains {name} from its start"
+                    )
+        elif came:
+            write_text_atomic(note, json.dumps(came, indent=1) + "\n")
 
     def drawings(self) -> np.ndarray:
         cache = self.work / "drawings.npy"
@@ -154,13 +187,13 @@ class Workshop:
         return tokenizer
 
     def load_vae(self) -> AutoencoderKL:
-        """What the first stage left, not to be trained any more, on the device.
+        """The VAE as its stages left it, not to be trained any more, on the device.
 
         Raises:
-            InputError: the first stage has not been run.
+            InputError: they have not been run.
         """
-        _need(self.folded, "vae")
-        with read_whole(self.folded, "run --stage vae again, which trains no more and writes it anew"):
+        _need(self.folded, "vae-refine")
+        with read_whole(self.folded, "run --stage vae-refine again, which trains no more and writes it anew"):
             vae = AutoencoderKL.from_pretrained(self.folded)
         return vae.eval().requires_grad_(False).to(self.device)
 
@@ -168,7 +201,7 @@ class Workshop:
         """Miss the judges before anything long.
 
         Raises:
-            InputError: the second stage has not been run.
+            InputError: their stage has not been run.
         """
         for name in ("judge", "alignment"):
             _need(self.out / name, "judges")
