@@ -1,5 +1,5 @@
 # `make demo` and `make test` do the whole set-up themselves, once: .venv in this folder, pinned dependencies.
-# Another interpreter: make demo PYTHON=/path/to/python3.12      More flags: make demo ARGS="--max_steps 100"
+# Another interpreter: make demo PYTHON=/path/to/python3.12      More flags: make demo ARGS="--max_steps 100 --outdir demo_short"
 
 VENV := .venv
 BIN := $(VENV)/bin

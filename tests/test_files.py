@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
@@ -11,12 +12,21 @@ from fewstep.files import (
     at_home,
     remove_folder_at_once,
     remove_leftovers,
+    remove_old_leftovers,
     replace_folder_atomic,
     sha256,
     write_bytes_atomic,
     write_text_atomic,
 )
 from fewstep.reporting import SILENT
+
+
+def test_leftovers_are_removed_where_others_write_when_they_are_old(tmp_path: Path) -> None:
+    for name in (".old.1.partial", ".new.2.partial", "kept.safetensors"):
+        (tmp_path / name).write_text("x")
+    os.utime(tmp_path / ".old.1.partial", (0, 0))
+    remove_old_leftovers(tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".new.2.partial", "kept.safetensors"]
 
 
 def test_a_file_is_written_with_its_folders_and_nothing_else(tmp_path: Path) -> None:

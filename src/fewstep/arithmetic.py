@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
+from fewstep.allocator import give_back_freed_memory
+
 
 def _cpu_attention(
     query: tuple[int, ...], key: tuple[int, ...], value: tuple[int, ...], *_: object, **__: object
@@ -50,6 +52,7 @@ def _start_anew(device: torch.device) -> bool:
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     elif device.type == "cpu":
+        give_back_freed_memory()  # of whatever ran before
         try:
             Path("/proc/self/clear_refs").write_text("5")  # see proc(5)
         except OSError:  # not there, or not ours to reset, as in some containers

@@ -40,6 +40,9 @@ from fewstep.config import (
 from fewstep.errors import FewstepError, Interrupted, StopAsked, is_out_of_memory
 from fewstep.hiding import without_secrets
 
+if typing.TYPE_CHECKING:
+    from fewstep.ui import ConsoleReporter
+
 DONE, BUG, WRONG_INPUT, STOPPED_AT_ONCE = 0, 1, 2, 130
 TRACEBACK = "FEWSTEP_TRACEBACK"
 
@@ -125,7 +128,8 @@ def _function(command: Command, defaults: Mapping[str, Any]) -> Callable[..., No
         flags |= dict(zip(run.__signature__.parameters, words, strict=False))  # type: ignore[attr-defined]
         given = {name: value for name, value in flags.items() if value is not None}
         config = given.pop("config", None)
-        _call(command, merged(command.settings, given, config=config, defaults=defaults))
+        settings = merged(command.settings, given, config=config, defaults=defaults, warn=_reporter().warn)
+        _call(command, settings)
 
     sections = {name: section for section, names in SECTIONS.items() for name in names.split()}
     groups = {section: Group(section, sort_key=position) for position, section in enumerate(SECTIONS)}
@@ -193,12 +197,16 @@ def _metavar(kind: str) -> str:
 # ------------------------------------------------------------------------------------------------------ running, ending
 
 
-def _call(command: Command, settings: Checked) -> None:
+def _reporter() -> ConsoleReporter:
     from fewstep.ui import ConsoleReporter
 
-    keep_freed_memory()
     # torchrun and accelerate give each process its number: the first one speaks for all.
-    reporter = ConsoleReporter(quiet=os.environ.get("RANK", "0") != "0")
+    return ConsoleReporter(quiet=os.environ.get("RANK", "0") != "0")
+
+
+def _call(command: Command, settings: Checked) -> None:
+    keep_freed_memory()
+    reporter = _reporter()
     with reporter.holding_signals(), reporter.hearing_warnings():
         module, function = command.procedure.split(":")
         try:

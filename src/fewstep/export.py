@@ -47,11 +47,11 @@ def export(settings: ExportSettings, *, reporter: Reporter = SILENT, backbone: B
     counts = (promised_steps(opened.source) if opened.source else None) or ()
     stated = lora.StatedSampling(wanted.sampler, wanted.span, counts)
     tensors = lora.kohya_tensors(backbone.unet)
-    lora.save_kohya(tensors, file, {lora.STATED: stated.to_json()})
+    lora.save_kohya(tensors, file, {lora.STATED: stated.to_json()} if wanted.known else {})
     try:
         info = lora.load_adapter(backbone, file)
         _compare(lora.kohya_tensors(backbone.unet), tensors, file)
-    except CheckpointError:
+    except BaseException:  # stopped, or out of memory: what has not been compared is not kept
         file.unlink()
         raise
     reporter.say(f"exported: {file}, {info.modules} modules, rank {info.rank}, alpha {info.alpha:g}")

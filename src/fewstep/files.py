@@ -5,8 +5,9 @@ from __future__ import annotations
 import hashlib
 import os
 import shutil
+import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from fewstep.errors import CheckpointError, first_line, is_out_of_memory
@@ -120,6 +121,14 @@ def remove_leftovers(folder: str | Path) -> None:
                 shutil.rmtree(left, ignore_errors=True)
             else:
                 left.unlink(missing_ok=True)
+
+
+def remove_old_leftovers(folder: str | Path) -> None:
+    """The same of files, where others may be writing: what has not been written to for a day."""
+    for left in Path(folder).glob(".*.partial"):
+        with suppress(OSError):  # gone in the meantime, or not ours
+            if time.time() - left.stat().st_mtime > 86_400:
+                left.unlink()
 
 
 def at_home(path: str | Path) -> Path:

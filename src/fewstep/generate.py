@@ -63,7 +63,7 @@ def generate(
         student_arm(n, settings.flash_guidance, count, sampler=wanted.sampler, span=wanted.span) for n in settings.steps
     ]
     check_arms(arms, settings.negative_prompt)
-    warn_of_prompts(prompts, backbone, reporter)
+    warn_of_prompts(prompts, backbone, reporter, settings.negative_prompt)
     checker = None
     if settings.safety_checker:
         checker = SafetyChecker(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import platform
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 
 import torch
@@ -61,7 +61,9 @@ def read_prompts(settings: SamplingSettings) -> list[str] | None:
     return prompts
 
 
-def warn_of_prompts(prompts: Sequence[str], backbone: Backbone, reporter: Reporter) -> None:
+def warn_of_prompts(
+    prompts: Sequence[str], backbone: Backbone, reporter: Reporter, negative_prompt: str | None = None
+) -> None:
     """Say which prompts came twice, which words the base does not know, and which are longer than it reads."""
     repeated = sorted({prompt for prompt in prompts if prompts.count(prompt) > 1})
     if repeated:
@@ -69,19 +71,21 @@ def warn_of_prompts(prompts: Sequence[str], backbone: Backbone, reporter: Report
             f"{len(repeated)} prompts came more than once, such as {repeated[0]!r}; each is drawn from other noise, "
             "but intervals take them for different prompts"
         )
-    unknown = backbone.abilities.unknown_words(list(prompts)) if backbone.abilities is not None else []
+    texts = {f"prompt {number}": prompt for number, prompt in enumerate(prompts)}
+    texts |= {"the negative prompt": negative_prompt} if negative_prompt else {}
+    unknown = backbone.abilities.unknown_words(list(texts.values())) if backbone.abilities is not None else []
     if unknown:
         shown = " ".join(unknown[:8]) + (f" and {len(unknown) - 8} more" if len(unknown) > 8 else "")
         reporter.warn(
             f"the base {backbone.name} was never taught these words, and does not draw what they ask: {shown}"
         )
-    over = list(enumerate(zip(backbone.token_overflow(prompts), backbone.unread(prompts), strict=True)))
-    longer = [(number, cut, text) for number, (cut, text) in over if cut]
+    cuts, ends = backbone.token_overflow(list(texts.values())), backbone.unread(list(texts.values()))
+    longer = [(name, cut, end) for name, cut, end in zip(texts, cuts, ends, strict=True) if cut]
     if longer:
-        number, cut, text = longer[0]
+        name, cut, text = longer[0]
         others = f", as {len(longer) - 1} others are too long" if len(longer) > 1 else ""
         reporter.warn(
-            f"prompt {number} is {cut} tokens longer than the {backbone.max_tokens} that the text encoder reads"
+            f"{name} is {cut} tokens longer than the {backbone.max_tokens} that the text encoder reads"
             f"{others}; what is cut: {_shortened(text)!r}; shorten it"
         )
 
@@ -120,7 +124,8 @@ def open_base(
         return Opened(backbone, {"source": "attached already"})
     if source is None:
         shipped = None if backbone.abilities is None else backbone.abilities.adapter()
-        if shipped is None:
+        record = None if shipped is None else checkpoint.recorded(shipped)
+        if shipped is None or (record is not None and record.base_fingerprint != backbone.fingerprint):
             raise InputError(
                 f"no adapter came and the base {backbone.name} ships none; allowed is --lora_path FOLDER|FILE or "
                 "--lora_id HUB_ID; pass one of the two, or train one with fewstep train"
@@ -232,6 +237,8 @@ class Sampling:
 
     sampler: Sampler = "lcm"
     span: float = 1.0
+    known: bool = field(default=True, compare=False)
+    """Whether something says so; LCM's is what is left where nothing does."""
 
 
 def recorded_sampling(source: lora.AdapterSource | None, reporter: Reporter) -> Sampling:
@@ -240,14 +247,18 @@ def recorded_sampling(source: lora.AdapterSource | None, reporter: Reporter) -> 
     Raises:
         CheckpointError: settings beside the adapter that cannot be read.
     """
-    config = source.folder / "scheduler" / "scheduler_config.json" if source else None
-    if source is None or config is None:
-        return Sampling()
+    if source is None:
+        reporter.warn(
+            "nothing says how the adapter that is attached to the base is to be sampled: with lcm; name it by "
+            "lora_path, so that what lies beside it is read"
+        )
+        return Sampling(known=False)
+    config = source.folder / "scheduler" / "scheduler_config.json"
     stated = lora.stated_sampling(source.weights)
     if not config.is_file():
         if stated is None:
             reporter.say(f"nothing with {source.name} says how it is to be sampled: with lcm")
-            return Sampling()
+            return Sampling(known=False)
         return Sampling(stated.sampler, stated.span)
     try:
         saved = json.loads(config.read_text(encoding="utf-8"))
@@ -264,7 +275,7 @@ def recorded_sampling(source: lora.AdapterSource | None, reporter: Reporter) -> 
         )
     sampler = SCHEDULERS.get(name, otherwise)
     if sampler != "ddim":
-        return Sampling(sampler)
+        return Sampling(sampler, known=name in SCHEDULERS or stated is not None)
     said_inside = stated.span if stated and stated.sampler == sampler else 1.0
     return Sampling(sampler, checkpoint.recorded_span(source.folder) or said_inside)
 

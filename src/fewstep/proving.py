@@ -127,7 +127,7 @@ def prove_base(
         frechet = frechet_figure(drawn.features, reference, 5)
         figures["arms"][arm.id] = {"all_right": round(drawn.share, 4), "frechet": frechet, "read": drawn.by_attribute}
         error = 1.96 * (drawn.share * (1 - drawn.share) / count) ** 0.5
-        distance = f"Fréchet {frechet['value']:.2f} ± {frechet['standard_error'] or 0:.2f}"
+        distance = f"Fréchet {frechet['value']:.2f} ± {1.96 * (frechet['standard_error'] or 0):.2f}"
         reporter.say(f"{arm.id}: all right {100 * drawn.share:.1f} % ± {100 * error:.1f}, {distance}")
     held_out = draw_arm(backbone, untrained_arm("ddim", 50, backbone.guidance_scale), composed, seed, reporter=reporter)
     figures["teacher_all_right_composed"] = round(held_out.share, 4)

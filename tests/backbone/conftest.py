@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import socket
 from collections.abc import Callable, Iterator
@@ -55,7 +56,10 @@ def folder(saved_tiny: Path, tmp_path: Path) -> Path:
 
 @pytest.fixture
 def offline_cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[[str, Path | None], Path]:
-    """An empty Hub cache and HF_HUB_OFFLINE=1; call it with an id and a folder to put that into the cache."""
+    """An empty Hub cache and HF_HUB_OFFLINE=1; call it with an id and a folder to put that into the cache.
+
+    As when it was fetched by a tool that left the safety checker out, whose files the cache knows of all the same.
+    """
     from huggingface_hub import constants
 
     cache = tmp_path / "hub"
@@ -70,6 +74,11 @@ def offline_cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[[
             shutil.copytree(content, repository / "snapshots" / commit)
             (repository / "refs").mkdir(parents=True)
             (repository / "refs" / "main").write_text(commit)
+            listed = [file.relative_to(content).as_posix() for file in content.rglob("*") if file.is_file()]
+            listed += ["safety_checker/config.json", "safety_checker/model.safetensors"]
+            tree = {"format_version": 1, "files": {name: {"size": 1, "blob_id": "0" * 40} for name in listed}}
+            (repository / "trees").mkdir()
+            (repository / "trees" / f"{commit}.json").write_text(json.dumps(tree))
         return cache
 
     return put

@@ -387,7 +387,7 @@ def test_weights_that_are_not_at_hand_name_three_ways_out(offline_cache: Callabl
         "'stable-diffusion-v1-5/stable-diffusion-v1-5'",
         "HF_HUB_OFFLINE is set",
         str(cache),
-        "hf download stable-diffusion-v1-5/stable-diffusion-v1-5 ",
+        'hf download stable-diffusion-v1-5/stable-diffusion-v1-5 --include "*.json" --include "*.txt" --include ',
         "--base_model FOLDER|FILE",
         "--base_model scenes",
     ):
@@ -405,6 +405,19 @@ def test_a_cached_base_opens_without_a_network(
     assert loaded.fingerprint == load_backbone(saved_tiny, device="cpu").fingerprint
     with pytest.raises(InputError, match="--revision other"):
         load_backbone("someone/tiny", device="cpu", revision="other")
+
+
+def test_a_connection_that_breaks_in_any_way_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A proxy's refusal is passed on by the Hub's library as it is, and is no `OSError`."""
+    import httpx2
+    import huggingface_hub
+
+    def refused(*_: object, **__: object) -> None:
+        raise httpx2.ProxyError("403 Forbidden")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", refused)
+    with pytest.raises(InputError, match="'someone/tiny' is not at hand: 403 Forbidden"):
+        load_backbone("someone/tiny", device="cpu")
 
 
 def test_a_base_that_is_cached_in_part_is_not_at_hand(

@@ -180,6 +180,19 @@ def test_half_precision_keeps_coefficients_adapter_and_outputs_in_fp32() -> None
     assert sum(float(gradient.abs().sum()) for gradient in gradients if gradient is not None) > 0
 
 
+def test_what_has_no_weights_in_fp32_runs_without_autocast(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A fused adapter leaves none: on a GPU autocast would take the norms through fp32, and cost time."""
+    half = random_backbone(seed=5, dtype="bf16")
+    inputs, entered = (torch.randn(1, 4, 8, 8), torch.tensor([500]), torch.randn(1, 77, 32)), list[bool]()
+    honest = Backbone.autocast
+    monkeypatch.setattr(Backbone, "autocast", lambda self: entered.append(True) or honest(self))
+    plain = half.denoiser(adapter=False)(*inputs)
+    assert torch.equal(half.denoiser()(*inputs), plain) and entered == []
+    attach(half.unet, 4, 32, TARGETS, seed=1)
+    half.denoiser()(*inputs)
+    assert entered == [True]
+
+
 def _student() -> tuple[Backbone, tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
     backbone = random_backbone(seed=5)
     parameters = attach(backbone.unet, 4, 32, TARGETS, seed=1)

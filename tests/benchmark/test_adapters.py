@@ -274,7 +274,9 @@ def test_a_scheduler_that_is_not_known_is_named(other: Path, content: str) -> No
     assert opening.recorded_sampling(lora.locate(other), notes) == opening.Sampling("lcm")
     (warned,) = notes.warned
     assert ("EulerDiscreteScheduler" if "Euler" in content else "cannot be read") in warned
-    assert opening.recorded_sampling(None, notes) == opening.Sampling("lcm") and len(notes.warned) == 1
+    attached = opening.recorded_sampling(None, notes)
+    assert attached == opening.Sampling("lcm") and not attached.known
+    assert notes.warned[1].startswith("nothing says how the adapter that is attached to the base is to be sampled")
 
 
 def test_a_further_adapter_that_was_trained_on_another_base_is_named(

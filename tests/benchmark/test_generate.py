@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 
 from fewstep.arms import base_arm, student_arm
-from fewstep.backbone import Backbone
+from fewstep.backbone import Backbone, load_backbone
 from fewstep.benchmark import benchmark
 from fewstep.config import BenchSettings, GenerateSettings
 from fewstep.errors import CheckpointError, InputError, Interrupted
@@ -51,6 +51,14 @@ def test_words_that_a_base_was_never_taught_are_named(base: Backbone, tmp_path: 
     generate(settings, reporter=notes, backbone=base)
     (line,) = [line for line in notes.warned if "never taught" in line]
     assert line.endswith("does not draw what they ask: unheard")
+
+
+def test_a_base_of_other_weights_has_no_shipped_adapter(tmp_path: Path) -> None:
+    """Such as one that `fewstep pretrain` made, opened where its judges do not lie beside it."""
+    rebuilt = replace(load_backbone("scenes", device="cpu"), fingerprint="0" * 32)
+    with pytest.raises(InputError, match="no adapter came and the base scenes ships none"):
+        generate(GenerateSettings(prompt="a red house", outdir=tmp_path, device="cpu"), backbone=rebuilt)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_what_was_stopped_before_its_first_picture_can_be_asked_for_again(base: Backbone, tmp_path: Path) -> None:

@@ -103,6 +103,18 @@ def test_data_that_does_not_do(
     assert not (tmp_path / "out").exists()
 
 
+def test_captions_alone_take_no_further_pictures(
+    bare: tuple[Backbone, dict[str, object]], data: Path, tmp_path: Path
+) -> None:
+    base, plain = bare
+    alone = plain | {"data_dir": data, "num_prompts": COUNT, "num_images": 2, "frechet_images": 0}
+    result = benchmark(settings(tmp_path, **alone), backbone=base)
+    assert sorted(result.record.prompts) == sorted(f"caption {number}" for number in range(COUNT))
+    assert result.record.real is None
+    with pytest.raises(InputError, match="num_prompts 13 came, the data has 12 pictures; allowed are at most as many"):
+        benchmark(settings(tmp_path, outdir=tmp_path / "more", **(alone | {"num_prompts": 13})), backbone=base)
+
+
 def damaged(folder: Path, data: Path, *numbers: int) -> Path:
     """A copy of the data with pictures whose header and end are whole and whose middle is not."""
     shutil.copytree(data, folder)

@@ -184,6 +184,8 @@ def test_frozen_and_replaced() -> None:
 
 def test_negative_prompt_with_guidance_is_allowed() -> None:
     assert BenchSettings(negative_prompt="fog", flash_guidance=1.5).negative_prompt == "fog"
+    # Further adapters have a guidance of their own, which is looked at when all arms are known.
+    assert BenchSettings(negative_prompt="fog", adapters=("id=x,lora_path=x,guidance=2",)).negative_prompt == "fog"
 
 
 def test_one_value_is_a_list_of_one() -> None:
@@ -238,6 +240,26 @@ def test_a_file_is_merged_and_flags_win(tmp_path: Path) -> None:
     file.write_text('max-steps = 7\nbatch_size = 3\nbase_model = "mine"\n')
     settings = merged(TrainSettings, {"batch_size": "5"}, config=file, defaults={"base_model": "theirs", "seed": 1})
     assert (settings.max_steps, settings.batch_size, settings.base_model, settings.seed) == (7, 5, "mine", 1)
+
+
+def test_what_a_file_says_for_another_base_device_rank_or_sampler_is_left_out(tmp_path: Path) -> None:
+    """A run's own file has all filled in: a base that predicts v is not to be trained as the file's, which does not."""
+    file, left = tmp_path / "run.toml", list[str]()
+    file.write_text(
+        'base_model = "one"\nprediction_type = "epsilon"\nresolution = 128\nlora_rank = 4\nlora_alpha = 32\n'
+        'sampler = "lcm"\nstart = "data"\nnum_ddim_steps = 8\nmax_steps = 7\ndevice = "cpu"\nmixed_precision = "no"\n'
+    )
+    given = {"base_model": "two", "lora_rank": "16", "sampler": "ddim", "num_ddim_steps": "8", "device": "cuda"}
+    settings = merged(TrainSettings, given, config=file, warn=left.append)
+    assert (settings.prediction_type, settings.resolution, settings.alpha, settings.max_steps) == (None, None, 128, 7)
+    assert (settings.starts_from, settings.num_ddim_steps, settings.mixed_precision) == ("noise", 8, "auto")
+    assert [line.split(" for ")[1].split(",")[0] for line in left] == [
+        *("base_model two", "device cuda", "lora_rank 16", "sampler ddim"),
+    ]
+    assert left[0].endswith("chosen for one: prediction_type epsilon, resolution 128; to keep one, pass it as a flag")
+    same = {"base_model": "one", "lora_rank": "4", "sampler": "lcm", "device": "cpu"}
+    assert merged(TrainSettings, same, config=file, warn=left.append) == merged(TrainSettings, {}, config=file)
+    assert len(left) == 4
 
 
 def test_what_is_merged_is_checked_once_and_together(tmp_path: Path) -> None:

@@ -63,6 +63,12 @@ def test_a_base_that_draws_its_own() -> None:
     assert opened.fingerprint != open_data(Settings(seed=4), Base(abilities=Artist())).fingerprint
 
 
+def test_columns_of_drawings_are_refused() -> None:
+    """As after a --data_dir that was forgotten."""
+    with pytest.raises(InputError, match="caption_column 'text' came, but what artist draws itself has no columns"):
+        open_data(Settings(caption_column="text"), Base(name="artist", abilities=Artist()))
+
+
 def test_a_base_that_draws_without_saying_what() -> None:
     class Mute:
         def training_item(self, seed: int, index: int) -> tuple[np.ndarray, str]:

@@ -7,6 +7,7 @@ import multiprocessing
 import os
 import pickle
 import shutil
+import subprocess
 import threading
 from collections import Counter
 from collections.abc import Iterator
@@ -276,6 +277,32 @@ def test_what_others_may_still_be_at_is_kept(server: Server, monkeypatch: pytest
     assert kept(Slices(batch_size=4), 0) == (1, False), "the one before, and the next"
     assert kept(Slices(batch_size=4), 3) == (6, True), "seven micro-batches of four, over shards of five"
     assert kept(Slices(batch_size=1, processes=4, accumulation=2), 1) == (5, True), "six of four"
+    server.stop()
+
+
+@pytest.mark.skipif(not Path("/proc/self").exists(), reason="elsewhere nobody tells which processes have ended")
+def test_where_another_process_of_the_run_is_its_shards_are_kept(
+    server: Server, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Before the updates nothing keeps processes together: one may be far behind in what it caches."""
+    monkeypatch.setattr(stream, "WINDOW", 1)
+    monkeypatch.setattr(stream, "_in_background", lambda work: work())
+    server = served(tmp_path, 12, EACH)
+    data = opened(server, dataset_name=f"{server.address}/set-{{00..11}}.tar").data
+    assert isinstance(data, StreamedPictures)
+
+    def here() -> set[int]:
+        return {window for window in range(12) if (data._home / f"{data._shards_of(5, window)[0]:06d}").is_dir()}
+
+    data.index_at(5, 2 * EACH)
+    with subprocess.Popen(["sleep", "60"]) as other:
+        (data._home / f"{other.pid}.window").write_text("5 2")
+        for window in (3, 4, 5, 6):
+            data.index_at(5, window * EACH)
+        assert here() == {2, 3, 5, 6, 7}, "its own, the next, and this one's"
+        other.kill()
+    data.index_at(5, 8 * EACH)
+    assert here() == {7, 8, 9} and not (data._home / f"{other.pid}.window").exists()
     server.stop()
 
 

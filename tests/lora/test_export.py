@@ -77,6 +77,27 @@ def test_it_says_how_it_is_sampled_and_knows_it_itself(tmp_path: Path) -> None:
     assert stated == lora.StatedSampling("lcm", 1.0, (1, 2, 4))
 
 
+def test_what_nothing_says_is_not_written_as_if_it_were_known(tmp_path: Path) -> None:
+    base, notes, file = random_backbone("tiny"), Notes(), tmp_path / "mine.safetensors"
+    lora.load_adapter(base, make_adapter(tmp_path / "made", base))
+    export(ExportSettings(outfile=file, device="cpu"), backbone=base, reporter=notes)
+    assert lora.stated_sampling(file) is None
+    assert any("attached to the base is to be sampled: with lcm" in line for line in notes.warned)
+
+
+@pytest.mark.parametrize("end", [CheckpointError("another"), KeyboardInterrupt(), torch.OutOfMemoryError()])
+def test_what_could_not_be_read_back_is_not_kept(
+    base: Backbone, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, end: BaseException
+) -> None:
+    def broken(*_: object) -> None:
+        raise end
+
+    monkeypatch.setattr("fewstep.export._compare", broken)
+    with pytest.raises(type(end)):
+        export(ExportSettings(outfile=tmp_path / "mine.safetensors", device="cpu"), backbone=base)
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_nothing_is_overwritten_and_nothing_wrong_is_kept(
     base: Backbone, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fnmatch
 import json
 import shutil
 import warnings
@@ -461,6 +462,12 @@ def test_adapters_on_the_hub(saved: Path, tmp_path: Path, monkeypatch: pytest.Mo
     with pytest.raises(CheckpointError, match="name its file as someone/flash/FILE"):
         locate(hub_id="someone/flash")
     assert locate(hub_id="someone/flash/flash_lora.safetensors").weights == snapshot / "flash_lora.safetensors"
+    asked: list[str] = []
+    with monkeypatch.context() as patch:
+        patch.setattr("fewstep.hub.snapshot", lambda _, patterns: asked.extend(patterns) or snapshot)
+        with pytest.raises(CheckpointError, match=r"it has no file lora\[v1\]\.safetensors"):
+            locate(hub_id="someone/flash/lora[v1].safetensors")
+    assert fnmatch.fnmatchcase("lora[v1].safetensors", asked[-1])
     inside = snapshot / "lora" / "final"
     shutil.copytree(saved, inside)
     found = locate(hub_id=f"someone/flash/lora/final/{WEIGHTS}")

@@ -89,3 +89,13 @@ def test_peak_memory_sees_what_is_gone_again() -> None:
     if peak is not None and again is not None:  # Linux, where the peak may be reset
         assert peak - again > 150_000_000
         assert again <= (peak_so_far(torch.device("cpu")) or 0)
+
+
+def test_what_was_freed_before_is_no_part_of_it() -> None:
+    """Though it is kept for what comes next: see `allocator`."""
+    before = [torch.ones(1 << 18) for _ in range(200)]
+    held = peak_memory(lambda: None, torch.device("cpu"))
+    del before
+    freed = peak_memory(lambda: None, torch.device("cpu"))
+    if held is not None and freed is not None:
+        assert held - freed > 150_000_000

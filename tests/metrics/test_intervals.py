@@ -127,6 +127,13 @@ def test_all_right_is_not_certainty() -> None:
     assert third.value == pytest.approx(1 / 3) and third.low is not None and 0.05 < third.low < 0.2
 
 
+@pytest.mark.parametrize("right", [[True] * 6, [False] * 6, [True, False] * 3, [True] * 5 + [False]])
+def test_a_share_of_a_few_prompts_has_no_interval_either(right: list[bool]) -> None:
+    """Else what is all right would have one and what is nearly so none, and the two would be compared by it."""
+    found = share(right, [0, 0, 1, 1, 2, 2])
+    assert (found.value, found.low, found.high) == (sum(right) / 6, None, None)
+
+
 def test_a_share_between() -> None:
     found = share([True, False, True, True], range(4))
     assert found.value == 0.75 and found.method == "bootstrap over prompts"

@@ -20,7 +20,7 @@ from fewstep.backbone import Backbone, load_backbone
 from fewstep.config import CacheSettings, TrainSettings
 from fewstep.errors import CheckpointError, DataError, FewstepError, InputError, Interrupted
 from fewstep.train import distill, encoding
-from fewstep.train.encoding import Shards
+from fewstep.train.encoding import Cached, Shards
 from fewstep.train.fill import fill
 from fewstep.train.keyed import claim
 from fewstep.train.rollouts import Teacher
@@ -339,6 +339,23 @@ def test_a_network_that_rests_is_woken_by_what_needs_it(base: Path, monkeypatch:
     elsewhere.rest(backbone.vae)
     backbone.rest(backbone.vae)
     assert moved == ["meta", "cpu"], "on the CPU there is nowhere to go"
+
+
+def test_a_network_stays_while_a_cache_fills(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is new and what is there come in turns then, and it would travel for each."""
+    rested: list[bool] = []
+    backbone = load_backbone(base, device="cpu")
+    monkeypatch.setattr(Backbone, "rest", lambda self, network: rested.append(network is self.text_encoder))
+    monkeypatch.setattr(encoding, "QUIET", 3)
+    cache = Cached(tmp_path, backbone, {})
+    for captions in ("a", "a", "a", "b", "a", "b"):
+        cache.embed([captions])
+    assert rested == []
+    cache.embed(["a"])
+    assert rested == [True]
+    cache.flush()
+    Cached(tmp_path, backbone, {}).embed(["a"])
+    assert rested == [True, True], "where all is there from the start it leaves at once"
 
 
 @pytest.mark.gpu

@@ -99,6 +99,20 @@ def test_the_largest_batch_is_where_the_line_meets_the_memory(monkeypatch: pytes
     assert dry_run._largest_batch(trial(100), trial(150), cpu) is None
 
 
+@pytest.mark.parametrize(
+    ("checkpointing", "fix"),
+    [(False, "pass --gradient_checkpointing, or --batch_size 1 with more"), (True, "pass --batch_size 1 with more")],
+)
+def test_a_run_that_will_not_fit_is_warned_of(
+    asked: TrainSettings, monkeypatch: pytest.MonkeyPatch, checkpointing: bool, fix: str
+) -> None:
+    monkeypatch.setattr(dry_run, "_largest_batch", lambda *_: 1)
+    heard = Heard()
+    rehearse(asked.replace(batch_size=2, gradient_checkpointing=checkpointing, oracle_images=0), reporter=heard)
+    (told,) = [line for line in heard.warned if "does not fit" in line]
+    assert told.startswith("batch_size 2 does not fit") and fix in told
+
+
 def test_a_batch_that_does_not_fit_is_said_in_one_line(asked: TrainSettings, monkeypatch: pytest.MonkeyPatch) -> None:
     honest = Teacher.__call__
 

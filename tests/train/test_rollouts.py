@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,7 +16,7 @@ from fewstep.config import TrainSettings
 from fewstep.data import Slices
 from fewstep.errors import CheckpointError, InputError, Interrupted
 from fewstep.methods.kstep import Pairs
-from fewstep.train import DistillResult, distill, rollouts
+from fewstep.train import DistillResult, distill, rollouts, start
 from fewstep.train.rollouts import KEPT, RolloutStore, numbers_of, turns_of
 from tests.train.conftest import Heard
 
@@ -215,12 +216,67 @@ def test_a_file_of_something_else_is_named(name: str, metadata: dict[str, str] |
         RolloutStore(tmp_path, {})
 
 
+def _lesson(first: int, count: int) -> rollouts.Lesson:
+    """`count` rollouts of one pair each, whose latents say their numbers."""
+    numbers = torch.arange(first, first + count)
+    latents = numbers.float().view(-1, 1, 1, 1)
+    pairs = Pairs(x_t=latents, target=latents.clone(), t=numbers, rows=numbers - first, weight=torch.ones(count))
+    captions = tuple(f"caption {number}" for number in numbers)
+    return rollouts.Lesson(pairs=pairs, cond=latents.flatten(1)[:, None].clone(), captions=captions, items=tuple(numbers))
+
+
+def test_two_cuts_of_one_global_batch_share_a_folder(tmp_path: Path) -> None:
+    """Of runs at once: neither overwrites what the other has found there."""
+    one, other = RolloutStore(tmp_path, {}), RolloutStore(tmp_path, {})
+    one.put(0, _lesson(0, 4))
+    one.refresh()
+    for first in (0, 2):
+        other.put(first, _lesson(first, 2))
+    assert one.get([3, 0]).pairs.x_t.flatten().tolist() == [3, 0]
+    one.refresh()
+    assert len(one) == 4 and one.get([3, 1]).captions == ("caption 3", "caption 1")
+
+
+class _Making:
+    """A teacher that writes down what it is asked; while it makes its first lesson another run puts the third."""
+
+    def __init__(self, store: RolloutStore) -> None:
+        self.store, self.asked, self.encoder = store, list[int](), self
+
+    def __call__(self, batch: SimpleNamespace) -> rollouts.Lesson:
+        if not self.asked:
+            self.store.put(4, _lesson(4, 2))
+        self.asked.append(batch.update)
+        return _lesson(2 * batch.update, 2)
+
+    def flush(self) -> None: ...
+
+
+@pytest.mark.parametrize("stops_after", [1, 2, 9])
+def test_what_another_run_has_put_there_since_is_not_made_again(tmp_path: Path, stops_after: int) -> None:
+    store, heard, slices = RolloutStore(tmp_path, {}), Heard(), Slices(batch_size=2)
+    teacher, unusable = _Making(store), SimpleNamespace(meet=lambda _: None, share=lambda: None)
+    batches = [SimpleNamespace(update=n, micro=0, items=(2 * n, 2 * n + 1), replaced=()) for n in range(4)]
+    seen = iter(range(9))
+
+    def should_stop() -> bool:
+        return next(seen) + 1 >= stops_after
+
+    try:
+        start.keep_rollouts(store, teacher, batches, slices, unusable, heard, should_stop)  # type: ignore[arg-type]
+    except Interrupted:
+        assert stops_after < 4
+    made = {"00000004-2", *(f"0000000{2 * n}-2" for n in range(min(stops_after, 4)))}
+    assert {path.stem for path in tmp_path.glob("*.safetensors")} == made
+    assert teacher.asked == [n for n in range(min(stops_after, 4)) if n != 2]
+
+
 def test_a_damaged_rollout_is_named(settings: TrainSettings, tmp_path: Path) -> None:
     few = settings.replace(output_dir=tmp_path, teacher_cache=tmp_path / "cache", teacher_rollouts=4, max_steps=3)
     distill(few.replace(run_name="first"))
-    damaged = tmp_path / "cache" / "00000002.safetensors"
+    damaged = tmp_path / "cache" / "00000002-2.safetensors"
     damaged.write_bytes(damaged.read_bytes()[:-9])
-    with pytest.raises(CheckpointError, match=r"00000002\.safetensors' cannot be read"):
+    with pytest.raises(CheckpointError, match=r"00000002-2\.safetensors' cannot be read"):
         distill(few.replace(run_name="second"))
 
 
@@ -228,7 +284,7 @@ def test_a_damaged_rollout_is_named(settings: TrainSettings, tmp_path: Path) -> 
 def test_a_rollout_that_is_not_as_it_was_written_is_named(settings: TrainSettings, tmp_path: Path, change: str) -> None:
     few = settings.replace(output_dir=tmp_path, teacher_cache=tmp_path / "cache", teacher_rollouts=4, max_steps=3)
     distill(few.replace(run_name="first"))
-    first, second = (tmp_path / "cache" / f"0000000{number}.safetensors" for number in (0, 2))
+    first, second = (tmp_path / "cache" / f"0000000{number}-2.safetensors" for number in (0, 2))
     content = bytearray(second.read_bytes())
     if change == "bit":
         content[-9] ^= 1
@@ -238,7 +294,7 @@ def test_a_rollout_that_is_not_as_it_was_written_is_named(settings: TrainSetting
         content = bytearray(first.read_bytes())
     second.write_bytes(content)
     with pytest.raises(
-        CheckpointError, match=r"00000002\.safetensors' is damaged at rollout [23]: .*; remove the file"
+        CheckpointError, match=r"00000002-2\.safetensors' is damaged at rollout [23]: .*; remove the file"
     ):
         distill(few.replace(run_name="second"))
     second.unlink()

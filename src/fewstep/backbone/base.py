@@ -175,9 +175,11 @@ class Backbone:
 
         call = self.compiled or eager(self.unet)
         run = in_parts if self.compiled is None and is_small(self.unet) else whole
+        # Where all weights are in `dtype`, fused ones too, autocast would only take the norms through fp32.
+        plain = not adapter or all(parameter.dtype == self.dtype for parameter in self.unet.parameters())
 
         def forward(x_t: Tensor, t: Tensor, cond: Tensor) -> Tensor:
-            if not adapter:  # nothing but weights in `dtype`: autocast would only take the norms through fp32
+            if plain:
                 return call(x_t.to(self.dtype), t, cond.to(self.dtype))
             with self.autocast():
                 return call(x_t, t, cond)

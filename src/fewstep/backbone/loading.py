@@ -229,7 +229,8 @@ def missing_base(name: str, reason: str, revision: str | None = None) -> str:
     return (
         f"base model {name!r} is not at hand: {reason}, and it is not complete in the cache {hub.cache_folder()}; "
         f'fetch it with `hf download {name}{at} --include "*.json" --include "*.txt" --include '
-        '"*/diffusion_pytorch_model.safetensors" --include "text_encoder/model.safetensors"`, or pass a local copy with --base_model FOLDER|FILE, or use the base that '
+        '"*/diffusion_pytorch_model.safetensors" --include "text_encoder/model.safetensors"`, or pass a '
+        "local copy with --base_model FOLDER|FILE, or use the base that "
         f"comes with fewstep: --base_model {EMBEDDED_BASE}"
     )
 

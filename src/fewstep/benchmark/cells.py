@@ -26,7 +26,7 @@ from fewstep.files import write_bytes_atomic, write_text_atomic
 from fewstep.pictures import Cell
 from fewstep.records import ArmTiming
 
-KEY, TIMING = "key.json", "timing.json"
+KEY, TIMING, BEGUN_WITH = "key.json", "timing.json", "begun_with.json"
 
 
 class Cells:
@@ -162,6 +162,21 @@ def make_room(folder: Path, *, resume: bool, finished: bool) -> None:
             "choose another --outdir, or remove the folder"
         )
     shutil.rmtree(folder)
+
+
+def begun_otherwise(folder: Path, circumstances: Mapping[str, str]) -> dict[str, tuple[str, str]]:
+    """Note with which versions and on which machine the cells in `folder` were begun; what is otherwise: (then, now).
+
+    Pictures of two machines or releases are set side by side, for they differ by rounding alone as a rule, but not
+    without a word.
+    """
+    file = folder / BEGUN_WITH
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError):  # not there, or cut short
+        write_text_atomic(file, json.dumps(dict(circumstances), indent=1) + "\n")
+        return {}
+    return {name: (found[name], now) for name, now in circumstances.items() if found.get(name, now) != now}
 
 
 def _claim(folder: Path, key: Mapping[str, Any]) -> tuple[str, Any, Any] | None:

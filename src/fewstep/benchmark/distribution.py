@@ -172,12 +172,14 @@ def _frechet(pictures: _Pictures, teacher: _Within | None, real: _Pictures, halv
 def _to_real(
     pictures: _Pictures, references: _Pictures | None, real: _Pictures | None, halves: list[frozenset[int]]
 ) -> dict[str, Interval]:
-    """Against the references; precision and recall against the real arm, which has as many pictures as the others."""
+    """Against the references; precision and recall, which want sets of a size, against the real arm's pictures where
+    there are more or fewer references than pictures."""
     if references is None:
         return {}
     found = _kernels(pictures, references, halves)
     if real is not None and not pictures.is_real and len(pictures.features) > NEIGHBOURS:
-        found |= _manifolds(pictures, real, halves)
+        alike = references if len(references.features) == len(pictures.features) else real
+        found |= _manifolds(pictures, alike, halves)
     return found
 
 

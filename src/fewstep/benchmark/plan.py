@@ -174,7 +174,7 @@ def make_plan(
     if real is not None:
         arms = (*arms, real_arm())
     check_arms(arms, settings.negative_prompt)
-    warn_of_prompts(prompts, backbone, reporter)
+    warn_of_prompts(prompts, backbone, reporter, settings.negative_prompt)
     adapters.warn_of_timesteps(arms, reporter)
     alignment = _alignment(settings, backbone, reporter)
     longer = alignment.overlong(prompts) if alignment else []

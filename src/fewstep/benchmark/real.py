@@ -100,20 +100,27 @@ class DataPictures:
     def __init__(
         self, data: PictureData, fingerprint: str, settings: BenchSettings, allowance: int, reporter: Reporter
     ) -> None:
-        for name in ("num_images", "frechet_images"):
+        wanted = settings.frechet_images != 0  # else the data gives captions alone
+        for name in ("num_images", "frechet_images") if wanted else ():
             if (getattr(settings, name) or 0) > 1:
                 raise InputError(
                     f"{name} {getattr(settings, name)} came with data, which has one real picture a caption; allowed "
                     "is 1; raise --num_prompts instead"
                 )
-        if len(data) < 2 * settings.num_prompts:
+        needed = (2 if wanted else 1) * settings.num_prompts
+        if len(data) < needed:
+            allowed = (
+                "at most half as many prompts, for real pictures are compared with as many other ones"
+                if wanted
+                else "at most as many prompts"
+            )
             raise InputError(
-                f"num_prompts {settings.num_prompts} came, the data has {len(data)} pictures; allowed are at most half "
-                "as many prompts, for real pictures are compared with as many other ones; lower --num_prompts"
+                f"num_prompts {settings.num_prompts} came, the data has {len(data)} pictures; allowed are {allowed}; "
+                "lower --num_prompts"
             )
         self._data, self.key = data, fingerprint
         order = torch.randperm(len(data), generator=generator(settings.seed, "real pictures")).tolist()
-        picked = _whole(data, order, 2 * settings.num_prompts, allowance, reporter)
+        picked = _whole(data, order, needed, allowance, reporter) if wanted else order[:needed]
         self._own, self._others = picked[: settings.num_prompts], picked[settings.num_prompts :]
         self.prompts = [data.captions(index)[0] for index in self._own]
 

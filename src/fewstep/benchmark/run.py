@@ -12,7 +12,7 @@ from accelerate import PartialState
 
 from fewstep.arms import Arm
 from fewstep.backbone import Backbone
-from fewstep.benchmark.cells import ArmCells, Cells, make_room
+from fewstep.benchmark.cells import ArmCells, Cells, begun_otherwise, make_room
 from fewstep.benchmark.cost import Operations, runs_of, time_arm
 from fewstep.benchmark.distribution import measure_distributions
 from fewstep.benchmark.drawing import draw, judges_of, replacing
@@ -143,11 +143,23 @@ def _make_room(plan: Plan, processes: PartialState, reporter: Reporter) -> dict[
     cells = Cells(outdir / CELLS, plan.key)
     kept = {arm.id: cells.of(arm, plan.key_of(arm)) for arm in plan.arms}
     if processes.is_main_process:
+        _warn_of_other_circumstances(plan, reporter)
         _clear(outdir, () if settings.resume else {*plan.folders.values(), *earlier}, reporter)
         reporter.say(settings_toml(settings).strip())
         write_text_atomic(outdir / "settings.toml", settings_toml(settings))
     processes.wait_for_everyone()
     return kept
+
+
+def _warn_of_other_circumstances(plan: Plan, reporter: Reporter) -> None:
+    device = machine(plan.backbone.device, str(plan.backbone.dtype))["device"]
+    differing = begun_otherwise(plan.settings.outdir / CELLS, {"device": device} | versions())
+    if differing:
+        told = ", ".join(f"{name} {then} (here {now})" for name, (then, now) in differing.items())
+        reporter.warn(
+            f"the pictures kept in {plan.settings.outdir} were begun with {told}: arms drawn before and now differ by "
+            "that, too; for figures of one kind choose another --outdir"
+        )
 
 
 def _clear(outdir: Path, folders: Iterable[Path], reporter: Reporter) -> None:
@@ -156,6 +168,8 @@ def _clear(outdir: Path, folders: Iterable[Path], reporter: Reporter) -> None:
     drawn = [folder for folder in folders if folder.exists()]
     for home in dict.fromkeys(folder.parent.parent for folder in drawn):
         reporter.say(f"{home} holds an earlier benchmark, or pictures: tables and pictures are replaced")
+    if stale and not drawn:
+        reporter.say(f"the tables in {outdir} are taken away; when all is measured they are written anew")
     for path in stale:
         path.unlink()
     for folder in drawn:

@@ -66,12 +66,16 @@ class SamplingSettings(AdapterSettings):
     @model_validator(mode="after")
     def _consistent(self) -> Self:
         forbid_both(self, "prompt", "prompts_file", "add the prompt to the file as a line")
-        if self.negative_prompt and self.flash_guidance <= 1:
+        if self.negative_prompt and self.flash_guidance <= 1 and not self._says_guidance_elsewhere():
             raise ValueError(
                 f"negative_prompt came with flash_guidance {self.flash_guidance:g}, where it has no effect; allowed is "
                 "guidance above 1; add --flash_guidance 1.5 or leave --negative_prompt out"
             )
         return self
+
+    def _says_guidance_elsewhere(self) -> bool:
+        """Whether what is drawn may have another guidance than `flash_guidance`."""
+        return False
 
 
 class BenchSettings(SamplingSettings):
@@ -161,6 +165,9 @@ class BenchSettings(SamplingSettings):
             except InputError as error:
                 raise ValueError(str(error)) from None
         return values
+
+    def _says_guidance_elsewhere(self) -> bool:
+        return bool(self.adapters or self.adapters_file)  # each its own, which is looked at when all arms are known
 
     @model_validator(mode="after")
     def _decoder_for_combinations(self) -> Self:

@@ -34,8 +34,8 @@ class PretrainSettings(Settings):
     size: Literal["full", "tiny"] = Field("full", description="full is the shipped size; tiny takes a minute.")
     stage: Literal["all", "vae", "vae-refine", "judges", "denoiser-half", "denoiser", "refine-half", "refine"] = Field(
         "all",
-        description="Which stage to train; vae-refine goes on from vae, refine from denoiser, and a half is the first one of "
-        "what goes on from there.",
+        description="Which stage to train; vae-refine goes on from vae, refine from denoiser, and a half is the first "
+        "one of what goes on from there.",
     )
 
 

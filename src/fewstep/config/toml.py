@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shlex
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -42,21 +42,48 @@ def read_toml(path: Path) -> dict[str, Any]:
         raise InputError(f"{str(path)!r} is no TOML: {error}; allowed are lines such as max_steps = 300") from None
 
 
+CHOSEN_FOR = {
+    "base_model": (
+        *("revision", "prediction_type", "resolution", "guidance_scale", "oracle_images"),
+        *("baseline_steps", "baseline_guidance", "frechet_images"),
+    ),
+    "device": ("mixed_precision",),
+    "lora_rank": ("lora_alpha",),
+    "sampler": ("start", "num_ddim_steps", "pairs_per_rollout"),
+}
+"""Settings whose value, where none is asked for, follows from another's. A run's file has them all filled in."""
+
+
 def merged(
     settings: type[SettingsT],
     given: Mapping[str, Any],
     *,
     config: Path | str | None = None,
     defaults: Mapping[str, Any] | None = None,
+    warn: Callable[[str], None] = lambda _: None,
 ) -> SettingsT:
     """Settings from three sources, the later wins: ``defaults``, the TOML file ``config``, what was ``given``.
 
-    They are checked once, together; a key of the file that is no setting of this class is refused.
+    They are checked once, together; a key of the file that is no setting of this class is refused. What the file says
+    only for what was given otherwise is left out of it: another base is not drawn at the resolution of the file's.
+
+    Args:
+        warn: told what is left out.
     """
     filed = {key.replace("-", "_"): value for key, value in (load_toml(config) if config else {}).items()}
     for key in filed:
         if key not in settings.model_fields:
             raise InputError(f"{str(config)!r}: {unknown_name(key, settings)}")
+    for chosen, following in CHOSEN_FOR.items():
+        if chosen not in given or chosen not in filed or str(given[chosen]) == str(filed[chosen]):
+            continue
+        left = {name: filed.pop(name) for name in following if name in filed and name not in given}
+        if left:
+            told = ", ".join(f"{name} {value}" for name, value in left.items())
+            warn(
+                f"left out of {str(config)!r} for {chosen} {given[chosen]}, for they were chosen for "
+                f"{filed[chosen]}: {told}; to keep one, pass it as a flag"
+            )
     return settings(**{**(defaults or {}), **filed, **given})
 
 

@@ -133,6 +133,7 @@ def open_data(
                 f"train, is --data_dir FOLDER with {folder.LAYOUTS}; --dataset_name ID of a Hugging Face dataset; or "
                 "--prompts_file FILE with a caption a line and no pictures"
             )
+        folder.refuse_columns(settings.image_column, settings.caption_column, f"what {backbone.name} draws itself")
         drawings = GeneratedPictures(backbone.abilities, settings.seed, resolution)
         data, fingerprint = drawings, drawings.fingerprint()
         report = drops.report(f"pictures drawn by the base model {backbone.name}", len(data), len(data), endless=True)

@@ -127,7 +127,10 @@ def scan_folder(
             f"{sum(map(len, listing.captions.values()))} caption files",
             *listing.unread(),
         ]
-        raise DataError(f"data_dir {place} has {', and '.join(found)}; allowed is one of these layouts: {LAYOUTS}")
+        raise DataError(
+            f"data_dir {place} has {', and '.join(found)}; allowed is one of these layouts: {LAYOUTS}; or "
+            "captions alone, with --prompts_file FILE"
+        )
     pairs = pair_by_stem(listing, lambda name: _caption(place / name), drops, reporter)
     return Scanned(source=source, files=FolderFiles(place), pairs=pairs)
 

@@ -9,7 +9,8 @@ resumed run fetches the shards of its buffer again and goes on, and workers and 
 a shard with more pictures some are left out, others each epoch; in one with fewer some come twice.
 
 All processes of a run on a machine share what is fetched; the next buffer is fetched while this one is used, and shards
-that are two buffers back are removed, or further back where those that load ahead may still be at them. Another run on
+that are two buffers back are removed, or further back where another process, or those that load ahead, may still be at
+them. Another run on
 the same source has a folder of its own: it is at other shards.
 """
 
@@ -37,6 +38,7 @@ from fewstep.data.pairs import PictureData
 from fewstep.data.pictures import PictureError
 from fewstep.data.report import DataReport
 from fewstep.errors import DataError
+from fewstep.files import write_text_atomic
 from fewstep.randomness import generator
 
 WINDOW = 4
@@ -208,8 +210,9 @@ class StreamedPictures:
         kept = {*self._shards_of(seed, window), *following}
         self._opened = {shard: opened for shard, opened in self._opened.items() if shard in kept}
         apart = ceil(self._spread / (self._width * self._each))  # buffers that others may be behind, or ahead
-        for near in range(max(0, window - max(1, apart)), window + apart + 2):
-            kept.update(self._shards_of(seed, near))
+        for their_seed, theirs in {(seed, window), *self._windows_of_all()}:
+            for near in range(max(0, theirs - max(1, apart)), theirs + apart + 2):
+                kept.update(self._shards_of(their_seed, near))
         for place in self._home.glob("[0-9]*"):
             if place.is_dir() and int(place.name) not in kept:
                 _remove(place)
@@ -220,6 +223,21 @@ class StreamedPictures:
                     self._here(shard)
 
         _in_background(ahead)
+
+    def _windows_of_all(self) -> Iterator[tuple[int, int]]:
+        """Seed and number of the buffer that each process of the run on this machine reads, this one's noted first.
+
+        Updates keep processes together, but what is done before them does not: kept rollouts, a cache.
+        """
+        with _writing(self._home):
+            write_text_atomic(self._home / f"{os.getpid()}.window", "{} {}".format(*self._window))
+        for file in self._home.glob("*.window"):
+            if Path("/proc/self").exists() and not Path("/proc", file.stem).exists():
+                file.unlink(missing_ok=True)  # it has ended
+                continue
+            with suppress(OSError, ValueError):
+                seed, window = map(int, file.read_text().split())
+                yield seed, window
 
     def _at(self, index: int, work: Callable[[PictureData, int], ResultT]) -> ResultT:
         """`work` on an item: its shard's pictures, and its number among them."""

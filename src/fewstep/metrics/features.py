@@ -36,11 +36,10 @@ class Features(Protocol):
 class OwnFeatures:
     """The network that a base brings along, wherever it runs: pixels [B, 3, H, W] in 0 ... 1 to [B, D]."""
 
-    name = "the base's own features"
-
     def __init__(self, network: nn.Module) -> None:
         self._network = network
         self.fingerprint = fingerprint(network)
+        self.name = f"the base's own features ({self.fingerprint[:8]})"
 
     @torch.no_grad()
     def __call__(self, pixels: Tensor) -> Tensor:

@@ -150,9 +150,9 @@ def share(outcomes: ArrayLike, clusters: Sequence[int], *, level: float = LEVEL,
     """
     values = np.asarray(outcomes, dtype=np.float64)
     found = bootstrap(values, clusters, level=level, seed=seed)
-    if found.value not in (0.0, 1.0) and (found.low is None or found.low != found.high):
-        return found
     prompts = len(set(clusters))
+    if prompts < FEWEST or (found.value not in (0.0, 1.0) and found.low != found.high):
+        return found
     return wilson(found.value * prompts, prompts, level=level)
 
 

@@ -1,4 +1,4 @@
-"""The judges: whoever looks at pictures, trained on drawings and on reconstructions of drawings, never on drawn ones."""
+"""The judges: whoever looks at pictures, trained on drawings and reconstructions of drawings, never on drawn ones."""
 
 from __future__ import annotations
 

@@ -155,8 +155,8 @@ class Workshop:
             for one in after:
                 if begun.get(one) != came[one]:
                     raise InputError(
-                        f"{one} was trained anew after {str(trained)!r} was begun on it; allowed is the one that it was "
-                        f"begun on; remove {str(trained.parent)!r}, and the stage trains {name} from its start"
+                        f"{one} was trained anew after {str(trained)!r} was begun on it; allowed is the one that it "
+                        f"was begun on; remove {str(trained.parent)!r}, and the stage trains {name} from its start"
                     )
         elif came:
             write_text_atomic(note, json.dumps(came, indent=1) + "\n")

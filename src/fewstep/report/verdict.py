@@ -259,7 +259,12 @@ def _saturation(student: ArmSummary, record: BenchmarkRecord) -> str | None:
         return None
     spread = f"{100 * (worst - 1):+.1f} %".replace("-", "−")
     mean = student.mean_saturation
-    sure = mean is not None and mean.low is not None and mean.high is not None and (mean.low > 1 or mean.high < 1)
+    sure = (
+        mean is not None
+        and mean.low is not None
+        and mean.high is not None
+        and (mean.low > 1 if worst > 1 else mean.high < 1)
+    )
     told = f"pictures are {'burnt' if worst > 1 else 'washed out'}" if sure else "of all channels it may be chance"
     return (
         f"The latents of {student.arm.id} spread {spread} against {_the_teacher(student, record)}'s in the worst "

@@ -141,6 +141,10 @@ def rehearse(settings: TrainSettings, *, reporter: Reporter = SILENT) -> DryRun:
         reporter.say(line)
     if sum(found.disk.values()) > found.free:
         reporter.warn(f"{settings.output_dir} has {in_bytes(found.free)} free: too little for the run")
+    if found.largest_batch is not None and found.largest_batch < settings.batch_size:
+        fewer = f"--batch_size {max(1, found.largest_batch)} with more --gradient_accumulation_steps"
+        fix = fewer if settings.gradient_checkpointing else f"--gradient_checkpointing, or {fewer}"
+        reporter.warn(f"batch_size {settings.batch_size} does not fit into the device's memory; pass {fix}")
     return found
 
 
@@ -150,7 +154,15 @@ def _dear_batch(size: int, settings: TrainSettings, backbone: Backbone, method: 
     dear = (u for u in range(SEARCHED) if not method.draw(settings.seed, u, range(size), shape).pure.any())
     update = next(dear, 0)
     slices = Slices(batch_size=size)
-    batches = Batches(opened.data, slices, seed=settings.seed, start=update, end=update + 1, allowance=opened.allowance)
+    batches = Batches(
+        opened.data,
+        slices,
+        seed=settings.seed,
+        start=update,
+        end=update + 1,
+        allowance=opened.allowance,
+        spared=frozenset() if settings.starts_from == "data" else range(2**128),
+    )
     return next(iter(batches))
 
 

@@ -34,6 +34,8 @@ from fewstep.train.keyed import checksum, claim, damaged, opened, unwritten
 from fewstep.transfer import upload
 
 KEY = "cache.json"
+QUIET = 50
+"""Batches without anything to compute after which a network leaves the device."""
 SHARD = 1024
 """Most entries of a file: 34 MB of Stable Diffusion's latents, 121 MB of its embeddings."""
 
@@ -86,7 +88,8 @@ class Fresh:
 class Cached:
     """Everything computed once; what is new is on disk after `flush`, at the latest.
 
-    A network that had nothing to do leaves the device until it is asked again.
+    A network that had nothing to do leaves the device until it is asked again. While a cache fills, batches that hold
+    nothing new alternate with others: then it takes `QUIET` of them in a row.
     """
 
     def __init__(self, folder: Path, backbone: Backbone, key: Mapping[str, Any]) -> None:
@@ -106,6 +109,7 @@ class Cached:
         except OSError as error:
             raise unwritten("cache_dir", folder, error) from None
         self._latents, self._captions = Shards(folder, "latents"), Shards(folder, "captions")
+        self._quiet = {"vae": QUIET, "text_encoder": QUIET}
 
     def embed(self, captions: Sequence[str]) -> Tensor:
         digests = [hashlib.blake2b(caption.encode(), digest_size=16).hexdigest() for caption in captions]
@@ -113,8 +117,7 @@ class Cached:
         def compute(missing: list[int]) -> Tensor:
             return self._backbone.embed([captions[row] for row in missing])
 
-        if not self._captions.complete(digests, compute):
-            self._backbone.rest(self._backbone.text_encoder)
+        self._rest("text_encoder", computed=self._captions.complete(digests, compute))
         return self._captions.get(digests, self.device)
 
     def encode(self, batch: Batch, rows: Sequence[int]) -> Tensor:
@@ -125,9 +128,14 @@ class Cached:
             assert not set(asked) & set(batch.spared), "what is spared is held"
             return self._fresh.encode(batch, asked)
 
-        if not self._latents.complete(items, compute):
-            self._backbone.rest(self._backbone.vae)
+        self._rest("vae", computed=self._latents.complete(items, compute))
         return self._latents.get(items, self.device)
+
+    def _rest(self, name: str, *, computed: bool) -> None:
+        """Take a network off the device that has had nothing to do for long enough."""
+        self._quiet[name] = 0 if computed else self._quiet[name] + 1
+        if self._quiet[name] >= QUIET:
+            self._backbone.rest(getattr(self._backbone, name))
 
     def items(self) -> frozenset[int]:
         return frozenset(map(int, self._latents.keys()))

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
+
+from accelerate import PartialState
 
 from fewstep.config import CacheSettings
 from fewstep.data import Batches, open_data
 from fewstep.errors import Interrupted
 from fewstep.processes import join_processes, noticing_losses, own_device, require_agreement
 from fewstep.reporting import SILENT, Reporter, Wordless
+from fewstep.telemetry import LoggedReporter
 from fewstep.train import start
 from fewstep.train.rollouts import Teacher
 from fewstep.train.unusable import Unusable
@@ -43,8 +47,17 @@ def fill(
         Interrupted: stopped on request, and what was computed is kept; or another process of the run has died.
     """
     processes = join_processes(settings.device)
-    main = processes.is_main_process
-    reporter = reporter if main else Wordless(reporter)
+    with ExitStack() as cleanup:
+        if not processes.is_main_process:
+            reporter = Wordless(reporter)
+        elif settings.log_file is not None:
+            reporter = cleanup.enter_context(LoggedReporter(reporter, settings.log_file))
+        return _fill(settings, processes, reporter, should_stop)
+
+
+def _fill(
+    settings: CacheSettings, processes: PartialState, reporter: Reporter, should_stop: Callable[[], bool]
+) -> FillResult:
     origin = start.origin_of(settings, None)
     backbone, resolved = start.open_base(settings, own_device(settings.device, processes), origin, reporter)
     opened = open_data(resolved, backbone, streaming=resolved.streaming, reporter=reporter)

@@ -14,7 +14,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from fewstep.errors import CheckpointError, InputError
-from fewstep.files import write_text_atomic
+from fewstep.files import remove_old_leftovers, write_text_atomic
 
 ENTRIES = ".safetensors"
 """How the names of the files end that hold what was computed."""
@@ -34,6 +34,7 @@ def claim(file: Path, key: Mapping[str, Any], *, held: str, of: str) -> None:
         CheckpointError: the folder's content is of something else or nobody knows of what, or its key cannot be read.
         OSError: the folder cannot be written to.
     """
+    remove_old_leftovers(file.parent)
     wanted = json.loads(json.dumps(key))
     holds = held.format(repr(str(file.parent)))
     if not file.exists():

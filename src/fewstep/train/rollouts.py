@@ -170,9 +170,10 @@ class Counting:
 
 
 class RolloutStore:
-    """Rollouts in a folder, a file a micro-batch: `00000016.safetensors` begins with the seventeenth of the run.
+    """Rollouts in a folder, a file a micro-batch: `00000016-8.safetensors` has eight, the run's seventeenth and on.
 
-    Every process writes its own files into the folder and reads everybody's.
+    Every process writes its own files into the folder and reads everybody's. Runs that cut the same global batch into
+    other micro-batches write files of other names, each of them whole.
     """
 
     def __init__(self, folder: Path, key: Mapping[str, Any]) -> None:
@@ -202,7 +203,7 @@ class RolloutStore:
         self._where = {}
         for path in sorted(self.folder.glob("*.safetensors")):
             try:
-                first = int(path.stem)
+                first = int(path.stem.partition("-")[0])
                 with opened(path) as file:
                     count = len(json.loads(file.metadata()["captions"]))
                     whole = set(KEPT) <= set(file.keys()) and len(json.loads(file.metadata()["sums"])) == count
@@ -220,6 +221,10 @@ class RolloutStore:
         """Whether rollouts first … first + count − 1 are there."""
         return all(number in self._where for number in range(first, first + count))
 
+    def file(self, first: int, count: int) -> Path:
+        """The file of `count` rollouts that are numbered from `first`."""
+        return self.folder / f"{first:08d}-{count}.safetensors"
+
     def put(self, first: int, lesson: Lesson) -> None:
         """Keep the rollouts of a lesson, numbered from `first`; the file appears whole or not at all.
 
@@ -235,7 +240,7 @@ class RolloutStore:
             "weight": pairs.weight.cpu(),
             "cond": lesson.cond.cpu().contiguous(),
         }
-        path = self.folder / f"{first:08d}.safetensors"
+        path = self.file(first, len(lesson.captions))
         sums = [
             _checksum(path, caption, _rollout(tensors, lesson.cond[row].cpu(), row))
             for row, caption in enumerate(lesson.captions)

@@ -27,7 +27,7 @@ from fewstep.telemetry import Throughput
 from fewstep.timesteps import promised_points
 from fewstep.timing import quick_matrix_rate
 from fewstep.train.encoding import Cached, Encoder, Fresh, cache_key
-from fewstep.train.rollouts import RolloutStore, Teacher
+from fewstep.train.rollouts import Lesson, RolloutStore, Teacher
 from fewstep.train.unusable import Unusable
 from fewstep.validation import FIGURE
 
@@ -236,22 +236,30 @@ def keep_rollouts(
     reporter: Reporter,
     should_stop: Callable[[], bool],
 ) -> None:
-    """Make the rollouts of `batches` and put them in the store.
+    """Make the rollouts of `batches` and put them in the store; what another run has put there since is left to it.
 
     Raises:
         Interrupted: stopped on request; those that are made are kept.
     """
+    made: list[tuple[int, Lesson]] = []  # at most one: it is written while a GPU makes the next
     with reporter.progress("teacher", len(batches)) as bar:
         for batch in batches:
-            lesson = teacher(batch)
-            store.put(slices.first_place(batch.update, batch.micro), lesson)
-            unusable.meet(lesson.replaced)
+            first = slices.first_place(batch.update, batch.micro)
+            before = made
+            made = [] if store.file(first, len(batch.items)).exists() else [(first, teacher(batch))]
+            for place, lesson in before:
+                store.put(place, lesson)
+            unusable.meet(batch.replaced)
             if asked_to_stop(bar, should_stop):
+                for place, lesson in made:
+                    store.put(place, lesson)
                 teacher.encoder.flush()
                 raise Interrupted(
                     f"stopped while the teacher made its rollouts, kept in {store.folder}; go on with "
                     "--resume_from_checkpoint auto"
                 )
+    for place, lesson in made:
+        store.put(place, lesson)
     teacher.encoder.flush()
     unusable.share()
 
@@ -298,7 +306,7 @@ def captions_to_show(count: int, settings: TrainSettings, backbone: Backbone, op
         first_shard = opened.data.first.data
         return [first_shard.captions(number)[0] for number in range(min(count, len(first_shard)))]
     few = Slices(batch_size=min(count, len(opened.data)))
-    first = Batches(opened.data, few, seed=settings.seed, start=0, end=1, allowance=opened.allowance)
+    first = Batches(opened.data, few, seed=settings.seed, start=0, end=1, spared=range(2**128))
     return list(next(iter(first)).captions)
 
 
