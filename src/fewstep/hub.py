@@ -64,5 +64,9 @@ def snapshot(repo_id: str, patterns: Iterable[str], revision: str | None = None)
         raise NotAtHand(offline) from None
     except UnicodeError:
         raise NotAtHand("HF_TOKEN holds characters that no token has") from None
-    except (errors.HTTPError, errors.HFValidationError, OSError) as error:  # HTTPError is any of httpx's, too
+    except (
+        errors.HTTPError,  # type: ignore[attr-defined]  # any of the client's, such as a proxy's refusal
+        errors.HFValidationError,
+        OSError,
+    ) as error:
         raise NotAtHand(" ".join(str(error).split())[:200]) from None

@@ -222,7 +222,9 @@ def _lesson(first: int, count: int) -> rollouts.Lesson:
     latents = numbers.float().view(-1, 1, 1, 1)
     pairs = Pairs(x_t=latents, target=latents.clone(), t=numbers, rows=numbers - first, weight=torch.ones(count))
     captions = tuple(f"caption {number}" for number in numbers)
-    return rollouts.Lesson(pairs=pairs, cond=latents.flatten(1)[:, None].clone(), captions=captions, items=tuple(numbers))
+    return rollouts.Lesson(
+        pairs=pairs, cond=latents.flatten(1)[:, None].clone(), captions=captions, items=tuple(numbers)
+    )
 
 
 def test_two_cuts_of_one_global_batch_share_a_folder(tmp_path: Path) -> None:
