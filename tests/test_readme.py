@@ -25,7 +25,7 @@ def commands() -> Iterator[list[str]]:
         for line in part.replace("\\\n", " ").splitlines():
             words = shlex.split(line, comments=True)
             if words[:3] == ["torchrun", "--nproc_per_node", "8"]:
-                words = words[5:]
+                words = words[4:]
             if words and words[0] == "python":
                 words = ["fewstep", PROGRAMS[words[1]], *words[2:]]
             if words and words[0].split("/")[-1] == "fewstep" and words[1] in COMMANDS:

@@ -193,13 +193,13 @@ def test_times_of_two_machines_are_not_set_side_by_side(
     before = timings()
     benchmark(small(tmp_path, resume=True), backbone=base, reporter=(notes := Notes()))
     assert timings() == before, "on the same machine nothing is timed again"
-    assert not [line for line in notes.warned if "were begun with" in line]
+    assert not [line for line in notes.warned if "were drawn with" in line]
     lora.detach(base.unet)
     monkeypatch.setattr("fewstep.timing._processor", lambda: "another processor")
     notes = Notes()
     found = benchmark(small(tmp_path, resume=True), backbone=base, reporter=notes)
-    (told,) = [line for line in notes.warned if "were begun with" in line]
-    assert "(here another processor): arms drawn before and now differ" in told and told in found.record.warnings
+    (told,) = [line for line in notes.warned if "were drawn with device" in line]
+    assert "and another processor: arms differ by that" in told and told in found.record.warnings
     after = timings()
     assert after.keys() == before.keys() and all(after[arm] != before[arm] for arm in after)
     assert all("another processor" in text for text in after.values())

@@ -257,7 +257,12 @@ def test_what_a_file_says_for_another_base_device_rank_or_sampler_is_left_out(tm
         *("base_model two", "device cuda", "lora_rank 16", "sampler ddim"),
     ]
     assert left[0].endswith("chosen for one: prediction_type epsilon, resolution 128; to keep one, pass it as a flag")
-    same = {"base_model": "one", "lora_rank": "4", "sampler": "lcm", "device": "cpu"}
+    file.write_text(file.read_text() + "num_inference_steps = [4]\npairs_per_rollout = 4\n")
+    assert (
+        merged(TrainSettings, {"num_inference_steps": ["8"]}, config=file, warn=left.append).pairs_per_rollout is None
+    )
+    assert "for num_inference_steps 8, for they were chosen for 4: pairs_per_rollout 4" in left.pop()
+    same = {"base_model": "one", "lora_rank": "4", "sampler": "lcm", "device": "cpu", "num_inference_steps": ["4"]}
     assert merged(TrainSettings, same, config=file, warn=left.append) == merged(TrainSettings, {}, config=file)
     assert len(left) == 4
 

@@ -280,7 +280,7 @@ def test_what_others_may_still_be_at_is_kept(server: Server, monkeypatch: pytest
     server.stop()
 
 
-@pytest.mark.skipif(not Path("/proc/self").exists(), reason="elsewhere nobody tells which processes have ended")
+@pytest.mark.skipif(os.name != "posix", reason="elsewhere nobody tells which processes have ended")
 def test_where_another_process_of_the_run_is_its_shards_are_kept(
     server: Server, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

@@ -130,13 +130,11 @@ def test_a_record_of_several_reads_back_and_that_of_one_is_as_before() -> None:
         ),
         ("num_images", 1, "b drew 1 pictures a prompt, a 2: Fréchet distances differ by that"),
         ("resolution", 768, "b drew at a resolution of 768, a of 512: quality and times differ by that"),
-        ("data_dir", "x", "b was measured against the pictures of x, a of y: distances differ by that"),
         ("frechet_images", 1, "b took 1 references a prompt, a 5: Fréchet distances differ by that"),
     ],
 )
 def test_settings_that_differ_are_named(setting: str, value: int, told: str) -> None:
     settings = {
-        "data_dir": "y",
         "seed": 42,
         "num_images": 2,
         "resolution": 512,

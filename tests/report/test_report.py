@@ -256,7 +256,7 @@ def test_a_loss_is_called_a_loss(found: BenchmarkRecord) -> None:
     # What the worst channel says and what all together say are two things where they point apart.
     mixed = replace(sure, saturation=(1.10, 0.92, 0.92, 0.92), mean_saturation=interval(0.965, 0.01))
     sentences = verdict(replace(found, summary=found.summary | {"student-4": mixed}))
-    assert "+10.0 %" in sentences[-1] and sentences[-1].endswith("it may be chance.")
+    assert "+10.0 %" in sentences[-1] and sentences[-1].endswith("all channels together spread less.")
 
 
 def test_small_distances_keep_digits_that_say_something(found: BenchmarkRecord) -> None:

@@ -26,7 +26,7 @@ from fewstep.files import write_bytes_atomic, write_text_atomic
 from fewstep.pictures import Cell
 from fewstep.records import ArmTiming
 
-KEY, TIMING, BEGUN_WITH = "key.json", "timing.json", "begun_with.json"
+KEY, TIMING, MADE_WITH = "key.json", "timing.json", "made_with.json"
 
 
 class Cells:
@@ -164,19 +164,22 @@ def make_room(folder: Path, *, resume: bool, finished: bool) -> None:
     shutil.rmtree(folder)
 
 
-def begun_otherwise(folder: Path, circumstances: Mapping[str, str]) -> dict[str, tuple[str, str]]:
-    """Note with which versions and on which machine the cells in `folder` were begun; what is otherwise: (then, now).
+def mixed(folder: Path, circumstances: Mapping[str, str]) -> dict[str, list[str]]:
+    """Note with which versions and on which machine cells come into `folder`; returns what was not always the same.
 
     Pictures of two machines or releases are set side by side, for they differ by rounding alone as a rule, but not
     without a word.
     """
-    file = folder / BEGUN_WITH
+    file = folder / MADE_WITH
     try:
-        found = json.loads(file.read_text(encoding="utf-8"))
+        found: dict[str, list[str]] = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError):  # not there, or cut short
-        write_text_atomic(file, json.dumps(dict(circumstances), indent=1) + "\n")
-        return {}
-    return {name: (found[name], now) for name, now in circumstances.items() if found.get(name, now) != now}
+        found = {}
+    for name, now in circumstances.items():
+        if now not in found.setdefault(name, []):
+            found[name].append(now)
+    write_text_atomic(file, json.dumps(found, indent=1) + "\n")
+    return {name: values for name, values in found.items() if len(values) > 1}
 
 
 def _claim(folder: Path, key: Mapping[str, Any]) -> tuple[str, Any, Any] | None:

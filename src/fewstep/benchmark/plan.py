@@ -164,7 +164,7 @@ def make_plan(
     settings = _resolved(settings, backbone, data)
     adapters = Adapters(settings, backbone, opened.source, reporter)
     options = Options(settings, backbone, reporter)
-    sampling = recorded_sampling(opened.source, reporter) if wants_adapter else None
+    sampling = recorded_sampling(opened.source, reporter) if wants_adapter and not arms else None
     arms = options.beside(arms or _arms(settings, backbone, adapters, sampling))
     real: RealPictures | None = data
     if data is None and backbone.abilities is not None:

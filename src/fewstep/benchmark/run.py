@@ -12,7 +12,7 @@ from accelerate import PartialState
 
 from fewstep.arms import Arm
 from fewstep.backbone import Backbone
-from fewstep.benchmark.cells import ArmCells, Cells, begun_otherwise, make_room
+from fewstep.benchmark.cells import ArmCells, Cells, make_room, mixed
 from fewstep.benchmark.cost import Operations, runs_of, time_arm
 from fewstep.benchmark.distribution import measure_distributions
 from fewstep.benchmark.drawing import draw, judges_of, replacing
@@ -153,12 +153,12 @@ def _make_room(plan: Plan, processes: PartialState, reporter: Reporter) -> dict[
 
 def _warn_of_other_circumstances(plan: Plan, reporter: Reporter) -> None:
     device = machine(plan.backbone.device, str(plan.backbone.dtype))["device"]
-    differing = begun_otherwise(plan.settings.outdir / CELLS, {"device": device} | versions())
+    differing = mixed(plan.settings.outdir / CELLS, {"device": device} | versions())
     if differing:
-        told = ", ".join(f"{name} {then} (here {now})" for name, (then, now) in differing.items())
+        told = ", ".join(f"{name} {' and '.join(values)}" for name, values in differing.items())
         reporter.warn(
-            f"the pictures kept in {plan.settings.outdir} were begun with {told}: arms drawn before and now differ by "
-            "that, too; for figures of one kind choose another --outdir"
+            f"the pictures in {plan.settings.outdir} were drawn with {told}: arms differ by that, too; for figures of "
+            "one kind choose another --outdir"
         )
 
 

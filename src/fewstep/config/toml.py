@@ -50,6 +50,8 @@ CHOSEN_FOR = {
     "device": ("mixed_precision",),
     "lora_rank": ("lora_alpha",),
     "sampler": ("start", "num_ddim_steps", "pairs_per_rollout"),
+    "num_inference_steps": ("pairs_per_rollout",),
+    "timestep_span": ("pairs_per_rollout",),
 }
 """Settings whose value, where none is asked for, follows from another's. A run's file has them all filled in."""
 
@@ -75,16 +77,21 @@ def merged(
         if key not in settings.model_fields:
             raise InputError(f"{str(config)!r}: {unknown_name(key, settings)}")
     for chosen, following in CHOSEN_FOR.items():
-        if chosen not in given or chosen not in filed or str(given[chosen]) == str(filed[chosen]):
+        if chosen not in given or chosen not in filed or _words(given[chosen]) == _words(filed[chosen]):
             continue
         left = {name: filed.pop(name) for name in following if name in filed and name not in given}
         if left:
             told = ", ".join(f"{name} {value}" for name, value in left.items())
             warn(
-                f"left out of {str(config)!r} for {chosen} {given[chosen]}, for they were chosen for "
-                f"{filed[chosen]}: {told}; to keep one, pass it as a flag"
+                f"left out of {str(config)!r} for {chosen} {_words(given[chosen])}, for they were chosen for "
+                f"{_words(filed[chosen])}: {told}; to keep one, pass it as a flag"
             )
     return settings(**{**(defaults or {}), **filed, **given})
+
+
+def _words(value: Any) -> str:
+    """A value as it is typed."""
+    return " ".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
 
 
 def settings_toml(settings: Settings, *, public: bool = False) -> str:

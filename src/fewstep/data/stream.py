@@ -10,8 +10,7 @@ a shard with more pictures some are left out, others each epoch; in one with few
 
 All processes of a run on a machine share what is fetched; the next buffer is fetched while this one is used, and shards
 that are two buffers back are removed, or further back where another process, or those that load ahead, may still be at
-them. Another run on
-the same source has a folder of its own: it is at other shards.
+them. Another run on the same source has a folder of its own: it is at other shards.
 """
 
 from __future__ import annotations
@@ -232,8 +231,8 @@ class StreamedPictures:
         with _writing(self._home):
             write_text_atomic(self._home / f"{os.getpid()}.window", "{} {}".format(*self._window))
         for file in self._home.glob("*.window"):
-            if Path("/proc/self").exists() and not Path("/proc", file.stem).exists():
-                file.unlink(missing_ok=True)  # it has ended
+            if _has_ended(int(file.stem)):
+                file.unlink(missing_ok=True)
                 continue
             with suppress(OSError, ValueError):
                 seed, window = map(int, file.read_text().split())
@@ -332,6 +331,8 @@ def _own_folder(source: Path) -> Path:
                     shutil.rmtree(other, ignore_errors=True)
                 else:
                     other.rename(own)
+                    for window in own.glob("*.window"):
+                        window.unlink()
             own.mkdir(exist_ok=True)
             used = own / f"{os.getpid()}.used"
             if used in _IN_USE:  # taken anew: somebody may have emptied the cache meanwhile
@@ -340,6 +341,19 @@ def _own_folder(source: Path) -> Path:
             lock.acquire()
             _IN_USE[used] = lock
     return own
+
+
+def _has_ended(process: int) -> bool:
+    """Whether a process of this machine is known to have ended."""
+    if os.name != "posix":
+        return False
+    try:
+        os.kill(process, 0)  # asks, and sends nothing
+    except ProcessLookupError:
+        return True
+    except OSError:  # somebody else's
+        return False
+    return False
 
 
 def _run() -> str:

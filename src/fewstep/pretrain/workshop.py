@@ -149,13 +149,15 @@ class Workshop:
         for one in after:
             _need(self.work / one / "state.safetensors", one)
         came = {one: sha256(self.work / one / "state.safetensors") for one in after}
-        if trained.exists() and note.exists():
-            with read_whole(note, f"remove its folder, and the stage trains {name} from its start"):
-                begun = json.loads(note.read_text())
+        if trained.exists():
+            begun = {}  # work from before such notes was begun on nobody knows what
+            if note.exists():
+                with read_whole(note, f"remove its folder, and the stage trains {name} from its start"):
+                    begun = json.loads(note.read_text())
             for one in after:
                 if begun.get(one) != came[one]:
                     raise InputError(
-                        f"{one} was trained anew after {str(trained)!r} was begun on it; allowed is the one that it "
+                        f"{str(trained)!r} was not begun on the {one} that is there now; allowed is the one that it "
                         f"was begun on; remove {str(trained.parent)!r}, and the stage trains {name} from its start"
                     )
         elif came:

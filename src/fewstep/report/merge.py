@@ -19,8 +19,6 @@ ODD = {
     "resolution": "{name} drew at a resolution of {own}, {first} of {theirs}: quality and times differ by that",
     "prediction_type": "{name} took its base to predict {own}, {first} {theirs}: all its arms are shown",
     "negative_prompt": "{name} drew with the negative prompt {own}, {first} with {theirs}: guided arms differ by that",
-    "data_dir": "{name} was measured against the pictures of {own}, {first} of {theirs}: distances differ by that",
-    "dataset_name": "{name} was measured against the pictures of {own}, {first} of {theirs}: distances differ by that",
     "frechet_images": "{name} took {own} references a prompt, {first} {theirs}: Fréchet distances differ by that",
 }
 """Settings in which two benchmarks may differ, but not without a word."""

@@ -259,13 +259,11 @@ def _saturation(student: ArmSummary, record: BenchmarkRecord) -> str | None:
         return None
     spread = f"{100 * (worst - 1):+.1f} %".replace("-", "−")
     mean = student.mean_saturation
-    sure = (
-        mean is not None
-        and mean.low is not None
-        and mean.high is not None
-        and (mean.low > 1 if worst > 1 else mean.high < 1)
-    )
-    told = f"pictures are {'burnt' if worst > 1 else 'washed out'}" if sure else "of all channels it may be chance"
+    told = "of all channels it may be chance"
+    if mean is not None and mean.low is not None and mean.high is not None and not mean.low <= 1 <= mean.high:
+        told = f"pictures are {'burnt' if worst > 1 else 'washed out'}"
+        if (mean.value > 1) != (worst > 1):
+            told = f"all channels together spread {'more' if mean.value > 1 else 'less'}"
     return (
         f"The latents of {student.arm.id} spread {spread} against {_the_teacher(student, record)}'s in the worst "
         f"channel, beyond the 5 % of a faithful student: {told}."

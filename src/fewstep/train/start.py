@@ -27,7 +27,7 @@ from fewstep.telemetry import Throughput
 from fewstep.timesteps import promised_points
 from fewstep.timing import quick_matrix_rate
 from fewstep.train.encoding import Cached, Encoder, Fresh, cache_key
-from fewstep.train.rollouts import Lesson, RolloutStore, Teacher
+from fewstep.train.rollouts import RolloutStore, Teacher
 from fewstep.train.unusable import Unusable
 from fewstep.validation import FIGURE
 
@@ -241,25 +241,18 @@ def keep_rollouts(
     Raises:
         Interrupted: stopped on request; those that are made are kept.
     """
-    made: list[tuple[int, Lesson]] = []  # at most one: it is written while a GPU makes the next
     with reporter.progress("teacher", len(batches)) as bar:
         for batch in batches:
             first = slices.first_place(batch.update, batch.micro)
-            before = made
-            made = [] if store.file(first, len(batch.items)).exists() else [(first, teacher(batch))]
-            for place, lesson in before:
-                store.put(place, lesson)
+            if not store.file(first, len(batch.items)).exists():
+                store.put(first, teacher(batch))
             unusable.meet(batch.replaced)
             if asked_to_stop(bar, should_stop):
-                for place, lesson in made:
-                    store.put(place, lesson)
                 teacher.encoder.flush()
                 raise Interrupted(
                     f"stopped while the teacher made its rollouts, kept in {store.folder}; go on with "
                     "--resume_from_checkpoint auto"
                 )
-    for place, lesson in made:
-        store.put(place, lesson)
     teacher.encoder.flush()
     unusable.share()
 
