@@ -160,6 +160,23 @@ def test_values_without_a_range_are_refused(array: np.ndarray) -> None:
         looked_over(raw)
 
 
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP"])
+@pytest.mark.parametrize("side", [32, 33, 47])
+def test_what_ends_as_it_should_is_not_decoded_to_be_looked_over(
+    kind: str, side: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    decoded = list[bool]()
+    raw = encoded(Image.fromarray(np.random.default_rng(side).integers(0, 256, (side, side, 3), np.uint8)), kind)
+    for place in ("PIL.ImageFile.ImageFile.load", "PIL.WebPImagePlugin.WebPImageFile.load"):
+        monkeypatch.setattr(place, lambda _: decoded.append(True))
+    looked_over(raw)
+    assert not decoded
+    for changed in (raw[:-40], raw + b"\0" * 40):
+        with suppress(PictureError):
+            looked_over(changed)
+    assert decoded
+
+
 def test_the_first_frame_of_an_animation() -> None:
     frames = [picture((0, 200, 0)), picture((0, 0, 200))]
     for kind in ("GIF", "WEBP", "PNG", *AVIF):

@@ -244,7 +244,11 @@ def _open(stream: BinaryIO) -> Image.Image:
 
 
 def _ends_as_it_should(kind: str | None, stream: BinaryIO, length: int) -> bool:
-    """Whether the end mark of a JPEG or PNG stands at the end; other formats have none and need decoding."""
+    """Whether a JPEG's or PNG's end mark stands at the end, or a WebP is as long as it says; others need decoding."""
+    if kind == "WEBP":
+        stream.seek(4)
+        said = int.from_bytes(stream.read(4), "little")  # of what follows, filled up to an even number
+        return length == 8 + said + said % 2
     mark = {"JPEG": b"\xff\xd9", "MPO": b"\xff\xd9", "PNG": b"IEND"}.get(kind or "")
     if mark is None:
         return False
