@@ -32,10 +32,10 @@ class PretrainSettings(Settings):
 
     output_dir: Folder = Field(Path("./scenes_base"), description="Folder for the weights; a stopped run goes on here.")
     size: Literal["full", "tiny"] = Field("full", description="full is the shipped size; tiny takes a minute.")
-    stage: Literal["all", "vae", "vae-refine", "judges", "denoiser-half", "denoiser", "refine"] = Field(
+    stage: Literal["all", "vae", "vae-refine", "judges", "denoiser-half", "denoiser", "refine-half", "refine"] = Field(
         "all",
-        description="Which stage to train; vae-refine goes on from vae, refine from denoiser, and denoiser-half is "
-        "the first half of denoiser.",
+        description="Which stage to train; vae-refine goes on from vae, refine from denoiser, and a half is the first "
+        "one of what goes on from there.",
     )
 
 

@@ -1,4 +1,4 @@
-"""The text encoder, then the UNet on cached latents: two runs of one objective, the first in two stages."""
+"""The text encoder, then the UNet on cached latents: two runs of one objective, each in two stages."""
 
 from __future__ import annotations
 
@@ -38,6 +38,13 @@ def train_denoiser(shop: Workshop) -> dict[str, Any]:
     return fresh_loss(shop, _drawing(shop))
 
 
+def half_of_refine(shop: Workshop) -> dict[str, Any]:
+    """As far as half of `refine_denoiser`, which goes on from there."""
+    until = shop.plan("refine").steps // 2
+    _refined(shop, until)
+    return {"steps": until}
+
+
 def refine_denoiser(shop: Workshop) -> dict[str, Any]:
     """Go on from the averaged weights with fresh moments, other batches and noise; then measure the base."""
     denoiser, vae = _refined(shop), shop.load_vae()
@@ -58,12 +65,12 @@ def _drawing(shop: Workshop, until: int | None = None) -> Denoiser:
     return denoiser
 
 
-def _refined(shop: Workshop) -> Denoiser:
+def _refined(shop: Workshop, until: int | None = None) -> Denoiser:
     vae = shop.load_vae()
     shop.need_judges()  # which measure the base when it is trained
     denoiser = _untrained_denoiser(shop, CaptionReader(shop.tokenizer, shop.size).text_encoder)
     denoiser.load_state_dict(averaged(shop.work / "denoiser", shop.plan("denoiser").steps))
-    _train_unet(shop, denoiser, vae, "refine", shop.seed + 1, None, after=("vae-refine", "denoiser"))
+    _train_unet(shop, denoiser, vae, "refine", shop.seed + 1, until, after=("vae-refine", "denoiser"))
     return denoiser
 
 

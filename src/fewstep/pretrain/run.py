@@ -10,7 +10,7 @@ from typing import Any
 
 from fewstep.config import PretrainSettings
 from fewstep.locks import alone_in
-from fewstep.pretrain.denoiser import half_of_denoiser, refine_denoiser, train_denoiser
+from fewstep.pretrain.denoiser import half_of_denoiser, half_of_refine, refine_denoiser, train_denoiser
 from fewstep.pretrain.judges import train_judges
 from fewstep.pretrain.sizes import STAGES
 from fewstep.pretrain.vae import refine_vae, train_vae
@@ -23,6 +23,7 @@ TRAIN: dict[str, Callable[[Workshop], dict[str, Any]]] = {
     "judges": train_judges,
     "denoiser-half": half_of_denoiser,
     "denoiser": train_denoiser,
+    "refine-half": half_of_refine,
     "refine": refine_denoiser,
 }
 """What each stage does; it returns what it measured."""

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 
 from fewstep.scenes.loop import Plan
 
-STAGES = ("vae", "vae-refine", "judges", "denoiser-half", "denoiser", "refine")
-"""One goes on where the one before stopped; the half is the first one, so that none takes longer than 90 minutes."""
+STAGES = ("vae", "vae-refine", "judges", "denoiser-half", "denoiser", "refine-half", "refine")
+"""One goes on where the one before stopped; a half is the first one, so that none takes longer than 90 minutes."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,14 +49,15 @@ SIZES = {
             "judges": 40,
             "denoiser-half": 75,
             "denoiser": 65,
-            "refine": 50,
+            "refine-half": 60,
+            "refine": 75,
         },
         vae=Plan(steps=4_200, batch_size=8, parts=2, learning_rate=1e-3, beta2=0.999, ema_decay=0.999),
         judge=Plan(steps=2_200, batch_size=64, parts=2, learning_rate=2e-3),
         alignment=Plan(steps=500, batch_size=96, learning_rate=1e-3),
         text=Plan(steps=400, batch_size=64, learning_rate=1e-3, ema_decay=0.98),
         denoiser=Plan(steps=4_900, batch_size=64, parts=2, learning_rate=2e-3, ema_decay=0.999),
-        refine=Plan(steps=1_500, batch_size=64, parts=2, learning_rate=1.5e-3, ema_decay=0.999),
+        refine=Plan(steps=4_500, batch_size=64, parts=2, learning_rate=1.5e-3, ema_decay=0.999),
     ),
     "tiny": Sizes(
         drawings=64,
