@@ -277,7 +277,7 @@ def test_weights_that_are_missing_or_damaged_are_never_made_up(folder: Path, fil
 
 def test_a_tokenizer_without_its_vocabulary_is_refused(folder: Path) -> None:
     """The library would make one of three tokens up."""
-    place = folder / "tokenizer"
+    place, ids = folder / "tokenizer", load_backbone(folder, device="cpu").tokenizer("a red house").input_ids
     model = json.loads((place / "tokenizer.json").read_text())["model"]
     (place / "tokenizer.json").unlink()
     neither = "tokenizer/ has no tokenizer.json, and no vocab.json or merges.txt;"
@@ -290,7 +290,7 @@ def test_a_tokenizer_without_its_vocabulary_is_refused(folder: Path) -> None:
     (place / "vocab.json").write_text(json.dumps(model["vocab"]))
     assert "tokenizer/ has no tokenizer.json, and no merges.txt;" in refused(folder, CheckpointError)
     (place / "merges.txt").write_text("\n".join(["#version: 0.2", *map(" ".join, model["merges"])]))
-    assert load_backbone(folder, device="cpu").tokenizer("a red house").input_ids == [49406, 320, 736, 1212, 49407]
+    assert load_backbone(folder, device="cpu").tokenizer("a red house").input_ids == ids
     (place / "vocab.json").unlink()
     assert "tokenizer/ has no tokenizer.json, and no vocab.json;" in refused(folder, CheckpointError)
 
