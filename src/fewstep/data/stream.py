@@ -345,14 +345,12 @@ def _own_folder(source: Path) -> Path:
 
 def _has_ended(process: int) -> bool:
     """Whether a process of this machine is known to have ended."""
-    if os.name != "posix":
-        return False
-    try:
-        os.kill(process, 0)  # asks, and sends nothing
-    except ProcessLookupError:
-        return True
-    except OSError:  # somebody else's
-        return False
+    if os.name == "posix":  # elsewhere this would end it
+        with suppress(PermissionError):  # somebody else's
+            try:
+                os.kill(process, 0)  # asks, and sends nothing
+            except ProcessLookupError:
+                return True
     return False
 
 
