@@ -180,10 +180,11 @@ def test_the_loss_is_the_error_in_the_x0_that_ddim_steps_with(schedule: NoiseSch
     assert all(parameter.grad is not None and parameter.grad.abs().sum() > 0 for parameter in toy.parameters())
 
 
+@pytest.mark.parametrize("solver", ["ddim", "dpmpp"])
 def test_a_perfect_student_of_one_count_follows_the_teachers_path_to_its_end(
-    schedule: NoiseSchedule, toy: Any, cond: Tensor, uncond: Tensor
+    schedule: NoiseSchedule, toy: Any, cond: Tensor, uncond: Tensor, solver: Any
 ) -> None:
-    method = trajectory(schedule, step_counts=(4,), pairs_per_rollout=4)
+    method = trajectory(schedule, step_counts=(4,), pairs_per_rollout=4, solver=solver)
     noise = torch.randn(5, *SHAPE)
 
     class Same:
@@ -191,10 +192,22 @@ def test_a_perfect_student_of_one_count_follows_the_teachers_path_to_its_end(
             return noise
 
     perfect = method.oracle(toy, uncond)
-    drawn = ddim_sample(perfect, schedule, Same(), SHAPE, teacher_grid(4), cond)  # type: ignore[arg-type]
     with torch.no_grad():
-        path = rollout(toy, schedule, noise, torch.tensor(method.fine_grid).expand(5, -1), cond, uncond, 3.0)
-    assert_close(drawn, path, rtol=1e-2, atol=1e-2)
+        grids = torch.tensor(method.fine_grid).expand(5, -1)
+        path = rollout(toy, schedule, noise, grids, cond, uncond, 3.0, solver=solver)
+    for _ in range(2):  # of one batch of pictures nothing is left for the next
+        drawn = ddim_sample(perfect, schedule, Same(), SHAPE, teacher_grid(4), cond)  # type: ignore[arg-type]
+        assert_close(drawn, path, rtol=1e-2, atol=1e-2)
+
+
+def test_a_perfect_student_that_learns_from_anywhere_begins_anew_at_each_timestep(
+    schedule: NoiseSchedule, toy: Any, cond: Tensor, uncond: Tensor
+) -> None:
+    method = trajectory(schedule, step_counts=(4,), pairs_per_rollout=1, from_noise=False, solver="dpmpp")
+    perfect, x_t = method.oracle(toy, uncond), torch.randn(5, *SHAPE)
+    for t in (torch.full((5,), one) for one in method.points):
+        aimed = schedule.to_x0(perfect(x_t, t, cond), x_t, t)
+        assert_close(aimed, method.target(toy, x_t, t, cond, uncond), rtol=1e-3, atol=1e-3)
 
 
 def test_a_path_by_dpmpp_is_the_solvers_and_its_pairs_lie_on_it(

@@ -16,7 +16,8 @@ answer at a timestep, and another's jump from there then ends a little off.
 
 The fine grid has K steps from the noisiest timestep down to x0 and passes all of the student's timesteps. So one path
 from pure noise is a lesson at each of them (`from_noise`), for captions without pictures; a rollout from a lower t is
-the rest of the grid. Each timestep counts alike.
+the rest of the grid, on which DPM-Solver++ begins anew: it remembers nothing of what came before t. Each timestep counts
+alike.
 """
 
 from __future__ import annotations
@@ -33,6 +34,9 @@ from fewstep.methods.kstep import Draws, KStep, Pairs, StudentSampler
 from fewstep.solver import Denoiser, ddim_step, guided_output, solver_step
 from fewstep.timesteps import rollout_grid
 from fewstep.transfer import upload
+
+Memory = tuple[Tensor, Tensor]
+"""The x0 [B, C, H, W] of a solver's step before, and the timestep int64 [B] that it was taken at."""
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -68,14 +72,32 @@ class Trajectory(KStep):
     @torch.no_grad()
     def target(self, teacher: Denoiser, x_t: Tensor, t: Tensor, cond: Tensor, uncond: Tensor | None) -> Tensor:
         """The x0 [B, C, H, W] to aim at from x_t [B, C, H, W]; arguments as in `KStep.target`."""
-        path = self._path(teacher, x_t, t, self._landings_of(t), cond, uncond)
+        path, _ = self._path(teacher, x_t, t, self._landings_of(t), cond, uncond)
         return self._aim(path, t, torch.arange(len(t)))
+
+    def oracle(self, teacher: Denoiser, uncond: Tensor | None) -> Denoiser:
+        """As `KStep.oracle`. Paths that are learnt whole from noise are followed as a whole: where a jump goes on from
+        the landing of the call before, the teacher's solver remembers what it did there."""
+        landed: tuple[Tensor, Memory] | None = None
+
+        @torch.no_grad()
+        def perfect_student(x_t: Tensor, t: Tensor, cond: Tensor) -> Tensor:
+            nonlocal landed
+            here, ends = t.cpu(), self._landings_of(t)
+            goes_on = self.from_noise and landed is not None and torch.equal(landed[0], here)
+            memory = landed[1] if goes_on and landed is not None else None
+            path, memory = self._path(teacher, x_t, here, ends, cond, uncond, memory)
+            landed = ends, memory
+            return self.schedule.from_x0(self._aim(path, here, torch.arange(len(t))), x_t, t)
+
+        return perfect_student
 
     def own_pictures(self, teacher: Denoiser, noise: Tensor, cond: Tensor, uncond: Tensor | None) -> Tensor:
         """Clean latents [B, C, H, W] of the teacher's own: the whole path from pure noise [B, C, H, W]."""
         top = torch.full((len(noise),), self.points[0])
         with torch.no_grad():
-            return self._path(teacher, noise, top, torch.full_like(top, -1), cond, uncond)[-1]
+            path, _ = self._path(teacher, noise, top, torch.full_like(top, -1), cond, uncond)
+        return path[-1]
 
     @torch.no_grad()
     def pairs(self, teacher: Denoiser, x_t: Tensor, draws: Draws, cond: Tensor, uncond: Tensor | None) -> Pairs:
@@ -84,7 +106,7 @@ class Trajectory(KStep):
         rows, steps = self._learnt_from(grids, draws.order)
         t = grids[rows, steps]
         lowest = draws.t.scatter_reduce(0, rows, self._landings_of(t), "amin")
-        path = self._path(teacher, x_t, draws.t, lowest, cond, uncond)
+        path, _ = self._path(teacher, x_t, draws.t, lowest, cond, uncond)
         weight = upload(torch.tensor([self._weights[one] for one in t.tolist()]), x_t.device)
         return Pairs(self._at(path, t, rows), t, rows, weight, self._aim(path, t, rows))
 
@@ -97,16 +119,27 @@ class Trajectory(KStep):
         return self.fine_grid[self.fine_grid.index(t) :]
 
     def _path(
-        self, teacher: Denoiser, x_t: Tensor, starts: Tensor, ends: Tensor, cond: Tensor, uncond: Tensor | None
-    ) -> Tensor:
+        self,
+        teacher: Denoiser,
+        x_t: Tensor,
+        starts: Tensor,
+        ends: Tensor,
+        cond: Tensor,
+        uncond: Tensor | None,
+        memory: Memory | None = None,
+    ) -> tuple[Tensor, Memory]:
         """The path of each sample along the fine grid, [K + 1, B, C, H, W]: it stands still above its start and below
         its end.
 
         Args:
             starts, ends: int64 [B], timesteps of the fine grid; best on the CPU: no device need be waited for then.
+            memory: what the solver remembers from above the starts; nothing where it begins there.
+
+        Returns:
+            The path, and what the solver remembers at its end.
         """
         starts, ends, x = starts.cpu(), ends.cpu(), x_t
-        path, x0, t_before = [x], x, upload(starts, x.device)
+        path, (x0, t_before) = [x], memory or (x, upload(starts, x.device))
         for here, below in pairwise(self.fine_grid):
             rows = upload(((starts >= here) & (here > ends)).nonzero().squeeze(1), x.device)
             if len(rows):
@@ -120,7 +153,7 @@ class Trajectory(KStep):
                 x, x0 = x.index_copy(0, rows, there), x0.index_copy(0, rows, x0_here)
                 t_before = t_before.index_copy(0, rows, t)
             path.append(x)
-        return torch.stack(path)
+        return torch.stack(path), (x0, t_before)
 
     def _guided(
         self, teacher: Denoiser, x_t: Tensor, t: Tensor, here: int, cond: Tensor, uncond: Tensor | None
