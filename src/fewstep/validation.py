@@ -82,7 +82,7 @@ def open_validation(
 ) -> Validation | None:
     """The validation of a run by whatever can judge its pictures, which is said; None where nothing at hand can."""
     if backbone.abilities is not None:
-        measure, judge = "share of attributes that are right", _reader(backbone.abilities)
+        measure, judge = "share of attributes that are right, on captions of its own", _reader(backbone.abilities)
     else:
         model = settings.clip_model_id
         try:

@@ -12,7 +12,7 @@ from xml.etree import ElementTree
 import pytest
 from PIL import Image, ImageFont
 
-from fewstep.arms import solver_arm
+from fewstep.arms import solver_arm, student_arm
 from fewstep.errors import InputError
 from fewstep.records import ArmSummary, BenchmarkRecord, Interval, PictureScore, Row
 from fewstep.report import markdown, page, results_csv, save_grids, timing_csv, verdict
@@ -20,13 +20,14 @@ from fewstep.report.bars import time_bars
 from fewstep.report.columns import columns
 from fewstep.report.figures import frontier
 from fewstep.report.grids import _wrapped
-from fewstep.report.verdict import decimals, headline, seconds
+from fewstep.report.verdict import _not_as_fast, decimals, headline, seconds
 from tests.report.fakes import (
     PROMPTS,
     interval,
     pictures,
     record,
     summary,
+    timing,
     with_options,
     with_real,
     without_answers,
@@ -142,6 +143,12 @@ def test_options_stand_beside_the_plain_student(found: BenchmarkRecord, tmp_path
     assert verdict(replace(whole, summary=unsure))[3] == (
         "Nothing that was tried makes it faster by more than its timings spread (student-fused-4, student-bf16-4)."
     )
+    # One that gains more than its own timings spread does so whatever the fastest one's do.
+    fused, bf16 = (whole.summary[f"student-{name}-4"] for name in ("fused", "bf16"))
+    loose = replace(fused, timings=(replace(fused.timings[0], end_to_end=wide.end_to_end),))
+    sure = replace(bf16, speedup_vs_plain=1.1, timings=(timing(0.085, bf16.arm),))
+    either = {**whole.summary, "student-fused-4": loose, "student-bf16-4": sure}
+    assert "student-bf16-4 is the fastest: 1.10 times" in verdict(replace(whole, summary=either))[3]
     lines = timing_csv(whole).splitlines()
     assert ",bfloat16," in lines[-1] and ",float32," in lines[-2]
 
@@ -280,20 +287,40 @@ def test_an_adapter_that_does_not_help_is_told(found: BenchmarkRecord) -> None:
     )
 
 
+def test_what_too_few_prompts_cannot_judge_is_told(found: BenchmarkRecord) -> None:
+    unsure = replace(found.summary["student-4"], gain_all_right=Interval(value=0.1))
+    told = verdict(replace(found, summary={**found.summary, "student-4": unsure}))[2]
+    assert told.endswith("the adapter is worth +10.0 points, which 2 prompts cannot judge.")
+
+
 def test_the_verdict_sets_the_student_against_what_costs_no_training(found: BenchmarkRecord) -> None:
     alpha_bar = [1 - (t + 1) / 1001 for t in range(1000)]
 
-    def told(seconds: float, right: float) -> str:
+    def told(seconds: float, right: float, name: str = "student-4") -> str:
         solver = summary(solver_arm(8, 7.5, alpha_bar, karras=False), seconds, right, 33.0)
-        return verdict(replace(found, summary={**found.summary, "dpmpp-8": solver}))[2]
+        student = found.summary["student-4"]
+        assert student.all_right is not None
+        over = student.all_right.value - right
+        student = replace(student, over_solvers={name: Interval(value=over, low=over - 0.01, high=over + 0.01)})
+        return verdict(replace(found, summary={**found.summary, "student-4": student, "dpmpp-8": solver}))[2]
 
-    assert told(0.3, 0.6).startswith("dpmpp-8 needs no training, is as good and takes 3.0 times as long")
-    assert "at equal time this student has no reason to exist" in told(0.1, 0.55)
-    assert told(0.05, 0.3) == "No untrained solver that was drawn is as good (dpmpp-8)."
+    assert told(0.3, 0.6, "dpmpp-8").startswith("dpmpp-8 needs no training, is as good and takes 3.0 times as long")
+    assert "at equal time this student has no reason to exist" in told(0.1, 0.55, "dpmpp-8")
+    assert told(0.05, 0.3, "dpmpp-8") == "No untrained solver that was drawn is as good (dpmpp-8)."
     # A solver as fast as the student was not drawn: the verdict is not to be had without.
     near = "none took as little time as the student, which 2 steps of one would come near."
-    assert told(0.3, 0.3) == f"No untrained solver that was drawn is as good (dpmpp-8); {near}"
-    assert told(0.3, 0.6).endswith(f"3.0 times as long; {near}")
+    assert told(0.3, 0.3, "dpmpp-8") == f"No untrained solver that was drawn is as good (dpmpp-8); {near}"
+    assert told(0.3, 0.6, "dpmpp-8").endswith(f"3.0 times as long; {near}")
+    # Two guided steps, the fewest of a solver of second order, are four evaluations.
+    solver = summary(solver_arm(8, 7.5, alpha_bar, karras=False), 0.3, 0.3, 33.0)
+    for steps in (1, 2, 3):
+        student = summary(student_arm(steps, 1.0, 1000), 0.1, 0.5, 33.0)
+        none = "none took as little time as the student, and none can: 2 steps, the fewest, are 4 evaluations"
+        assert _not_as_fast(student, [solver]) == f"; {none}"
+    # Of another run, or over too few prompts, there is no difference on the same pictures: that is said.
+    alone = "this is by the figures alone, for not all of these arms have a paired interval."
+    assert told(0.05, 0.3) == f"No untrained solver that was drawn is as good (dpmpp-8); {alone}"
+    assert told(0.1, 0.55).endswith(f"no reason to exist; {alone}")
 
 
 def test_a_student_has_to_be_shown_to_be_better_than_what_costs_no_training(found: BenchmarkRecord) -> None:

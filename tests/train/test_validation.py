@@ -6,7 +6,8 @@ import errno
 import shutil
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 import torch
@@ -19,7 +20,9 @@ from fewstep.checkpoint import Record, verify
 from fewstep.config import TrainSettings
 from fewstep.errors import CheckpointError, InputError, Interrupted
 from fewstep.methods.kstep import KStep
+from fewstep.scenes.abilities import SceneAbilities
 from fewstep.train import DistillResult, distill
+from fewstep.train.start import captions_to_show
 from fewstep.validation import FIGURE, MEASURE, Validation, open_validation
 from tests.train.conftest import Heard
 
@@ -56,6 +59,14 @@ def measured(run: DistillResult) -> dict[int, float]:
 def same_weights(one: Path, two: Path) -> bool:
     name = "pytorch_lora_weights.safetensors"
     return (one / name).read_bytes() == (two / name).read_bytes()
+
+
+def test_what_a_student_is_chosen_by_is_not_what_a_benchmark_judges_it_by() -> None:
+    settings, abilities = TrainSettings(), SceneAbilities()
+    base, unopened = cast("Any", SimpleNamespace(abilities=abilities)), cast("Any", None)
+    looked_at = captions_to_show(16, settings, base, unopened)
+    assert len(set(looked_at)) == 16
+    assert not set(looked_at) & set(abilities.prompts(200, settings.seed))
 
 
 def test_the_best_is_kept_apart_and_said_where_it_is_not_the_last(scripted: list[float], short: TrainSettings) -> None:
@@ -177,7 +188,9 @@ def test_a_base_with_an_answer_key_is_asked_for_the_share_that_is_right(base: Pa
     backbone: Any = replace(load_backbone(base, device="cpu"), abilities=Answers())
     opened = _opened(backbone, settings, heard)
     assert opened.figures() == {FIGURE: 0.75, f"{FIGURE}/1": 0.75, f"{FIGURE}/4": 0.75}
-    assert heard.said == ["validation: share of attributes that are right, 2 pictures each at 1 4 steps"]
+    assert heard.said == [
+        "validation: share of attributes that are right, on captions of its own, 2 pictures each at 1 4 steps"
+    ]
 
 
 def test_figures_of_different_measures_are_not_compared(base: Path, settings: TrainSettings) -> None:

@@ -16,8 +16,8 @@ answer at a timestep, and another's jump from there then ends a little off.
 
 The fine grid has K steps from the noisiest timestep down to x0 and passes all of the student's timesteps. So one path
 from pure noise is a lesson at each of them (`from_noise`), for captions without pictures; a rollout from a lower t is
-the rest of the grid, on which DPM-Solver++ begins anew: it remembers nothing of what came before t. Each timestep counts
-alike.
+the rest of the grid, on which DPM-Solver++ begins anew: it remembers nothing of what came before t. Each timestep
+counts alike.
 """
 
 from __future__ import annotations

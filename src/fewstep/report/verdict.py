@@ -9,6 +9,9 @@ from fewstep.records import ArmSummary, BenchmarkRecord, Interval, Run
 
 SATURATION_TOLERANCE = 0.05
 
+FEWEST_SOLVER_STEPS = 2
+"""What a benchmark takes: a solver of second order needs a step before."""
+
 MAIN = 3
 """Sentences that are the verdict; those after them are what a careful reader asks next."""
 
@@ -159,10 +162,9 @@ def _solvers(student: ArmSummary, record: BenchmarkRecord) -> str | None:
         return None
     timed = [(arm, arm.time_per_image_s) for arm in solvers if arm.time_per_image_s is not None]
     as_good = [(arm, taken) for arm, taken in timed if _as_good(arm, student)]
-    fast = any(taken <= own for _, taken in timed)
-    steps = max(2, student.arm.evaluations // (2 if solvers[0].arm.guided else 1))
-    slow = not fast and all(arm.arm.steps > steps for arm in solvers)
-    missing = f"; none took as little time as the student, which {steps} steps of one would come near" if slow else ""
+    missing = "" if any(taken <= own for _, taken in timed) else _not_as_fast(student, solvers)
+    if not all(_paired(arm, student) for arm, _ in timed):
+        missing += "; this is by the figures alone, for not all of these arms have a paired interval"
     if not as_good:
         return f"No untrained solver that was drawn is as good ({', '.join(arm.arm.id for arm in solvers)}){missing}."
     best, taken = min(as_good, key=lambda pair: pair[1])
@@ -173,8 +175,20 @@ def _solvers(student: ArmSummary, record: BenchmarkRecord) -> str | None:
     else:
         told = f"{best.arm.id} needs no training, is as good"
     if ratio <= 1:
-        return f"{told} and takes {seconds(taken)}: at equal time this student has no reason to exist."
+        return f"{told} and takes {seconds(taken)}: at equal time this student has no reason to exist{missing}."
     return f"{told} and takes {ratio:.1f} times as long{missing}."
+
+
+def _not_as_fast(student: ArmSummary, solvers: Sequence[ArmSummary]) -> str:
+    """Which steps of a solver would take as little time as a student that was faster than all that were drawn."""
+    each = 2 if solvers[0].arm.guided else 1
+    steps = student.arm.evaluations // each
+    if steps < FEWEST_SOLVER_STEPS:
+        fewest = f"{FEWEST_SOLVER_STEPS} steps, the fewest, are {FEWEST_SOLVER_STEPS * each} evaluations"
+        return f"; none took as little time as the student, and none can: {fewest}"
+    if all(arm.arm.steps > steps for arm in solvers):
+        return f"; none took as little time as the student, which {steps} steps of one would come near"
+    return ""
 
 
 def _comparable(student: ArmSummary, record: BenchmarkRecord) -> list[ArmSummary]:
@@ -192,9 +206,15 @@ def _conditions(run: Run) -> object:
     return run.machine, run.versions, run.batch_size, run.base.get("fingerprint"), run.settings.get("resolution")
 
 
+def _paired(solver: ArmSummary, student: ArmSummary) -> Interval | None:
+    """What the student has over the solver on the same pictures, where that has an interval."""
+    over = student.over_solvers.get(solver.arm.id)
+    return None if over is None or over.low is None else over
+
+
 def _as_good(solver: ArmSummary, student: ArmSummary) -> bool:
-    """Whether a student is not shown to be better: by their paired difference, where one prompt is not all there is."""
-    over, found, reached = student.over_solvers.get(solver.arm.id), quality(solver), quality(student)
+    """Whether a student is not shown to be better: by their paired difference, else by the figures alone."""
+    over, found, reached = _paired(solver, student), quality(solver), quality(student)
     if over is not None and over.low is not None:
         return over.low <= 0
     return found is not None and reached is not None and found.value >= reached.value
@@ -210,7 +230,9 @@ def _control(student: ArmSummary, record: BenchmarkRecord) -> str | None:
         (percent(reached), 100, 1, " points") if student.all_right else (f"{reached.value:.2f}", 1, 2, "")
     )
     told = f"the adapter is worth {signed(gain, scale, digits)}{unit}"
-    if gain.low is not None and gain.low <= 0:
+    if gain.low is None:
+        told += f", {_judged(gain, record)}"
+    elif gain.low <= 0:
         told += ", and nothing here shows that it helps" if gain.high is None or gain.high >= 0 else ": it harms"
     return f"The same sampler and steps without the adapter ({control.arm.id}) reach {what}: {told}."
 
@@ -224,17 +246,22 @@ def _options(student: ArmSummary, record: BenchmarkRecord) -> str | None:
     ]
     if not tried:
         return None
-    speedup, best = max(tried, key=lambda pair: pair[0])
-    own, plain = best.timings[0].end_to_end, student.timings[0].end_to_end
-    if plain.median - own.median <= max(own.iqr, plain.iqr):
+    faster = [(speedup, arm) for speedup, arm in tried if _beyond_the_spread(arm, student)]
+    if not faster:
         names = ", ".join(arm.arm.id for _, arm in tried)
         return f"Nothing that was tried makes it faster by more than its timings spread ({names})."
+    speedup, best = max(faster, key=lambda pair: pair[0])
     told = f"Of the options, {best.arm.id} is the fastest: {speedup:.2f} times as fast as {student.arm.id}"
     if best.change_all_right:
         told += f", at {signed(best.change_all_right, 100)} points"
     elif best.change_alignment:
         told += f", at {signed(best.change_alignment, 1, 2)} in alignment"
     return f"{told}."
+
+
+def _beyond_the_spread(option: ArmSummary, plain: ArmSummary) -> bool:
+    own, before = option.timings[0].end_to_end, plain.timings[0].end_to_end
+    return before.median - own.median > max(own.iqr, before.iqr)
 
 
 def _distribution(student: ArmSummary, record: BenchmarkRecord) -> str | None:

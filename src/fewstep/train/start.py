@@ -31,6 +31,9 @@ from fewstep.train.rollouts import RolloutStore, Teacher
 from fewstep.train.unusable import Unusable
 from fewstep.validation import FIGURE
 
+LOOKED_AT = 1_000_003
+"""What the seed of captions to look at is away from a run's own, with which a benchmark draws its captions."""
+
 ORACLE_PICTURES = 16
 """Pictures an arm of the oracle where none are asked for and the base has an answer key."""
 
@@ -292,9 +295,12 @@ def left_undone(step: int, settings: TrainSettings, history: Sequence[Mapping[st
 
 
 def captions_to_show(count: int, settings: TrainSettings, backbone: Backbone, opened: OpenedData) -> list[str]:
-    """Captions to look at: the base's own unseen ones, else the first that training draws."""
+    """Captions to look at: the base's own unseen ones, else the first that training draws.
+
+    They are not those of a benchmark with the seed of the run: what `lora/best` was chosen by cannot also judge it.
+    """
     if backbone.abilities is not None:
-        return backbone.abilities.prompts(count, settings.seed)
+        return backbone.abilities.prompts(count, settings.seed + LOOKED_AT)
     if isinstance(opened.data, StreamedPictures):  # of the shard that is here: to ask for others removes what is kept
         first_shard = opened.data.first.data
         return [first_shard.captions(number)[0] for number in range(min(count, len(first_shard)))]
