@@ -6,6 +6,8 @@ import os
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors import safe_open
 
 from fewstep.errors import CheckpointError, DataError, FewstepError, InputError, Interrupted
 from fewstep.files import (
@@ -16,6 +18,7 @@ from fewstep.files import (
     replace_folder_atomic,
     sha256,
     write_bytes_atomic,
+    write_tensors_atomic,
     write_text_atomic,
 )
 from fewstep.reporting import SILENT
@@ -35,6 +38,18 @@ def test_a_file_is_written_with_its_folders_and_nothing_else(tmp_path: Path) -> 
     assert write_bytes_atomic(str(path), b"new") == path
     assert path.read_bytes() == b"new"
     assert [p.name for p in path.parent.iterdir()] == ["b.txt"]
+
+
+def test_tensors_may_be_read_by_whoever_may_read_other_files(tmp_path: Path) -> None:
+    before = os.umask(0o022)
+    try:
+        path = write_tensors_atomic(tmp_path / "a" / "b.safetensors", {"x": torch.arange(6).view(2, 3).T}, {"of": "y"})
+    finally:
+        os.umask(before)
+    assert path.stat().st_mode & 0o777 == 0o644
+    with safe_open(path, "pt") as file:
+        assert torch.equal(file.get_tensor("x"), torch.arange(6).view(2, 3).T) and file.metadata() == {"of": "y"}
+    assert [p.name for p in path.parent.iterdir()] == ["b.safetensors"]
 
 
 def test_a_failed_write_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

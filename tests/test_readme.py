@@ -1,18 +1,23 @@
-"""The README's commands are ones that the command line takes."""
+"""The README's commands are ones that the command line takes; the docs name every column."""
 
 from __future__ import annotations
 
 import re
 import shlex
 from collections.abc import Iterator
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from fewstep.cli import COMMANDS
+from fewstep.records import Row
+from fewstep.report import timing_csv
+from tests.report.fakes import record
 
-README = Path(__file__).parents[1] / "README.md"
+ROOT = Path(__file__).parents[1]
+README = ROOT / "README.md"
 PROGRAMS = {"train_flash_lora.py": "train", "demo.py": "bench"}
 
 
@@ -55,6 +60,13 @@ def test_its_flags_are_known_and_its_values_are_taken(words: list[str]) -> None:
             values[name] = (came if len(came) > 1 else came[0]) if came else name == flag
     if shown_whole:
         settings(**values)
+
+
+def test_every_column_is_told() -> None:
+    told = set(re.findall(r"`([^`\s]+)`", (ROOT / "docs" / "files.md").read_text(encoding="utf-8")))
+    timings = timing_csv(record()).splitlines()[0].split(",")
+    assert len(timings) > 20 and set(timings) <= told
+    assert {field.name for field in fields(Row) if field.name != "attributes"} <= told
 
 
 def test_there_are_some() -> None:

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from fewstep.errors import CheckpointError, DataError, FewstepError, InputError, Interrupted
     from fewstep.generate import GenerateResult, generate
     from fewstep.train import DistillResult, distill
+    from fewstep.ui import ConsoleReporter
 
 __version__ = "0.1.0"
 
@@ -27,6 +28,7 @@ __all__ = [
     "BenchSettings",
     "BenchmarkResult",
     "CheckpointError",
+    "ConsoleReporter",
     "DataError",
     "DemoSettings",
     "DistillResult",
@@ -47,6 +49,7 @@ _MODULES = {
     "BenchSettings": "config",
     "BenchmarkResult": "benchmark",
     "CheckpointError": "errors",
+    "ConsoleReporter": "ui",
     "DataError": "errors",
     "DemoSettings": "config",
     "DistillResult": "train",

@@ -85,8 +85,8 @@ SECTIONS = {
     "num_inference_steps pure_noise_share start pairs_per_rollout pairs_per_visit teacher_rollouts teacher_cache "
     "cache_dir loss loss_weighting",
     "Base model": "base_model default_base revision prediction_type resolution allow_pickle",
-    "Results": "runs output_dir run_name outdir outfile resume dry_run log_file checkpoint_every keep_last keep_every "
-    "validate_every validate_images log_every oracle_images",
+    "Results": "runs output_dir run_name outdir outfile resume overwrite dry_run log_file checkpoint_every keep_last "
+    "keep_every validate_every validate_images log_every oracle_images",
     "Running": "seed batch_size device mixed_precision config",
 }
 
@@ -289,8 +289,13 @@ def _of_the_machine(error: Exception) -> str | None:
     """The line for what is no bug but the machine's limits: memory, disk, rights; ``None`` for everything else."""
     if is_out_of_memory(error):
         return (
-            "out of memory; lower --batch_size or --resolution, pass --mixed_precision bf16, or, in training, "
-            "--gradient_checkpointing"
+            "out of memory; lower --batch_size (in training, with as much more --gradient_accumulation_steps it stays "
+            "the same run) or --resolution, pass --mixed_precision bf16, or, in training, --gradient_checkpointing"
+        )
+    if isinstance(error, RuntimeError) and "CUDA error" in str(error):
+        return (
+            f"the GPU cannot be used: {str(error).splitlines()[0]}; install a torch build and a driver for it (fewstep "
+            "doctor tells what is here), or pass --device cpu"
         )
     if isinstance(error, OSError) and error.errno in _MACHINE_ERRORS:
         return f"{error.strerror}: {error.filename or 'while writing'}; choose another folder or make room"

@@ -19,7 +19,7 @@ from fewstep.config import TrainSettings, spell
 from fewstep.data import Batches, DataReport, Slices, open_data
 from fewstep.errors import FewstepError, InputError
 from fewstep.lora import trainable_parameters
-from fewstep.reporting import SILENT, Reporter, in_bytes
+from fewstep.reporting import LOG, SILENT, Reporter, in_bytes
 from fewstep.timing import machine
 from fewstep.train import resuming, start
 from fewstep.train.needs import disk_of_run, existing, free_disk
@@ -65,7 +65,7 @@ class Check:
         return f"{state:4} {self.name:8} {self.text}"
 
 
-def doctor(settings: TrainSettings, *, reporter: Reporter = SILENT) -> list[Check]:
+def doctor(settings: TrainSettings, *, reporter: Reporter = LOG) -> list[Check]:
     """Make every check that can be made and say what it found. Nothing is written.
 
     Args:

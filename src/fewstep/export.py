@@ -15,7 +15,7 @@ from fewstep.backbone import Backbone
 from fewstep.config import ExportSettings
 from fewstep.errors import CheckpointError, InputError
 from fewstep.opening import open_base, promised_steps, recorded_sampling
-from fewstep.reporting import SILENT, Reporter
+from fewstep.reporting import LOG, Reporter
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,7 +26,7 @@ class ExportResult:
     modules: int
 
 
-def export(settings: ExportSettings, *, reporter: Reporter = SILENT, backbone: Backbone | None = None) -> ExportResult:
+def export(settings: ExportSettings, *, reporter: Reporter = LOG, backbone: Backbone | None = None) -> ExportResult:
     """Write the adapter in kohya's layout, and read it back: the same weights and scales in the same modules.
 
     Args:
@@ -58,9 +58,11 @@ def export(settings: ExportSettings, *, reporter: Reporter = SILENT, backbone: B
     if counts:
         steps = 4 if 4 in counts else max(counts)
         timesteps = sampler_timesteps(wanted.sampler, steps, backbone.schedule.num_train_timesteps, wanted.span)
+        alpha_bar = backbone.schedule.alphas_cumprod[list(timesteps)].double()
+        sigmas = ((1 - alpha_bar) / alpha_bar).sqrt().tolist()
         reporter.say(
             f"to be sampled with {wanted.sampler}, guidance (CFG) 1, in {steps} steps at timesteps "
-            f"{' '.join(map(str, timesteps))}"
+            f"{' '.join(map(str, timesteps))}, as sigmas {', '.join(f'{sigma:.4g}' for sigma in sigmas)}, 0"
         )
     return ExportResult(file=file, modules=info.modules)
 

@@ -6,9 +6,10 @@ import hashlib
 import os
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 from fewstep.errors import CheckpointError, first_line, is_out_of_memory
 
@@ -36,6 +37,16 @@ def write_bytes_atomic(path: str | Path, content: bytes) -> Path:
 def write_text_atomic(path: str | Path, text: str) -> Path:
     """`write_bytes_atomic` for text: UTF-8, line ends as given."""
     return write_bytes_atomic(path, text.encode())
+
+
+def write_tensors_atomic(
+    path: str | Path, tensors: Mapping[str, Any], metadata: Mapping[str, str] | None = None
+) -> Path:
+    """`write_bytes_atomic` for safetensors, whose own writer lets nobody but the user read what it wrote."""
+    from safetensors.torch import save
+
+    whole = {name: value.contiguous() for name, value in tensors.items()}
+    return write_bytes_atomic(path, save(whole, dict(metadata) if metadata else None))
 
 
 def replace_file_atomic(partial: str | Path, final: str | Path) -> Path:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,8 +14,15 @@ from fewstep.errors import InputError
 from fewstep.files import write_text_atomic
 from fewstep.opening import open_base, read_prompts, recorded_sampling, warn_of_prompts
 from fewstep.pictures import draw_pictures, encode_prompts, picture_ids
-from fewstep.report import arm_folder, holds_benchmark, picture_path, refuse_another_run, save_picture
-from fewstep.reporting import SILENT, Reporter
+from fewstep.report import (
+    arm_folder,
+    first_free_prompt,
+    holds_benchmark,
+    picture_path,
+    refuse_another_run,
+    save_picture,
+)
+from fewstep.reporting import LOG, Reporter
 from fewstep.safety import SafetyChecker
 
 
@@ -30,7 +36,7 @@ class GenerateResult:
 
 
 def generate(
-    settings: GenerateSettings, *, reporter: Reporter = SILENT, backbone: Backbone | None = None
+    settings: GenerateSettings, *, reporter: Reporter = LOG, backbone: Backbone | None = None
 ) -> GenerateResult:
     """Draw ``num_images`` pictures a prompt at each step count, to ``OUTDIR/images/student-STEPS/PPP/III.png``.
 
@@ -70,20 +76,14 @@ def generate(
             backbone.name, revision=backbone.revision, device=backbone.device, allow_pickle=settings.allow_pickle
         )
 
-    # From here on things are written.
+    # From here on things are written. Earlier pictures stay: the prompts are numbered on from theirs.
     folders = {arm.id: arm_folder(settings.outdir, arm.id) for arm in arms}
-    drawn = [folder for folder in folders.values() if folder.exists()]
-    if drawn:
-        reporter.warn(f"{drawn[0]} holds earlier pictures: all in the folders of these step counts are replaced")
-    for folder in drawn:
-        if folder.is_symlink():
-            folder.unlink()
-        else:
-            shutil.rmtree(folder)
+    first = first_free_prompt(settings.outdir)
     for folder in folders.values():
-        folder.mkdir(parents=True)
+        folder.mkdir(parents=True, exist_ok=True)
     reporter.say(settings_toml(settings).strip())
-    write_text_atomic(settings.outdir / "settings.toml", settings_toml(settings))
+    name = f"settings-{first:03d}.toml" if first else "settings.toml"
+    write_text_atomic(settings.outdir / name, settings_toml(settings))
     conditioning = encode_prompts(backbone, prompts, settings.negative_prompt)
     ids = picture_ids(len(prompts), settings.num_images)
     images: list[Path] = []
@@ -103,12 +103,13 @@ def generate(
                 objections = checker.objections(batch.pixels) if checker else [False] * len(batch.ids)
                 for (prompt, picture), pixels, objected in zip(batch.ids, batch.pixels, objections, strict=True):
                     shown = torch.zeros_like(pixels) if objected else pixels
-                    path = picture_path(folder, prompt, picture)
+                    path = picture_path(folder, first + prompt, picture)
                     images.append(save_picture(path, shown.permute(1, 2, 0).numpy()))
                     if objected:
                         blackened.append(path)
                 bar.advance(len(batch.ids))
     if blackened:
         reporter.warn(f"the safety checker objected to {len(blackened)} of {len(images)} pictures: they are black")
-    reporter.say(f"{len(images)} picture{'s' if len(images) != 1 else ''} in {settings.outdir / 'images'}")
+    number = f", the first in {images[0].parent.relative_to(settings.outdir)}" if first else ""
+    reporter.say(f"{len(images)} picture{'s' if len(images) != 1 else ''} in {settings.outdir / 'images'}{number}")
     return GenerateResult(outdir=settings.outdir, images=tuple(images), blackened=tuple(blackened))

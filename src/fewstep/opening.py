@@ -168,6 +168,11 @@ def load_chosen(
         allow_pickle=settings.allow_pickle,
         why=why,
     )
+    if settings.device == "auto" and backbone.device.type == "cpu" and not is_small(backbone.unet):
+        reporter.warn(
+            "no GPU that torch can use is here, and a model of this size is very slow on the CPU; if there is one, "
+            "install a torch build and a driver for it; --device cpu says that the CPU is meant"
+        )
     if not is_small(backbone.vae):  # one picture of Stable Diffusion's size keeps a device busy: no memory for more
         backbone.vae.enable_slicing()
     steady_vae(backbone, reporter.warn)

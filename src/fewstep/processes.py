@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+import secrets
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from datetime import timedelta
+from pathlib import Path
 
 import torch
 from accelerate import PartialState
@@ -14,6 +16,7 @@ from accelerate.utils import gather_object, parse_flag_from_env
 from torch.distributed import DistError
 
 from fewstep.errors import DataError, InputError, Interrupted, first_line
+from fewstep.files import write_text_atomic
 
 PATIENCE = timedelta(hours=2)
 """How long processes wait for the first one, which alone measures, draws previews and saves."""
@@ -79,6 +82,27 @@ def require_agreement(facts: Mapping[str, str]) -> None:
                     f"{name} is {one.get(name)} in process {rank} and {first} in process 0; allowed is the same in all "
                     "of them; start them with the same command, on the same data and one output_dir that all see"
                 )
+
+
+def require_one_folder(folder: Path, name: str, processes: PartialState) -> None:
+    """Refuse a folder that each process, or each machine, has of its own, before work goes into it; called by all.
+
+    Args:
+        name: what it is, for the error.
+
+    Raises:
+        InputError: as `require_agreement`.
+    """
+    if processes.num_processes == 1:
+        return
+    file = folder / ".seen-by-all"
+    if processes.is_main_process:
+        write_text_atomic(file, secrets.token_hex(8))
+    processes.wait_for_everyone()
+    require_agreement({f"{name} (by a mark in it)": file.read_text() if file.exists() else "another folder"})
+    processes.wait_for_everyone()
+    if processes.is_main_process:
+        file.unlink(missing_ok=True)
 
 
 @contextmanager

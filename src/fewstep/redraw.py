@@ -11,7 +11,7 @@ from fewstep.files import write_text_atomic
 from fewstep.records import BenchmarkRecord
 from fewstep.report import RECORD_FILE, arm_folder, page, picture_path, side_by_side
 from fewstep.report.merge import numbered, slug
-from fewstep.reporting import SILENT, Reporter
+from fewstep.reporting import LOG, Reporter
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,7 +22,7 @@ class ReportResult:
     record: BenchmarkRecord
 
 
-def report(settings: ReportSettings, *, reporter: Reporter = SILENT) -> ReportResult:
+def report(settings: ReportSettings, *, reporter: Reporter = LOG) -> ReportResult:
     """Read the runs and write `report.html`.
 
     Args:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from typing import Protocol
+
+from fewstep.hiding import without_secrets
 
 
 class Bar(Protocol):
@@ -51,7 +54,24 @@ class _Silence:
 
 
 SILENT: Reporter = _Silence()
-"""What procedures report to when they are given no reporter."""
+"""What parts of a procedure report to when they are given no reporter."""
+
+
+class _Log(_Silence):
+    """Python's own log: lines are its information, warnings its warnings, which it shows unless told otherwise."""
+
+    def __init__(self) -> None:
+        self._logger = logging.getLogger("fewstep")
+
+    def say(self, text: str) -> None:
+        self._logger.info("%s", without_secrets(text))
+
+    def warn(self, text: str) -> None:
+        self._logger.warning("%s", without_secrets(text))
+
+
+LOG: Reporter = _Log()
+"""What whole procedures report to when a program that calls them gives no reporter: bars do not show, warnings do."""
 
 
 class Wordless:

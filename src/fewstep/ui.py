@@ -7,6 +7,7 @@ procedure that can resume saves itself then and raises `Interrupted`. A second s
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 import sys
@@ -24,13 +25,24 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 from fewstep.errors import StopAsked
 from fewstep.hiding import without_secrets
 from fewstep.reporting import Bar
+from fewstep.signals import STOPPING
 
 _SECONDS_BETWEEN_LINES: Final = 10.0
+_ONE_REQUEST: Final = 2.0  # seconds within which a SIGTERM is no second request to stop
 _PACKAGE: Final = Path(__file__).parent
 
 
 class _Console(Console):
-    """A console that goes quiet when its reader has gone, as in `| head`: what runs goes on and saves its results."""
+    """A console that goes quiet when its reader has gone, as in `| head` or with the window of a terminal: what runs
+    goes on and saves its results."""
+
+    def _check_buffer(self) -> None:
+        try:
+            super()._check_buffer()
+        except OSError as error:
+            if error.errno != errno.EIO:  # what a terminal says that was closed
+                raise
+            self.on_broken_pipe()
 
     def on_broken_pipe(self) -> None:
         """Nothing more is shown; nothing ends."""
@@ -133,32 +145,46 @@ class ConsoleReporter:
 
     @contextmanager
     def holding_signals(self) -> Iterator[None]:
-        """Inside, the first SIGINT or SIGTERM waits for the next `stop_here` if a bar is open.
+        """Inside, the first SIGINT, SIGTERM or SIGHUP waits for the next `stop_here` if a bar is open.
 
-        Where none is, it is raised at once, as `StopAsked` all the same.
+        Where none is, it is raised at once, as `StopAsked` all the same. A second one does not wait; but a SIGTERM just
+        after the first signal is the same request once more, from a scheduler and from the launcher that passes it on.
         """
+        first = 0.0
 
-        def on_signal(*_: object) -> None:
+        def on_signal(number: int, _frame: object) -> None:
+            nonlocal first
+            if number not in (signal.SIGINT, signal.SIGTERM):
+                self._let_go_of_the_terminal()
             if self._signalled:
+                if number != signal.SIGINT and time.monotonic() - first < _ONE_REQUEST:
+                    return
                 raise KeyboardInterrupt
-            self._signalled = True
+            self._signalled, first = True, time.monotonic()
             if not self._open_bars:
                 raise StopAsked
             self._stop_wanted = True
             if not self._err.quiet:
                 # print() may be what the signal came into the middle of; writing to the descriptor is always allowed.
-                with suppress(BrokenPipeError):
+                with suppress(OSError):
                     os.write(2, b"\nstopping after this step; once more stops at once\n")
 
         if threading.current_thread() is not threading.main_thread():  # Python allows handlers in the main thread alone
             yield
             return
-        before = {number: signal.signal(number, on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
+        heard = [number for number in STOPPING if signal.getsignal(number) is not signal.SIG_IGN]  # as under nohup
+        before = {number: signal.signal(number, on_signal) for number in heard}
         try:
             yield
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
+
+    def _let_go_of_the_terminal(self) -> None:
+        """It was closed: nothing can be shown there any more, and what tries to would fail."""
+        for console in (self._out, self._err):
+            if console.is_terminal:
+                console.on_broken_pipe()
 
 
 class _TerminalBar:

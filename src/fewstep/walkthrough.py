@@ -12,7 +12,7 @@ from fewstep.benchmark import BenchmarkResult, benchmark
 from fewstep.config import BenchSettings, DemoSettings, TrainSettings, settings_toml
 from fewstep.errors import InputError, Interrupted
 from fewstep.files import write_text_atomic
-from fewstep.reporting import SILENT, Reporter
+from fewstep.reporting import LOG, Reporter
 from fewstep.train import DistillResult, distill
 
 TRAINING, BENCHMARK = "training", "benchmark"
@@ -37,7 +37,7 @@ class WalkthroughResult:
 
 
 def walkthrough(
-    settings: DemoSettings, *, reporter: Reporter = SILENT, should_stop: Callable[[], bool] = lambda: False
+    settings: DemoSettings, *, reporter: Reporter = LOG, should_stop: Callable[[], bool] = lambda: False
 ) -> WalkthroughResult:
     """Distil, save, load again, draw, judge, time; a demo that was stopped goes on where it was.
 

@@ -416,7 +416,7 @@ def test_a_connection_that_breaks_in_any_way_is_told(monkeypatch: pytest.MonkeyP
         raise httpx2.ProxyError("403 Forbidden")
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", refused)
-    with pytest.raises(InputError, match="'someone/tiny' is not at hand: 403 Forbidden"):
+    with pytest.raises(InputError, match="'someone/tiny', asked for, is not at hand: 403 Forbidden"):
         load_backbone("someone/tiny", device="cpu")
 
 

@@ -438,13 +438,23 @@ def test_the_solver_can_be_drawn_without_karras_noise_levels(base: Backbone, tmp
     assert drawn == ["teacher-5", "dpmpp-3", "student-1", "base-1"]
 
 
-def test_an_earlier_run_is_said_and_replaced(base: Backbone, tmp_path: Path) -> None:
+def test_an_earlier_run_is_replaced_where_that_is_asked(base: Backbone, tmp_path: Path) -> None:
     plain = settings(tmp_path, steps=(1,), num_images=1, compare_baseline=False, clip_model_id="none", frechet_images=0)
     benchmark(plain.replace(num_images=2), backbone=base)
+    before = {path: path.read_bytes() for path in (tmp_path / "out").rglob("*") if path.is_file()}
+    with pytest.raises(InputError, match=r"a benchmark that was finished; .*; pass --resume, --overwrite or another"):
+        benchmark(plain, backbone=base)
+    assert {path: path.read_bytes() for path in (tmp_path / "out").rglob("*") if path.is_file()} == before
     notes = Notes()
-    benchmark(plain, reporter=notes, backbone=base)
+    benchmark(plain.replace(overwrite=True), reporter=notes, backbone=base)
     assert any("earlier benchmark" in line for line in notes.said)
     assert len(list((tmp_path / "out" / "images").rglob("*.png"))) == 4
+    assert "overwrite = false" in (tmp_path / "out" / "settings.toml").read_text()
+
+
+def test_to_go_on_and_to_begin_anew_is_not_to_be_had_together() -> None:
+    with pytest.raises(InputError, match="resume and overwrite came together"):
+        BenchSettings(resume=True, overwrite=True)
 
 
 def test_a_step_count_that_is_not_promised_is_named(base: Backbone, tmp_path: Path) -> None:

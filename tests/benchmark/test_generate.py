@@ -16,7 +16,7 @@ from PIL import Image
 from fewstep.arms import base_arm, student_arm
 from fewstep.backbone import Backbone, load_backbone
 from fewstep.benchmark import benchmark
-from fewstep.config import BenchSettings, GenerateSettings
+from fewstep.config import BenchSettings, GenerateSettings, load_toml
 from fewstep.errors import CheckpointError, InputError, Interrupted
 from fewstep.generate import generate
 from fewstep.opening import trained_for
@@ -38,12 +38,30 @@ def test_pictures_where_the_contract_says(base: Backbone, tmp_path: Path, notes:
     assert all(done == total for done, total in notes.advanced.values())
 
 
-def test_earlier_pictures_are_replaced_and_that_is_said(base: Backbone, tmp_path: Path, notes: Notes) -> None:
+def test_earlier_pictures_stay_and_further_prompts_are_numbered_on(
+    base: Backbone, tmp_path: Path, notes: Notes
+) -> None:
     settings = GenerateSettings(prompt="a red house", steps=(1,), num_images=2, outdir=tmp_path, device="cpu")
-    generate(settings, backbone=base)
-    generate(settings.replace(num_images=1), reporter=notes, backbone=base)
-    assert [path.name for path in (tmp_path / "images").rglob("*.png")] == ["000.png"]
-    assert any("holds earlier pictures" in line for line in notes.warned)
+    (first, _) = generate(settings, backbone=base).images
+    before = first.read_bytes()
+    assert "first in" not in "".join(notes.said)
+    (again,) = generate(settings.replace(num_images=1, steps=(2,)), reporter=notes, backbone=base).images
+    assert again == tmp_path / "images" / "student-2" / "001" / "000.png"
+    assert notes.said[-1].endswith("the first in images/student-2/001")
+    generate(settings.replace(prompt="a blue house"), backbone=base)
+    assert first.read_bytes() == before
+    names = sorted(str(path.relative_to(tmp_path / "images")) for path in (tmp_path / "images").rglob("*.png"))
+    assert names == [
+        *(f"student-1/{prompt}/{picture}.png" for prompt in ("000", "002") for picture in ("000", "001")),
+        "student-2/001/000.png",
+    ]
+    # Each call's settings stay with its pictures.
+    kept = {path.name: load_toml(path)["prompt"] for path in tmp_path.glob("settings*.toml")}
+    assert kept == {
+        "settings.toml": "a red house",
+        "settings-001.toml": "a red house",
+        "settings-002.toml": "a blue house",
+    }
 
 
 def test_words_that_a_base_was_never_taught_are_named(base: Backbone, tmp_path: Path, notes: Notes) -> None:
@@ -51,6 +69,14 @@ def test_words_that_a_base_was_never_taught_are_named(base: Backbone, tmp_path: 
     generate(settings, reporter=notes, backbone=base)
     (line,) = [line for line in notes.warned if "never taught" in line]
     assert line.endswith("does not draw what they ask: unheard")
+
+
+def test_a_program_that_gives_no_reporter_hears_warnings(
+    base: Backbone, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    generate(GenerateSettings(prompt="an unheard house", steps=(1,), outdir=tmp_path, device="cpu"), backbone=base)
+    heard = [record.message for record in caplog.records if record.name == "fewstep"]
+    assert len(heard) == 1 and heard[0].endswith("does not draw what they ask: unheard")
 
 
 def test_a_base_of_other_weights_has_no_shipped_adapter(tmp_path: Path) -> None:

@@ -217,6 +217,11 @@ def test_wrong_input_is_one_line_and_2(
         ),
         (RuntimeError("MPS backend out of memory (MPS allocated: 9 GB)"), 2, "out of memory; lower --batch_size"),
         (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling"), 2, "out of memory; lower --batch_size"),
+        (
+            RuntimeError("CUDA error: no kernel image is available for execution on the device\nCUDA kernel errors"),
+            2,
+            "the GPU cannot be used: CUDA error: no kernel image is available for execution on the device; install",
+        ),
         (RuntimeError("shapes do not match"), 1, "a bug in fewstep: RuntimeError: shapes do not match"),
         (OSError(errno.ENOSPC, "No space left on device", "run/x"), 2, "No space left on device: run/x"),
         (FileExistsError(errno.EEXIST, "File exists", "out"), 2, "File exists: out; choose another folder"),
@@ -304,13 +309,64 @@ def test_a_first_signal_before_any_bar_is_told_from_a_second() -> None:
         with pytest.raises(StopAsked):
             signal.raise_signal(signal.SIGTERM)
         with pytest.raises(KeyboardInterrupt) as caught:
+            signal.raise_signal(signal.SIGINT)
+        assert type(caught.value) is KeyboardInterrupt
+
+
+def test_a_request_that_comes_twice_at_once_is_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A scheduler signals all processes of a job, and so does the launcher that it has signalled."""
+    now = 100.0
+    monkeypatch.setattr("fewstep.ui.time.monotonic", lambda: now)
+    reporter = ConsoleReporter(quiet=True)
+    with reporter.holding_signals():
+        with pytest.raises(StopAsked):
+            signal.raise_signal(signal.SIGTERM)
+        now += 1.5
+        signal.raise_signal(signal.SIGTERM)
+        now += 1
+        with pytest.raises(KeyboardInterrupt) as caught:
             signal.raise_signal(signal.SIGTERM)
         assert type(caught.value) is KeyboardInterrupt
 
 
+def test_nohup_is_heeded() -> None:
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with ConsoleReporter(quiet=True).holding_signals():
+            signal.raise_signal(signal.SIGHUP)
+        assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+def test_a_run_whose_terminal_is_closed_saves_itself() -> None:
+    """The terminal's other end goes, the kernel sends SIGHUP, and nothing can be printed any more."""
+    source = INTERRUPTIBLE.replace("STEP", "0.05").replace("SAVES", "True")
+    main, terminal = os.openpty()
+    with subprocess.Popen(
+        [sys.executable, "-c", source], stdin=terminal, stdout=terminal, stderr=terminal, start_new_session=True
+    ) as process:
+        try:
+            os.close(terminal)
+            shown = b""
+            while b"started" not in shown:
+                shown += os.read(main, 1000)
+            os.close(main)
+            time.sleep(0.3)
+            process.send_signal(signal.SIGHUP)
+            assert process.wait(timeout=20) == 75
+        finally:
+            process.kill()
+
+
 @pytest.mark.parametrize(
     ("number", "step", "signals", "code"),
-    [(signal.SIGINT, 0.05, 1, 75), (signal.SIGTERM, 0.05, 1, 75), (signal.SIGINT, 30, 2, 130)],
+    [
+        (signal.SIGINT, 0.05, 1, 75),
+        (signal.SIGTERM, 0.05, 1, 75),
+        (signal.SIGHUP, 0.05, 1, 75),
+        (signal.SIGINT, 30, 2, 130),
+    ],
 )
 def test_first_signal_waits_for_the_step_the_second_does_not(
     number: signal.Signals, step: float, signals: int, code: int

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from diffusers import EulerDiscreteScheduler
 from safetensors import safe_open
 from safetensors.torch import load_file
 
@@ -72,7 +73,12 @@ def test_it_says_how_it_is_sampled_and_knows_it_itself(tmp_path: Path) -> None:
     base, notes, file = random_backbone("tiny"), Notes(), tmp_path / "mine.safetensors"
     made = make_adapter(tmp_path / "made", base)
     export(ExportSettings(lora_path=made, outfile=file, device="cpu"), backbone=base, reporter=notes)
-    assert notes.said[-1] == "to be sampled with lcm, guidance (CFG) 1, in 4 steps at timesteps 999 759 499 259"
+    told, sigmas = notes.said[-1].split(", as sigmas ")
+    assert told == "to be sampled with lcm, guidance (CFG) 1, in 4 steps at timesteps 999 759 499 259"
+    # Those of k-diffusion, which other tools sample by: the noise's spread beside a signal of its own size.
+    scheduler = EulerDiscreteScheduler.from_config(base.scheduler_config)
+    spreads = [((1 - a) / a) ** 0.5 for a in (scheduler.alphas_cumprod[t].item() for t in (999, 759, 499, 259))]
+    assert [float(sigma) for sigma in sigmas.split(", ")] == pytest.approx([*spreads, 0.0], rel=1e-3)
     stated = lora.stated_sampling(file)
     assert stated == lora.StatedSampling("lcm", 1.0, (1, 2, 4))
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import signal
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,6 +12,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from fewstep.errors import Interrupted
 from fewstep.scenes import drawings
 from fewstep.scenes.abilities import SceneAbilities
 from fewstep.scenes.attributes import COMBINATIONS, HELD_OUT_SHARE, VALUES, Attributes, sample_attributes
@@ -209,4 +212,22 @@ def test_abilities_draw_their_own_data() -> None:
 def test_drawing_processes_leave_signals_to_the_one_that_asked(monkeypatch: pytest.MonkeyPatch) -> None:
     """A signal from the terminal reaches them, too: one that it ended would leave a drawing out for ever."""
     monkeypatch.setattr(drawings, "FEW", 0)
-    assert set(drawings._on_all_cores(signal.getsignal, [signal.SIGINT] * 3)) == {signal.SIG_IGN}
+    for number in (signal.SIGINT, signal.SIGTERM):
+        assert set(drawings._on_all_cores(signal.getsignal, [number] * 3)) == {signal.SIG_IGN}
+
+
+def test_a_drawing_process_that_is_killed_ends_the_drawing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the kernel, for want of memory: what it was to draw never comes, and must not be waited for."""
+    monkeypatch.setattr(drawings, "FEW", 0)
+    with pytest.raises(Interrupted, match=r"a process that draws was ended from outside.*run the same again"):
+        list(drawings._on_all_cores(signal.raise_signal, [signal.SIGKILL] * 3))
+
+
+def test_a_full_disk_is_told_as_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def half(*_: object) -> None:  # as numpy does where a file takes less than it has
+        raise OSError("49152 requested and 4096 written")
+
+    monkeypatch.setattr(np, "save", half)
+    with pytest.raises(OSError, match="No space left on device") as full:
+        drawn_pixels(9, 3, tmp_path / "drawings.npy")
+    assert full.value.errno == errno.ENOSPC and not any(tmp_path.iterdir())

@@ -342,6 +342,8 @@ def test_a_stopped_stage_goes_on_as_if_it_had_not_been(tmp_path: Path) -> None:
     with pytest.raises(KeyboardInterrupt):
         train(tmp_path / "asked", until=12, reporter=StopsAt(5))
     assert steps_done(tmp_path / "asked") == 5, "a bar that is stopped saves what was done"
+    (line,) = (tmp_path / "asked" / "curve.jsonl").read_text().splitlines()
+    assert json.loads(line)["step"] == 5 and json.loads(line)["loss"] > 0, "however short the stage was"
     asked = train(tmp_path / "asked")
     for one in (resumed, halves, asked):
         assert all(torch.equal(a, b) for a, b in zip(straight.parameters(), one.parameters(), strict=True))

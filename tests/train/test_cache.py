@@ -287,6 +287,32 @@ def test_shards_give_back_what_was_put_in_whatever_file_it_is_in(
     assert all(file["values"].dtype == torch.float16 for file in map(load_file, tmp_path.glob("*.safetensors")))
 
 
+def test_what_another_process_has_written_is_not_computed_again(tmp_path: Path) -> None:
+    """In the next epoch each of several processes comes to what the others have computed."""
+    values, asked = torch.randn(6, 3, 2).half().float(), list[str]()
+    one, other = Shards(tmp_path, "latents"), Shards(tmp_path, "latents")
+
+    def some(shards: Shards, places: list[int]) -> None:
+        keys = [str(place) for place in places]
+
+        def compute(missing: list[int]) -> Tensor:
+            asked.extend(keys[place] for place in missing)
+            return values[[places[place] for place in missing]]
+
+        shards.complete(keys, compute)
+
+    some(one, [0, 1, 2])
+    some(other, [3, 4, 5])
+    one.flush()
+    other.flush()
+    some(one, [3])  # written after it had looked
+    one.flush()
+    some(one, [4, 5])
+    some(other, [0, 1, 2])
+    assert asked == ["0", "1", "2", "3", "4", "5", "3"]
+    assert torch.equal(one.get(["4", "1"], torch.device("cpu")), values[[4, 1]])
+
+
 @pytest.mark.parametrize("place", ["value", "key"])
 def test_a_flipped_bit_is_named(tmp_path: Path, place: str) -> None:
     shards = Shards(tmp_path, "latents")

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -45,6 +47,23 @@ def test_the_first_difference_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
         processes.require_agreement(own)
     monkeypatch.setattr(processes, "gather_object", lambda mine: [*mine, own])
     processes.require_agreement(own)
+
+
+def test_a_folder_that_is_not_one_for_all_is_refused_before_any_work(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def of_two(first: bool) -> Any:
+        return SimpleNamespace(num_processes=2, is_main_process=first, wait_for_everyone=lambda: None)
+
+    marks = list[dict[str, str]]()
+    monkeypatch.setattr(processes, "require_agreement", lambda facts: marks.append(dict(facts)))
+    (tmp_path / "here").mkdir()
+    (tmp_path / "there").mkdir()
+    processes.require_one_folder(tmp_path / "there", "teacher_cache", of_two(first=False))
+    processes.require_one_folder(tmp_path / "here", "teacher_cache", of_two(first=True))
+    (one,), (other,) = (mark.items() for mark in marks)
+    assert one[0] == other[0] == "teacher_cache (by a mark in it)" and one[1] != other[1]
+    assert not any((tmp_path / "here").iterdir())
 
 
 def test_cores_are_shared_out_among_the_processes_of_a_machine(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -90,7 +90,7 @@ def load_backbone(
     elif path.is_file():
         parts = load_single_file(path, dtype=precision, allow_pickle=allow_pickle)
     elif from_hub:
-        parts = _load_from_hub(name, revision=revision, dtype=precision, allow_pickle=allow_pickle)
+        parts = _load_from_hub(name, revision=revision, dtype=precision, allow_pickle=allow_pickle, why=why)
     else:
         raise InputError(
             f"no base model {name!r}, {why}: there is no such file or folder; allowed is a diffusers folder, a "
@@ -206,7 +206,7 @@ CONFIG_PATTERNS = ("*.json", "unet/*.json", "vae/*.json", "text_encoder/*.json",
 """A few hundred kilobytes that tell whether the gigabytes are worth fetching."""
 
 
-def _load_from_hub(name: str, *, revision: str | None, dtype: torch.dtype, allow_pickle: bool) -> Parts:
+def _load_from_hub(name: str, *, revision: str | None, dtype: torch.dtype, allow_pickle: bool, why: str) -> Parts:
     from .folder import COMPONENTS, find_weights, load_folder, read_shapes, weight_patterns
 
     try:
@@ -219,15 +219,16 @@ def _load_from_hub(name: str, *, revision: str | None, dtype: torch.dtype, allow
             if find_weights(folder, component, allow_pickle) is None:
                 raise hub.NotAtHand(f"the copy here lacks the {component}'s weights in safetensors")
     except hub.NotAtHand as reason:
-        raise InputError(missing_base(name, str(reason), revision)) from None
+        raise InputError(missing_base(name, str(reason), revision, why)) from None
     return load_folder(folder, name=name, dtype=dtype, allow_pickle=allow_pickle)
 
 
-def missing_base(name: str, reason: str, revision: str | None = None) -> str:
+def missing_base(name: str, reason: str, revision: str | None, why: str) -> str:
     """The one line for weights that are not at hand: the id, the cache folder, and three ways out."""
     at = f" --revision {revision}" if revision else ""
     return (
-        f"base model {name!r} is not at hand: {reason}, and it is not complete in the cache {hub.cache_folder()}; "
+        f"base model {name!r}, {why}, is not at hand: {reason}, and it is not complete in the cache "
+        f"{hub.cache_folder()}; "
         f'fetch it with `hf download {name}{at} --include "*.json" --include "*.txt" --include '
         '"*/diffusion_pytorch_model.safetensors" --include "text_encoder/model.safetensors"`, or pass a '
         "local copy with --base_model FOLDER|FILE, or use the base that "

@@ -143,25 +143,28 @@ class ArmCells:
         return self._folder / f"{number:06d}.safetensors"
 
 
-def make_room(folder: Path, *, resume: bool, finished: bool) -> None:
+def make_room(folder: Path, *, resume: bool, overwrite: bool, finished: bool) -> None:
     """Make room for cells, or leave those that are to be gone on with.
 
     Args:
         folder: where the cells are.
         resume: whether to go on with them.
+        overwrite: whether to begin anew.
         finished: whether the benchmark that they are of was written up.
 
     Raises:
-        InputError: they are of one that was stopped, and nobody asked to go on with it.
+        InputError: there is a benchmark, and nobody said what is to become of it.
     """
-    if resume or not folder.exists():
+    if resume or not (finished or folder.exists()):
         return
-    if not finished and any(folder.glob("*/*.safetensors")):
+    if not overwrite and (finished or any(folder.glob("*/*.safetensors"))):
+        state, further = ("finished", "add to it") if finished else ("stopped", "go on with it")
         raise InputError(
-            f"{str(folder.parent)!r} holds a benchmark that was stopped; allowed is to go on with it; pass --resume, "
-            "choose another --outdir, or remove the folder"
+            f"{str(folder.parent)!r} holds a benchmark that was {state}; allowed is to {further} with the settings "
+            "that it was begun with, to replace it, or another folder; pass --resume, --overwrite or another --outdir"
         )
-    shutil.rmtree(folder)
+    if folder.exists():
+        shutil.rmtree(folder)
 
 
 def mixed(folder: Path, circumstances: Mapping[str, str]) -> dict[str, list[str]]:

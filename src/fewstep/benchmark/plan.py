@@ -15,6 +15,7 @@ from fewstep.benchmark.adapters import Adapters, controls, origin_of
 from fewstep.benchmark.options import Options
 from fewstep.benchmark.real import DataPictures, OwnPictures, RealPictures, pictures_of_data
 from fewstep.config import BenchSettings
+from fewstep.data import require_there
 from fewstep.errors import CheckpointError, InputError
 from fewstep.metrics.alignment import CLIPAlignment
 from fewstep.metrics.features import INCEPTION, DINOFeatures, Features, InceptionFeatures, OwnFeatures
@@ -140,6 +141,8 @@ def make_plan(
     """
     refuse_another_run(settings.outdir, "benchmark")
     prompts = read_prompts(settings)
+    if settings.data_dir is not None:
+        require_there(settings.data_dir)
     named = settings.lora_path is not None or settings.lora_id is not None
     # With other adapters the base's own one is not taken unasked.
     others = settings.adapters_file is not None or settings.adapters is not None

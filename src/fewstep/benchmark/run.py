@@ -39,7 +39,7 @@ from fewstep.report import (
     timing_csv,
     verdict,
 )
-from fewstep.reporting import SILENT, Bar, Reporter
+from fewstep.reporting import LOG, SILENT, Bar, Reporter
 from fewstep.timing import machine
 
 
@@ -66,7 +66,7 @@ class BenchmarkResult:
 def benchmark(
     settings: BenchSettings,
     *,
-    reporter: Reporter = SILENT,
+    reporter: Reporter = LOG,
     backbone: Backbone | None = None,
     arms: Sequence[Arm] | None = None,
 ) -> BenchmarkResult:
@@ -138,15 +138,16 @@ def _make_room(plan: Plan, processes: PartialState, reporter: Reporter) -> dict[
     if processes.is_main_process:
         finished = all((outdir / name).exists() for name in RESULT_FILES)
         earlier = [arm_folder(outdir, cell.name) for cell in (outdir / CELLS).glob("*/")]
-        make_room(outdir / CELLS, resume=settings.resume, finished=finished)
+        make_room(outdir / CELLS, resume=settings.resume, overwrite=settings.overwrite, finished=finished)
     processes.wait_for_everyone()
     cells = Cells(outdir / CELLS, plan.key)
     kept = {arm.id: cells.of(arm, plan.key_of(arm)) for arm in plan.arms}
     if processes.is_main_process:
         _warn_of_other_circumstances(plan, reporter)
         _clear(outdir, () if settings.resume else {*plan.folders.values(), *earlier}, reporter)
-        reporter.say(settings_toml(settings).strip())
-        write_text_atomic(outdir / "settings.toml", settings_toml(settings))
+        kept_settings = settings_toml(settings.replace(overwrite=False))  # --config does not consent a second time
+        reporter.say(kept_settings.strip())
+        write_text_atomic(outdir / "settings.toml", kept_settings)
     processes.wait_for_everyone()
     return kept
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from ..errors import CheckpointError
+from ..files import write_tensors_atomic
 from .names import STATE
 
 if TYPE_CHECKING:
@@ -28,8 +29,6 @@ class Stateful(Protocol):
 
 
 def write_states(folder: Path, states: Mapping[str, Mapping[Any, Any]]) -> None:
-    from safetensors.torch import save_file
-
     folder.mkdir()
     trees: dict[str, Any] = {}
     for name, state in states.items():
@@ -38,7 +37,7 @@ def write_states(folder: Path, states: Mapping[str, Mapping[Any, Any]]) -> None:
         tensors: dict[str, Tensor] = {}
         trees[name] = flatten(state, name, tensors)
         if tensors:
-            save_file(tensors, folder / f"{name}.safetensors")
+            write_tensors_atomic(folder / f"{name}.safetensors", tensors)
     (folder / STATE).write_text(json.dumps({"objects": trees}), encoding="utf-8")
 
 

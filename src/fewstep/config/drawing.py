@@ -155,6 +155,7 @@ class BenchSettings(SamplingSettings):
         description="Go on with the benchmark in outdir, stopped or finished: what was drawn and timed is not done "
         "again. Steps, adapters and options may have come to it, nothing else may have changed.",
     )
+    overwrite: bool = Field(False, description="Replace the benchmark in outdir, stopped or finished.")
 
     @field_validator("adapters")
     @classmethod
@@ -168,6 +169,15 @@ class BenchSettings(SamplingSettings):
 
     def _says_guidance_elsewhere(self) -> bool:
         return bool(self.adapters or self.adapters_file)  # each its own, which is looked at when all arms are known
+
+    @model_validator(mode="after")
+    def _what_becomes_of_an_earlier_one(self) -> Self:
+        if self.resume and self.overwrite:
+            raise ValueError(
+                "resume and overwrite came together; allowed is one of the two; --resume goes on with the benchmark in "
+                "outdir, --overwrite begins it anew"
+            )
+        return self
 
     @model_validator(mode="after")
     def _decoder_for_combinations(self) -> Self:
@@ -209,7 +219,7 @@ class GenerateSettings(SamplingSettings):
     """Draw pictures in a few steps."""
 
     outdir: Folder = Field(
-        Path("./pictures"), description="Folder for the pictures; earlier ones of the same step counts are replaced."
+        Path("./pictures"), description="Folder for the pictures; those of further calls are numbered on."
     )
     steps: StepCounts = Field((4,), description="Step counts of the student; each makes its own pictures.")
     safety_checker: bool = Field(

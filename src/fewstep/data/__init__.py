@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Protocol
 
 from fewstep.data import folder
+from fewstep.data.folder import require_there
 from fewstep.data.generated import DrawsPictures, GeneratedPictures
 from fewstep.data.hub import HubShards, scan_hub
 from fewstep.data.loader import Batch, Batches, Slices
@@ -22,7 +23,17 @@ from fewstep.data.stream import StreamedPictures
 from fewstep.errors import InputError
 from fewstep.reporting import SILENT, Reporter
 
-__all__ = ["Batch", "Batches", "DataReport", "OpenedData", "PictureData", "Slices", "StreamedPictures", "open_data"]
+__all__ = [
+    "Batch",
+    "Batches",
+    "DataReport",
+    "OpenedData",
+    "PictureData",
+    "Slices",
+    "StreamedPictures",
+    "open_data",
+    "require_there",
+]
 
 
 class DataSettings(Protocol):

@@ -58,6 +58,18 @@ def holds_rows(place: Path) -> bool:
     return ".parquet" in kinds and not others
 
 
+def require_there(place: Path) -> None:
+    """Refuse a folder or file of data that is not there, before anything long.
+
+    Raises:
+        DataError: it is not.
+    """
+    if place.is_dir() or place.is_file():
+        return
+    fix = "pass shards by URL as --dataset_name" if place.parts[:1] in (("http:",), ("https:",)) else "check the path"
+    raise DataError(f"data_dir {place} does not exist; allowed is a folder: {LAYOUTS}; {fix}")
+
+
 def scan_folder(
     place: Path,
     drops: Drops,
@@ -89,11 +101,7 @@ def scan_folder(
             f"data_dir {place} is a file; allowed is a folder, a .tar, a .parquet, a metadata.jsonl or COCO's "
             "captions_*.json"
         )
-    if not place.is_dir():
-        fix = (
-            "pass shards by URL as --dataset_name" if place.parts[:1] in (("http:",), ("https:",)) else "check the path"
-        )
-        raise DataError(f"data_dir {place} does not exist; allowed is a folder: {LAYOUTS}; {fix}")
+    require_there(place)
     if (place / "metadata.jsonl").is_file():
         return _with_metadata(place / "metadata.jsonl", drops, image_column, caption_column)
     annotations = coco.find_annotations(place)

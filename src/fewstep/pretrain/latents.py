@@ -7,10 +7,10 @@ from pathlib import Path
 import torch
 from diffusers import AutoencoderKL
 from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
-from fewstep.files import read_whole, replace_file_atomic, sha256
+from fewstep.files import read_whole, sha256, write_tensors_atomic
 from fewstep.pretrain.workshop import Workshop
 from fewstep.scenes.denoiser import latents_of
 from fewstep.scenes.drawings import drawn_in_chunks
@@ -29,9 +29,7 @@ def cached_latents(shop: Workshop, vae: AutoencoderKL) -> Tensor:
             for pixels in drawn_in_chunks(shop.train_seed, count):
                 chunks.append(latents_of(vae, to_pixels(pixels)).half())
                 bar.advance(len(pixels))
-        partial = file.with_suffix(".partial")
-        save_file({"latents": torch.cat(chunks).contiguous()}, partial, {"vae": maker})
-        replace_file_atomic(partial, file)
+        write_tensors_atomic(file, {"latents": torch.cat(chunks)}, {"vae": maker})
     with read_whole(file, _AGAIN):
         return load_file(file)["latents"]
 

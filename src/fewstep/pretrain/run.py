@@ -15,7 +15,7 @@ from fewstep.pretrain.judges import train_judges
 from fewstep.pretrain.sizes import STAGES
 from fewstep.pretrain.vae import refine_vae, train_vae
 from fewstep.pretrain.workshop import Workshop
-from fewstep.reporting import SILENT, Reporter
+from fewstep.reporting import LOG, Reporter
 
 TRAIN: dict[str, Callable[[Workshop], dict[str, Any]]] = {
     "vae": train_vae,
@@ -37,7 +37,7 @@ class PretrainResult:
     figures: dict[str, Any]
 
 
-def pretrain(settings: PretrainSettings, *, reporter: Reporter = SILENT) -> PretrainResult:
+def pretrain(settings: PretrainSettings, *, reporter: Reporter = LOG) -> PretrainResult:
     """Train the stages asked for and write `base/`, `judge/`, `alignment/` and `figures.json` to the output folder.
 
     Raises:

@@ -95,6 +95,8 @@ class Workshop:
         partial = folder.with_name(f".{folder.name}.{os.getpid()}.partial")
         try:
             save(partial)
+            for file in (path for path in partial.rglob("*") if path.is_file()):
+                file.chmod(file.parent.stat().st_mode & 0o666)  # safetensors lets nobody but the user read its own
             replace_folder_atomic(partial, folder)
         finally:
             shutil.rmtree(partial, ignore_errors=True)

@@ -46,6 +46,11 @@ def arm_folder(outdir: Path, arm: str) -> Path:
     return outdir / "images" / arm
 
 
+def first_free_prompt(outdir: Path) -> int:
+    """The number after the highest that a prompt with pictures in ``OUTDIR/images`` has, 0 where there are none."""
+    return 1 + max((int(path.name) for path in (outdir / "images").glob("*/[0-9]*") if path.name.isdigit()), default=-1)
+
+
 def picture_path(folder: Path, prompt: int, picture: int) -> Path:
     """``ARM/PPP/III.png`` in an arm's folder; prompt and picture numbers start at 0."""
     return folder / f"{prompt:03d}" / f"{picture:03d}.png"

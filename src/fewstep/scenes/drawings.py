@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import multiprocessing
-import signal
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
@@ -13,15 +15,15 @@ from typing import TypeVar
 
 import numpy as np
 
+from fewstep.errors import Interrupted
 from fewstep.files import replace_file_atomic
 from fewstep.scenes.attributes import Attributes, Split, sample_attributes
 from fewstep.scenes.drawing import draw
 from fewstep.scenes.layout import SIZE, Flaw, Layout, sample_layout
+from fewstep.signals import leave_to_the_main_process
 
 ItemT = TypeVar("ItemT")
 ResultT = TypeVar("ResultT")
-
-_DEAF = (signal.SIGINT, signal.SIG_IGN)
 
 FEW = 1_000
 """Drawings that one process has drawn, at 6 ms each, before others have started."""
@@ -59,9 +61,15 @@ def _on_all_cores(work: Callable[[ItemT], ResultT], items: Sequence[ItemT]) -> I
     if len(items) <= FEW:
         yield from map(work, items)
         return
-    # A signal from the terminal reaches all of a command's processes: a worker that it ended would never be done.
-    with multiprocessing.get_context("spawn").Pool(initializer=signal.signal, initargs=_DEAF) as pool:
-        yield from pool.imap(work, items, chunksize=64)
+    context = multiprocessing.get_context("spawn")
+    try:
+        with ProcessPoolExecutor(mp_context=context, initializer=leave_to_the_main_process) as pool:
+            yield from pool.map(work, items, chunksize=64)
+    except BrokenProcessPool as error:
+        raise Interrupted(
+            "a process that draws was ended from outside, as systems do that run out of memory; make room in it, then "
+            "run the same again"
+        ) from error
 
 
 def flawed_drawings(seed: int, kinds: Sequence[Flaw | None]) -> Iterator[Drawing]:
@@ -97,6 +105,12 @@ def drawn_pixels(seed: int, count: int, cache: Path | None = None) -> np.ndarray
     if cache is not None:
         cache.parent.mkdir(parents=True, exist_ok=True)
         partial_file = cache.with_suffix(".partial.npy")
-        np.save(partial_file, pixels)
+        try:
+            np.save(partial_file, pixels)
+        except OSError as error:
+            partial_file.unlink(missing_ok=True)
+            if error.errno is None:  # numpy counts what was written, and does not ask why it was not all
+                raise OSError(errno.ENOSPC, "No space left on device", str(cache)) from None
+            raise
         replace_file_atomic(partial_file, cache)
     return pixels

@@ -16,10 +16,10 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from fewstep.files import write_text_atomic
+from fewstep.files import write_tensors_atomic, write_text_atomic
 from fewstep.scenes.attributes import VALUES
 from fewstep.scenes.drawings import Drawing
 
@@ -227,8 +227,8 @@ def soften(pixels: Tensor, sigma: Tensor, contrast: Tensor) -> Tensor:
 def save_judge(judge: Judge, size: str, folder: Path) -> None:
     """The judge's weights in fp16 and what is needed to build it again."""
     folder.mkdir(parents=True, exist_ok=True)
-    weights = {name: value.half().contiguous() for name, value in judge.state_dict().items()}
-    save_file(weights, folder / "model.safetensors")
+    weights = {name: value.half() for name, value in judge.state_dict().items()}
+    write_tensors_atomic(folder / "model.safetensors", weights)
     config = {"size": size, "parameters": judge.regression.out_features}
     write_text_atomic(folder / "config.json", json.dumps(config) + "\n")
 

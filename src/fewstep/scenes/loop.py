@@ -20,13 +20,13 @@ from typing import Any
 import torch
 from accelerate.utils import send_to_device
 from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 from torch.utils.data import DataLoader, Dataset
 
 from fewstep.errors import InputError
-from fewstep.files import read_whole, replace_file_atomic
+from fewstep.files import read_whole, write_tensors_atomic
 from fewstep.reporting import Reporter
 from fewstep.signals import leave_to_the_main_process
 
@@ -126,10 +126,7 @@ class _State:
             tensors |= {f"m/{name}": moments["exp_avg"], f"v/{name}": moments["exp_avg_sq"]}
         tensors["step"] = torch.tensor(step)
         tensors["batch_size"] = torch.tensor(self.batch_size)
-        self.file.parent.mkdir(parents=True, exist_ok=True)
-        partial = self.file.with_suffix(".partial")
-        save_file({k: v.contiguous() for k, v in tensors.items()}, partial)
-        replace_file_atomic(partial, self.file)
+        write_tensors_atomic(self.file, tensors)
 
     @torch.no_grad()
     def update_ema(self, weight: float) -> None:
@@ -292,15 +289,22 @@ def run(
                     raise ArithmeticError(f"the gradient is not finite at step {step} of {folder.name}")
                 try:
                     bar.advance(done - told, loss=float(losses["loss"]))
-                except KeyboardInterrupt:
-                    state.save(done)  # the next run goes on from here
+                except KeyboardInterrupt:  # the next run goes on from here
+                    _note_means(folder, done, sums, done - since)
+                    state.save(done)
                     raise
                 told = done
             if saves:
+                _note_means(folder, done, sums, done - since)
                 state.save(done)
-                means = {name: float(total) / (done - since) for name, total in sums.items()}
-                with (folder / "curve.jsonl").open("a") as file:
-                    file.write(json.dumps({"step": done} | means) + "\n")
                 sums, since, saved_at = {}, done, time.monotonic()
     module.load_state_dict(state.ema)
     return module.eval().requires_grad_(False)
+
+
+def _note_means(folder: Path, step: int, sums: dict[str, Tensor], count: int) -> None:
+    """A line of the curve: losses as means over the `count` steps before `step`."""
+    folder.mkdir(parents=True, exist_ok=True)
+    means = {name: float(total) / count for name, total in sums.items()}
+    with (folder / "curve.jsonl").open("a") as file:
+        file.write(json.dumps({"step": step} | means) + "\n")

@@ -9,7 +9,7 @@ run would take.
 from __future__ import annotations
 
 from fewstep.config import TrainCommand, TrainSettings
-from fewstep.reporting import SILENT, Reporter
+from fewstep.reporting import LOG, Reporter
 from fewstep.train.dry_run import DryRun, rehearse
 from fewstep.train.loop import DistillResult, distill
 from fewstep.train.update import learning_rate
@@ -17,7 +17,7 @@ from fewstep.train.update import learning_rate
 __all__ = ["DistillResult", "DryRun", "distill", "learning_rate", "rehearse", "train"]
 
 
-def train(settings: TrainCommand, *, reporter: Reporter = SILENT) -> DistillResult | DryRun:
+def train(settings: TrainCommand, *, reporter: Reporter = LOG) -> DistillResult | DryRun:
     """What `fewstep train` runs: the training, or with `dry_run` its rehearsal."""
     run = TrainSettings(**{name: getattr(settings, name) for name in TrainSettings.model_fields})
     return (rehearse if settings.dry_run else distill)(run, reporter=reporter)

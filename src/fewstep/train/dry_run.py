@@ -20,7 +20,7 @@ from fewstep.ema import EMA
 from fewstep.errors import InputError, is_out_of_memory
 from fewstep.methods.kstep import KStep
 from fewstep.processes import join_processes, own_device
-from fewstep.reporting import SILENT, Reporter, in_bytes
+from fewstep.reporting import LOG, SILENT, Reporter, in_bytes
 from fewstep.timing import synchronise
 from fewstep.train import engine, resuming, start
 from fewstep.train.encoding import Fresh
@@ -78,7 +78,7 @@ class DryRun:
     free: int
 
 
-def rehearse(settings: TrainSettings, *, reporter: Reporter = SILENT) -> DryRun:
+def rehearse(settings: TrainSettings, *, reporter: Reporter = LOG) -> DryRun:
     """Train for a few steps with the real base, data and settings, and throw them away. Nothing is written.
 
     The steps are dear ones: every sample starts from a noised picture, which has to be encoded first, and none from

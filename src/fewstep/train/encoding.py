@@ -186,10 +186,16 @@ class Shards:
         self._folder, self._kind = folder, kind
         self._where: dict[str, _Entry] = {}
         self._new: dict[str, Tensor] = {}
-        for path in sorted(folder.glob(f"{kind}-*.safetensors")):
+        self._taken: set[Path] = set()
+        self._take_up()
+
+    def _take_up(self) -> None:
+        """Take what has been written since, by whichever process."""
+        for path in sorted(set(self._folder.glob(f"{self._kind}-*.safetensors")) - self._taken):
             self._take(path)
 
     def _take(self, path: Path) -> None:
+        self._taken.add(path)
         file = opened(path)
         try:
             sums = json.loads(file.metadata()["sums"])
@@ -250,7 +256,7 @@ class Shards:
         return value
 
     def flush(self) -> None:
-        """Write what is new into a file of its own, which is named for what is in it.
+        """Write what is new into a file of its own, named for what is in it, and take up what others have written.
 
         Raises:
             InputError: the disk is full, or cannot be written to.
@@ -266,4 +272,4 @@ class Shards:
         except OSError as error:
             raise unwritten("cache_dir", self._folder, error) from None
         self._new.clear()
-        self._take(path)
+        self._take_up()

@@ -13,7 +13,7 @@ from fewstep.config import CacheSettings
 from fewstep.data import Batches, open_data
 from fewstep.errors import Interrupted
 from fewstep.processes import join_processes, noticing_losses, own_device, require_agreement
-from fewstep.reporting import SILENT, Reporter, Wordless
+from fewstep.reporting import LOG, Reporter, Wordless
 from fewstep.telemetry import LoggedReporter
 from fewstep.train import start
 from fewstep.train.rollouts import Teacher
@@ -36,7 +36,7 @@ class FillResult:
 
 @noticing_losses("run the same again")
 def fill(
-    settings: CacheSettings, *, reporter: Reporter = SILENT, should_stop: Callable[[], bool] = lambda: False
+    settings: CacheSettings, *, reporter: Reporter = LOG, should_stop: Callable[[], bool] = lambda: False
 ) -> FillResult:
     """Go through the batches that `fewstep train` with these settings would make, and compute what it would ask for.
 

@@ -58,7 +58,8 @@ def claim(file: Path, key: Mapping[str, Any], *, held: str, of: str) -> None:
         if found.get(name) != wanted.get(name):
             raise CheckpointError(
                 f"{holds} with {name} {found.get(name)}, this run has {wanted.get(name)}; allowed is the same {of} on "
-                "the same data, with all that this file names alike; choose another folder"
+                "the same data, with all that this file names alike; choose another folder, or remove this one to make "
+                "all anew"
             )
 
 

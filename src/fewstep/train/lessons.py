@@ -10,6 +10,7 @@ from accelerate import PartialState
 from fewstep.backbone import Backbone
 from fewstep.config import TrainSettings
 from fewstep.data import Batches, OpenedData, Slices
+from fewstep.processes import require_one_folder
 from fewstep.reporting import Reporter
 from fewstep.telemetry import Throughput
 from fewstep.train import start
@@ -58,6 +59,7 @@ def open_lessons(
 
     count = start.rollouts_to_keep(settings, slices)
     store = RolloutStore(settings.rollout_dir, start.rollout_key(settings, backbone) | dict(identity))
+    require_one_folder(store.folder, "teacher_cache", processes)
     missing = batches(start=0, end=count // slices.global_batch, skip=store.holds)
     with speed.paused():
         start.keep_rollouts(store, teacher, missing, slices, unusable, reporter, should_stop)

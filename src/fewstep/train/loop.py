@@ -24,7 +24,7 @@ from accelerate.utils import GradientAccumulationPlugin
 from fewstep import checkpoint, lora
 from fewstep.arithmetic import peak_so_far
 from fewstep.config import TrainSettings, settings_toml
-from fewstep.data import open_data
+from fewstep.data import open_data, require_there
 from fewstep.ema import EMA
 from fewstep.errors import Interrupted
 from fewstep.files import remove_leftovers, write_text_atomic
@@ -32,7 +32,7 @@ from fewstep.locks import alone_in
 from fewstep.oracle import Oracle, describe, measure_oracle
 from fewstep.previews import Previews
 from fewstep.processes import join_processes, noticing_losses, own_device, require_agreement
-from fewstep.reporting import SILENT, Reporter, Wordless
+from fewstep.reporting import LOG, Reporter, Wordless
 from fewstep.telemetry import LoggedReporter, LossByTimestep, Telemetry
 from fewstep.train import announcing, engine, resuming, start
 from fewstep.train.answers import AnyProcess
@@ -74,7 +74,7 @@ class DistillResult:
 
 
 def distill(
-    settings: TrainSettings, *, reporter: Reporter = SILENT, should_stop: Callable[[], bool] = lambda: False
+    settings: TrainSettings, *, reporter: Reporter = LOG, should_stop: Callable[[], bool] = lambda: False
 ) -> DistillResult:
     """Distil a base model into a few-step LoRA.
 
@@ -104,6 +104,8 @@ def distill(
         processes.wait_for_everyone()  # nobody writes into the run's folder before everybody has looked at it
 
         # ---- The base, and what its defaults make of the settings.
+        if settings.data_dir is not None:
+            require_there(settings.data_dir)
         origin = start.origin_of(settings, resumed)
         backbone, settings = start.open_base(settings, own_device(settings.device, processes), origin, reporter)
         assert settings.resolution is not None
