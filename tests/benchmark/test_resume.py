@@ -285,7 +285,7 @@ def test_a_new_benchmark_takes_all_of_the_earlier_ones_arms_away(base: Backbone,
     lora.detach(base.unet)
     assert (first.outdir / "images" / "student-2").is_dir()
     (first.outdir / "images" / "mine").mkdir()
-    again = benchmark(few.replace(steps=(1,), baseline_outdir=tmp_path / "apart"), backbone=base)
+    again = benchmark(few.replace(steps=(1,), overwrite=True, baseline_outdir=tmp_path / "apart"), backbone=base)
     left = {folder.name for folder in (again.outdir / "images").iterdir()}
     assert left == {"student-1", "base-1", "real", "mine"}
 

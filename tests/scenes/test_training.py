@@ -45,6 +45,7 @@ from fewstep.scenes.loop import Plan, averaged, batch_indices, made_ahead, run, 
 from fewstep.scenes.measure import flaws_seen
 from fewstep.scenes.text import build_tokenizer, forget_last_call, tokenize
 from fewstep.scenes.vae import build_vae, fold_latent_statistics
+from tests.benchmark.fakes import Notes
 
 CPU = torch.device("cpu")
 
@@ -206,6 +207,24 @@ def test_a_training_does_not_go_on_where_what_it_builds_on_was_trained_anew(tmp_
         pretrain(PretrainSettings(**settings, stage="vae-refine"))
     shutil.rmtree(tmp_path / "out" / "work" / "vae-refine")
     pretrain(PretrainSettings(**settings, stage="vae-refine"))
+
+
+def test_going_on_in_another_precision_is_told(tmp_path: Path, begun: Path) -> None:
+    shutil.copytree(begun, tmp_path / "out")
+    settings = PretrainSettings(output_dir=tmp_path / "out", size="tiny", seed=0, device="cpu", stage="vae")
+    state = tmp_path / "out" / "work" / "vae" / "state.safetensors"
+
+    def warned(precision: str) -> list[str]:
+        pretrain(settings.replace(mixed_precision=precision), reporter=notes)
+        return notes.warned
+
+    notes = Notes()
+    assert warned("bf16") == [], "nothing is trained any more"
+    save_file(load_file(state) | {"step": torch.tensor(18)}, state)
+    assert warned("no") == []
+    save_file(load_file(state) | {"step": torch.tensor(18)}, state)
+    (line,) = warned("bf16")
+    assert "vae was begun with --mixed_precision no and goes on with bf16" in line
 
 
 def test_latents_that_cannot_be_read_say_what_to_do(tmp_path: Path, begun: Path) -> None:

@@ -26,7 +26,7 @@ from fewstep.pretrain.sizes import SIZES
 from fewstep.reporting import Reporter
 from fewstep.scenes.captions import random_caption
 from fewstep.scenes.drawings import drawn_pixels, numbered_attributes, numbered_drawing
-from fewstep.scenes.loop import Loss, Make, Plan, run
+from fewstep.scenes.loop import Loss, Make, Plan, run, steps_done
 from fewstep.scenes.text import build_tokenizer
 
 HASHED = 200
@@ -137,7 +137,14 @@ class Workshop:
         Raises:
             InputError: it was begun on one of them before that was trained anew.
         """
-        self._note_begun_on(name, after)
+        begun = self._note_begun_on(name, after)
+        goes_on = 0 < steps_done(self.work / name) < (plan.steps if until is None else until)
+        if goes_on and begun.get("bf16", self.fast) != self.fast:
+            before, now = ("bf16", "no") if begun["bf16"] else ("no", "bf16")
+            self.reporter.warn(
+                f"{name} was begun with --mixed_precision {before} and goes on with {now}: what comes of it is of "
+                "neither"
+            )
 
         def cast(*batch: Any) -> dict[str, Tensor]:
             with self.autocast():
@@ -145,8 +152,8 @@ class Workshop:
 
         return run(module, make, cast, plan, self.work / name, self.reporter, self.device, until)
 
-    def _note_begun_on(self, name: str, after: Sequence[str]) -> None:
-        """Keep, beside what is trained in `name`, the hashes of what it builds on."""
+    def _note_begun_on(self, name: str, after: Sequence[str]) -> dict[str, Any]:
+        """Keep, beside what is trained in `name`, the hashes of what it builds on, and in which precision it is."""
         trained, note = self.work / name / "state.safetensors", self.work / name / "begun_on.json"
         for one in after:
             _need(self.work / one / "state.safetensors", one)
@@ -162,8 +169,10 @@ class Workshop:
                         f"{str(trained)!r} was not begun on the {one} that is there now; allowed is the one that it "
                         f"was begun on; remove {str(trained.parent)!r}, and the stage trains {name} from its start"
                     )
-        elif came:
-            write_text_atomic(note, json.dumps(came, indent=1) + "\n")
+        else:
+            begun = came | {"bf16": self.fast}
+            write_text_atomic(note, json.dumps(begun, indent=1) + "\n")
+        return begun
 
     def drawings(self) -> np.ndarray:
         cache = self.work / "drawings.npy"
