@@ -278,9 +278,11 @@ def test_handlers_are_put_back(procedures: Procedures) -> None:
 
 
 INTERRUPTIBLE = """
-import sys, time, types
+import signal, sys, time, types
 from fewstep import cli
 from fewstep.errors import Interrupted
+
+signal.signal(signal.SIGHUP, signal.SIG_DFL)  # ignored where the tests run under nohup
 
 def train(settings, *, reporter):
     try:

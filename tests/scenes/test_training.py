@@ -23,7 +23,7 @@ from fewstep.config import GenerateSettings, PretrainSettings
 from fewstep.errors import CheckpointError, InputError
 from fewstep.locks import alone_in
 from fewstep.pretrain import denoiser as pretrain_denoiser
-from fewstep.pretrain import latents, pretrain
+from fewstep.pretrain import pretrain
 from fewstep.pretrain.latents import cached_latents
 from fewstep.pretrain.workshop import Workshop
 from fewstep.reporting import SILENT, Reporter
@@ -109,16 +109,16 @@ def test_what_a_stage_leaves_is_there_whole_or_not_at_all(tmp_path: Path, monkey
     assert list((tmp_path / "work").iterdir()) == []
     assert len(workshop(tmp_path).tokenizer("a red house").input_ids) == 5
 
-    def half(tensors: dict[str, torch.Tensor], file: Path, *_: object, **__: object) -> None:
-        file.write_bytes(b"half")
+    def stopped(_: int) -> None:
         raise KeyboardInterrupt
 
     vae = build_vae("tiny").eval()
     vae.save_pretrained(tmp_path / "work" / "vae-refine" / "folded")
     with monkeypatch.context() as patch:
-        patch.setattr(latents, "save_file", half)
+        patch.setattr("fewstep.files.os.fsync", stopped)
         with pytest.raises(KeyboardInterrupt):
             cached_latents(workshop(tmp_path), vae)
+    assert not list((tmp_path / "work").glob("*latents*"))
     assert cached_latents(workshop(tmp_path), vae).shape == (96, 4, 16, 16)
 
 
