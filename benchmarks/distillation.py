@@ -24,12 +24,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors.torch import load_file, save
+from safetensors.torch import load_file
 from torch import Tensor
 
 from fewstep.arms import Arm, base_arm, student_arm
 from fewstep.backbone import Backbone, load_backbone
-from fewstep.files import write_bytes_atomic
+from fewstep.files import write_tensors_atomic
 from fewstep.lora import digest, load_adapter, locate
 from fewstep.metrics.frechet import frechet_distance
 from fewstep.metrics.halves import half_sample_distances, half_samples
@@ -126,7 +126,7 @@ class Cache:
             file = self.folder / f"{first}-{first + len(captions)}" / f"{name}-{key}.safetensors"
             if not file.exists():
                 computed = compute(captions, self.seed + first)
-                write_bytes_atomic(file, save({key: value.contiguous() for key, value in computed.items()}))
+                write_tensors_atomic(file, computed)
             found.append(load_file(file))
         return {key: torch.cat([part[key] for part in found]) for key in found[0]}
 

@@ -292,7 +292,7 @@ def _of_the_machine(error: Exception) -> str | None:
             "out of memory; lower --batch_size (in training, with as much more --gradient_accumulation_steps it stays "
             "the same run) or --resolution, pass --mixed_precision bf16, or, in training, --gradient_checkpointing"
         )
-    if isinstance(error, RuntimeError) and "CUDA error" in str(error):
+    if isinstance(error, RuntimeError) and any(f"CUDA error: {words}" in str(error) for words in _UNUSABLE_GPU):
         return (
             f"the GPU cannot be used: {str(error).splitlines()[0]}; install a torch build and a driver for it (fewstep "
             "doctor tells what is here), or pass --device cpu"
@@ -301,6 +301,12 @@ def _of_the_machine(error: Exception) -> str | None:
         return f"{error.strerror}: {error.filename or 'while writing'}; choose another folder or make room"
     return None
 
+
+_UNUSABLE_GPU = (
+    *("no kernel image", "CUDA driver", "no CUDA-capable device", "all CUDA-capable devices are busy"),
+    *("system has unsupported display driver", "the provided PTX was compiled with an unsupported toolchain"),
+)
+"""How CUDA's errors begin that tell of the card or its driver, as those of a kernel gone wrong do not."""
 
 _MACHINE_ERRORS = {
     *(errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.ENOTDIR, errno.EISDIR),

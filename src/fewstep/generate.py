@@ -110,6 +110,6 @@ def generate(
                 bar.advance(len(batch.ids))
     if blackened:
         reporter.warn(f"the safety checker objected to {len(blackened)} of {len(images)} pictures: they are black")
-    number = f", the first in {images[0].parent.relative_to(settings.outdir)}" if first else ""
-    reporter.say(f"{len(images)} picture{'s' if len(images) != 1 else ''} in {settings.outdir / 'images'}{number}")
+    where = f", the first in {images[0].parent.relative_to(settings.outdir)}" if first else ""
+    reporter.say(f"{len(images)} picture{'s' if len(images) != 1 else ''} in {settings.outdir / 'images'}{where}")
     return GenerateResult(outdir=settings.outdir, images=tuple(images), blackened=tuple(blackened))

@@ -98,6 +98,7 @@ def open_base(
     step_counts: Sequence[int],
     reporter: Reporter,
     origin: checkpoint.Origin | None = None,
+    device: str | None = None,
 ) -> Opened:
     """Open the base and, if wanted, attach the adapter: the given one, else the one that is shipped with the base.
 
@@ -105,6 +106,7 @@ def open_base(
         backbone: a base that is loaded already; an adapter on it is kept where the settings name no other.
         step_counts: what the adapter will be asked for; a count that it does not promise is warned about.
         origin: the base that other adapters name, where this one names none.
+        device: of this process, where several share the settings'.
 
     Raises:
         InputError: no adapter was given and the base ships none, or the base cannot be used.
@@ -114,7 +116,7 @@ def open_base(
     source = lora.locate(settings.lora_path, settings.lora_id) if asked else None
     if backbone is None:
         origin = (checkpoint.recorded_origin(source.folder) if source else None) or origin
-        backbone = load_chosen(settings, settings.device, origin, reporter)
+        backbone = load_chosen(settings, device or settings.device, origin, reporter)
     reporter.say(f"base: {backbone.name} ({backbone.why})")
     if not with_adapter:
         return Opened(backbone, None)

@@ -19,6 +19,7 @@ from fewstep.metrics.frechet import frechet_distance
 from fewstep.metrics.halves import half_sample_distances, half_samples, with_spread
 from fewstep.metrics.intervals import wilson
 from fewstep.pictures import answer_judge, evaluate
+from fewstep.report.verdict import percent
 from fewstep.reporting import SILENT, Reporter
 
 
@@ -127,10 +128,8 @@ def prove_base(
         drawn = draw_arm(backbone, arm, prompts, seed, reporter=reporter)
         frechet = frechet_figure(drawn.features, reference, 5)
         figures["arms"][arm.id] = {"all_right": round(drawn.share, 4), "frechet": frechet, "read": drawn.by_attribute}
-        right = wilson(drawn.share * count, count)
-        between = f"{100 * (right.low or 0):.1f} to {100 * (right.high or 0):.1f}"
         distance = f"Fréchet {frechet['value']:.2f} ± {1.96 * (frechet['standard_error'] or 0):.2f}"
-        reporter.say(f"{arm.id}: all right {100 * right.value:.1f} % ({between}), {distance}")
+        reporter.say(f"{arm.id}: all right {percent(wilson(drawn.share * count, count))}, {distance}")
     held_out = draw_arm(backbone, untrained_arm("ddim", 50, backbone.guidance_scale), composed, seed, reporter=reporter)
     figures["teacher_all_right_composed"] = round(held_out.share, 4)
     reporter.say(f"teacher on combinations held out of training: all right {100 * held_out.share:.1f} %")

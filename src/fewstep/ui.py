@@ -1,6 +1,6 @@
 """How the command line shows what a procedure reports: bars in a terminal, plain lines everywhere else.
 
-A bar is also where a run can be stopped safely. The first SIGINT or SIGTERM is held back until the procedure next
+A bar is also where a run can be stopped safely. The first signal of `STOPPING` is held back until the procedure next
 advances its innermost bar, between two pieces of work, and is raised there as `StopAsked`, a ``KeyboardInterrupt``; a
 procedure that can resume saves itself then and raises `Interrupted`. A second signal does not wait.
 """

@@ -13,6 +13,7 @@ import pytest
 import torch
 from PIL import Image
 
+from fewstep import opening
 from fewstep.arms import base_arm, student_arm
 from fewstep.backbone import Backbone, load_backbone
 from fewstep.benchmark import benchmark
@@ -77,6 +78,16 @@ def test_a_program_that_gives_no_reporter_hears_warnings(
     generate(GenerateSettings(prompt="an unheard house", steps=(1,), outdir=tmp_path, device="cpu"), backbone=base)
     heard = [record.message for record in caplog.records if record.name == "fewstep"]
     assert len(heard) == 1 and heard[0].endswith("does not draw what they ask: unheard")
+
+
+@pytest.mark.skipif(torch.accelerator.is_available(), reason="a CPU alone is to be had")
+def test_a_large_base_that_nobody_sent_to_the_cpu_is_warned_of(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(opening, "is_small", lambda network: False)
+    settings = GenerateSettings(prompt="a red house")
+    for asked, warnings in (("auto", 1), ("cpu", 0)):
+        notes = Notes()
+        opening.load_chosen(settings.replace(device=asked), "cpu", None, notes)
+        assert len([line for line in notes.warned if "very slow on the CPU" in line]) == warnings
 
 
 def test_a_base_of_other_weights_has_no_shipped_adapter(tmp_path: Path) -> None:

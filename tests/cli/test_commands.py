@@ -222,6 +222,7 @@ def test_wrong_input_is_one_line_and_2(
             2,
             "the GPU cannot be used: CUDA error: no kernel image is available for execution on the device; install",
         ),
+        (RuntimeError("CUDA error: device-side assert triggered"), 1, "a bug in fewstep: RuntimeError: CUDA error"),
         (RuntimeError("shapes do not match"), 1, "a bug in fewstep: RuntimeError: shapes do not match"),
         (OSError(errno.ENOSPC, "No space left on device", "run/x"), 2, "No space left on device: run/x"),
         (FileExistsError(errno.EEXIST, "File exists", "out"), 2, "File exists: out; choose another folder"),

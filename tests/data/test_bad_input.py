@@ -6,6 +6,7 @@ import json
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import datasets
 import pyarrow
@@ -13,9 +14,12 @@ import pytest
 from PIL import Image
 from pyarrow import parquet
 
+from fewstep.config import CacheSettings, TrainSettings
 from fewstep.data import OpenedData, open_data
 from fewstep.data.pictures import FORMATS
 from fewstep.errors import DataError
+from fewstep.train import distill, rehearse
+from fewstep.train.fill import fill
 
 from . import makers
 from .makers import Base, Settings, encoded, picture, write
@@ -135,3 +139,11 @@ def test_every_form_keeps_what_is_good_and_says_what_is_not(
     utf8 = {"line is not UTF-8" if form is as_metadata else "caption is not UTF-8": 1} if more else {}
     coco = {"no caption": 1} if form is as_coco else {}  # there an empty caption is one of several that a picture has
     assert found == {reason: n for reason, n in REASONS.items() if not (coco and "caption" in reason)} | utf8 | coco
+
+
+@pytest.mark.parametrize("procedure", [distill, rehearse, fill])
+def test_data_that_is_not_there_is_missed_before_the_base_is_opened(procedure: Any, tmp_path: Path) -> None:
+    asked = {"base_model": str(tmp_path / "no-base"), "data_dir": tmp_path / "no-data", "output_dir": tmp_path}
+    settings = CacheSettings(**asked, cache_dir=tmp_path) if procedure is fill else TrainSettings(**asked)
+    with pytest.raises(DataError, match="no-data does not exist"):
+        procedure(settings)

@@ -72,19 +72,19 @@ def test_a_full_disk_ends_the_keeping_in_one_line_and_what_is_kept_is_gone_on_fr
     settings: TrainSettings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     few = settings.replace(output_dir=tmp_path, teacher_cache=tmp_path / "cache", teacher_rollouts=12)
-    files, honest = [], rollouts.write_bytes_atomic
+    files, honest = [], rollouts.write_tensors_atomic
 
-    def full_after_two(path: Path, content: bytes) -> Path:
+    def full_after_two(path: Path, *content: Any) -> Path:
         if len(files) == 2:
             raise OSError(errno.ENOSPC, "No space left on device")
         files.append(path)
-        return honest(path, content)
+        return honest(path, *content)
 
-    monkeypatch.setattr(rollouts, "write_bytes_atomic", full_after_two)
+    monkeypatch.setattr(rollouts, "write_tensors_atomic", full_after_two)
     with pytest.raises(InputError, match=r"teacher_cache '.*cache' cannot be written to: No space left on device; "):
         distill(few.replace(run_name="full"))
     assert sorted((tmp_path / "cache").glob("*.safetensors")) == sorted(files)
-    monkeypatch.setattr(rollouts, "write_bytes_atomic", honest)
+    monkeypatch.setattr(rollouts, "write_tensors_atomic", honest)
     heard = Heard()
     distill(few.replace(run_name="full", resume_from_checkpoint="auto"), reporter=heard)
     assert heard.bars["teacher"] == (4, 4)

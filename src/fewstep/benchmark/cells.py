@@ -17,12 +17,11 @@ from typing import Any
 import torch
 from pydantic import TypeAdapter, ValidationError
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
 from torch import Tensor
 
 from fewstep.arms import Arm
 from fewstep.errors import InputError
-from fewstep.files import write_bytes_atomic, write_text_atomic
+from fewstep.files import write_tensors_atomic, write_text_atomic
 from fewstep.pictures import Cell
 from fewstep.records import ArmTiming
 
@@ -120,8 +119,7 @@ class ArmCells:
         tensors = {f"{judge}/{key}": value for judge, found in cell.found.items() for key, value in found.items()}
         tensors["seconds"] = torch.tensor(cell.seconds, dtype=torch.float64)
         names = {"names": json.dumps(list(tensors))}
-        content = save({name: value.contiguous() for name, value in tensors.items()}, names)
-        write_bytes_atomic(self._path(number), content)
+        write_tensors_atomic(self._path(number), tensors, names)
 
     def timings(self, conditions: Mapping[str, str]) -> tuple[ArmTiming, ...] | None:
         """What was timed before, if it was under these conditions: times of two machines are never set side by side."""

@@ -141,14 +141,14 @@ def make_plan(
     """
     refuse_another_run(settings.outdir, "benchmark")
     prompts = read_prompts(settings)
-    if settings.data_dir is not None:
-        require_there(settings.data_dir)
+    require_there(settings.data_dir)
     named = settings.lora_path is not None or settings.lora_id is not None
     # With other adapters the base's own one is not taken unasked.
     others = settings.adapters_file is not None or settings.adapters is not None
     wants_adapter = (named or not others) if arms is None else any(arm.adapter for arm in arms)
     opened = open_base(
-        settings.replace(device=device),
+        settings,
+        device=device,
         backbone=backbone,
         with_adapter=wants_adapter,
         step_counts=settings.steps,

@@ -145,9 +145,9 @@ def _make_room(plan: Plan, processes: PartialState, reporter: Reporter) -> dict[
     if processes.is_main_process:
         _warn_of_other_circumstances(plan, reporter)
         _clear(outdir, () if settings.resume else {*plan.folders.values(), *earlier}, reporter)
-        kept_settings = settings_toml(settings.replace(overwrite=False))  # --config does not consent a second time
-        reporter.say(kept_settings.strip())
-        write_text_atomic(outdir / "settings.toml", kept_settings)
+        text = settings_toml(settings.replace(overwrite=False))  # --config does not consent a second time
+        reporter.say(text.strip())
+        write_text_atomic(outdir / "settings.toml", text)
     processes.wait_for_everyone()
     return kept
 

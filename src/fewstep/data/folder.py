@@ -58,13 +58,13 @@ def holds_rows(place: Path) -> bool:
     return ".parquet" in kinds and not others
 
 
-def require_there(place: Path) -> None:
-    """Refuse a folder or file of data that is not there, before anything long.
+def require_there(place: Path | None) -> None:
+    """Refuse a folder or file of data, where one was named, that is not there: to be called before anything long.
 
     Raises:
         DataError: it is not.
     """
-    if place.is_dir() or place.is_file():
+    if place is None or place.is_dir() or place.is_file():
         return
     fix = "pass shards by URL as --dataset_name" if place.parts[:1] in (("http:",), ("https:",)) else "check the path"
     raise DataError(f"data_dir {place} does not exist; allowed is a folder: {LAYOUTS}; {fix}")

@@ -12,10 +12,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
-from safetensors.torch import save
 from torch import Tensor
 
-from ..files import write_bytes_atomic
+from ..files import write_tensors_atomic
 from .adapter import ADAPTER, AdapterWeights, lora_layers
 from .layouts import KOHYA
 
@@ -49,4 +48,4 @@ def save_kohya(tensors: Mapping[str, Tensor], file: Path, more: Mapping[str, str
         **more,
     }
     file.parent.mkdir(parents=True, exist_ok=True)
-    write_bytes_atomic(file, save(dict(tensors), header))
+    write_tensors_atomic(file, tensors, header)

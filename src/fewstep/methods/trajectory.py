@@ -83,9 +83,9 @@ class Trajectory(KStep):
         @torch.no_grad()
         def perfect_student(x_t: Tensor, t: Tensor, cond: Tensor) -> Tensor:
             nonlocal landed
-            here, ends = t.cpu(), self._landings_of(t)
-            goes_on = self.from_noise and landed is not None and torch.equal(landed[0], here)
-            memory = landed[1] if goes_on and landed is not None else None
+            here, ends, memory = t.cpu(), self._landings_of(t), None
+            if self.from_noise and landed is not None and torch.equal(landed[0], here):
+                memory = landed[1]
             path, memory = self._path(teacher, x_t, here, ends, cond, uncond, memory)
             landed = ends, memory
             return self.schedule.from_x0(self._aim(path, here, torch.arange(len(t))), x_t, t)

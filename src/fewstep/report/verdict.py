@@ -163,7 +163,7 @@ def _solvers(student: ArmSummary, record: BenchmarkRecord) -> str | None:
     timed = [(arm, arm.time_per_image_s) for arm in solvers if arm.time_per_image_s is not None]
     as_good = [(arm, taken) for arm, taken in timed if _as_good(arm, student)]
     missing = "" if any(taken <= own for _, taken in timed) else _not_as_fast(student, solvers)
-    if not all(_paired(arm, student) for arm, _ in timed):
+    if any(_lead(student, arm) is None for arm, _ in timed):
         missing += "; this is by the figures alone, for not all of these arms have a paired interval"
     if not as_good:
         return f"No untrained solver that was drawn is as good ({', '.join(arm.arm.id for arm in solvers)}){missing}."
@@ -206,17 +206,17 @@ def _conditions(run: Run) -> object:
     return run.machine, run.versions, run.batch_size, run.base.get("fingerprint"), run.settings.get("resolution")
 
 
-def _paired(solver: ArmSummary, student: ArmSummary) -> Interval | None:
-    """What the student has over the solver on the same pictures, where that has an interval."""
+def _lead(student: ArmSummary, solver: ArmSummary) -> float | None:
+    """What the student has over the solver on the same pictures, at least; None where that has no interval."""
     over = student.over_solvers.get(solver.arm.id)
-    return None if over is None or over.low is None else over
+    return None if over is None else over.low
 
 
 def _as_good(solver: ArmSummary, student: ArmSummary) -> bool:
     """Whether a student is not shown to be better: by their paired difference, else by the figures alone."""
-    over, found, reached = _paired(solver, student), quality(solver), quality(student)
-    if over is not None and over.low is not None:
-        return over.low <= 0
+    lead, found, reached = _lead(student, solver), quality(solver), quality(student)
+    if lead is not None:
+        return lead <= 0
     return found is not None and reached is not None and found.value >= reached.value
 
 

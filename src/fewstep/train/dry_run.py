@@ -15,7 +15,7 @@ from fewstep.arithmetic import kept_for_backward, peak_memory, room
 from fewstep.backbone import Backbone
 from fewstep.backbone.threads import whole_batches
 from fewstep.config import TrainSettings
-from fewstep.data import Batch, Batches, OpenedData, Slices, open_data
+from fewstep.data import Batch, Batches, OpenedData, Slices, open_data, require_there
 from fewstep.ema import EMA
 from fewstep.errors import InputError, is_out_of_memory
 from fewstep.methods.kstep import KStep
@@ -89,6 +89,7 @@ def rehearse(settings: TrainSettings, *, reporter: Reporter = LOG) -> DryRun:
     """
     processes = join_processes(settings.device)
     reporter = reporter if processes.is_main_process else SILENT
+    require_there(settings.data_dir)
     resumed = resuming.checkpoint_to_resume(settings, reporter)
     origin = start.origin_of(settings, resumed)
     backbone, settings = start.open_base(settings, own_device(settings.device, processes), origin, reporter)

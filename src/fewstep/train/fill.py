@@ -10,7 +10,7 @@ from pathlib import Path
 from accelerate import PartialState
 
 from fewstep.config import CacheSettings
-from fewstep.data import Batches, open_data
+from fewstep.data import Batches, open_data, require_there
 from fewstep.errors import Interrupted
 from fewstep.processes import join_processes, noticing_losses, own_device, require_agreement
 from fewstep.reporting import LOG, Reporter, Wordless
@@ -58,6 +58,7 @@ def fill(
 def _fill(
     settings: CacheSettings, processes: PartialState, reporter: Reporter, should_stop: Callable[[], bool]
 ) -> FillResult:
+    require_there(settings.data_dir)
     origin = start.origin_of(settings, None)
     backbone, resolved = start.open_base(settings, own_device(settings.device, processes), origin, reporter)
     opened = open_data(resolved, backbone, streaming=resolved.streaming, reporter=reporter)

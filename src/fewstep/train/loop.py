@@ -104,8 +104,7 @@ def distill(
         processes.wait_for_everyone()  # nobody writes into the run's folder before everybody has looked at it
 
         # ---- The base, and what its defaults make of the settings.
-        if settings.data_dir is not None:
-            require_there(settings.data_dir)
+        require_there(settings.data_dir)
         origin = start.origin_of(settings, resumed)
         backbone, settings = start.open_base(settings, own_device(settings.device, processes), origin, reporter)
         assert settings.resolution is not None

@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save
 from torch import Tensor
 
 from fewstep.backbone import Backbone, adapters_off
@@ -28,7 +27,7 @@ from fewstep.data import Batch, Slices
 from fewstep.data.loader import Noted, Replaced
 from fewstep.data.order import sample_index
 from fewstep.errors import CheckpointError
-from fewstep.files import write_bytes_atomic
+from fewstep.files import write_tensors_atomic
 from fewstep.methods.kstep import Draws, KStep, Pairs
 from fewstep.randomness import generator
 from fewstep.solver import Denoiser
@@ -247,7 +246,7 @@ class RolloutStore:
         ]
         about = {"captions": json.dumps(lesson.captions), "sums": json.dumps(sums)}
         try:
-            write_bytes_atomic(path, save(tensors, about))
+            write_tensors_atomic(path, tensors, about)
         except OSError as error:
             raise unwritten("teacher_cache", self.folder, error) from None
 
