@@ -106,7 +106,8 @@ def main() -> None:
     for steps in args.steps if len(runs) > 1 else ():
         shares = [100 * run[steps].share for run in runs.values()]
         mean, spread = statistics.mean(shares), statistics.stdev(shares)
-        print(f"student-{steps} over {len(runs)} runs: all right {mean:.1f} ± {spread:.1f}; {judge.over(runs, steps)}")
+        over = f"student-{steps} over {len(runs)} runs"
+        print(f"{over}: all right {mean:.1f}, standard deviation {spread:.1f}; {judge.over(runs, steps)}")
 
 
 class Cache:
@@ -159,11 +160,12 @@ class Comparison:
         # A one-sided 95 % bound is the lower end of a two-sided 90 % interval.
         paired = paired_difference(drawn.all_right.numpy(), self.teacher.all_right.numpy(), self.prompts, level=0.9)
         distance, halves = self.distances(drawn)
+        spread = 1.96 * halves.std(ddof=1)
         interval = f"[{100 * (whole.low or 0):.1f}, {100 * (whole.high or 0):.1f}]"
         bound = f"one-sided bound {100 * (paired.low or 0):+.1f}, allowed {-5 * self.teacher.share:+.1f}"
         print(
             f"{name:40} all right {100 * whole.value:5.1f} % {interval}  "
-            f"minus teacher {100 * paired.value:+5.1f} ({bound})  Fréchet {distance:.3f} ± {halves.std(ddof=1):.3f}",
+            f"minus teacher {100 * paired.value:+5.1f} ({bound})  Fréchet {distance:.3f} ± {spread:.3f}",
             flush=True,
         )
 

@@ -5,10 +5,11 @@
     python benchmarks/train_step.py --base sd15 --device cuda --mixed_precision bf16 --compile --only cached compiled
 
 The naive form is what one writes first: a second UNet for the teacher, one sample at a time through it, guidance in two
-forwards, VAE, caption and empty caption encoded for every sample. All forms are first shown to give the same loss and
-the same gradients (fp32), then timed in alternation; the table gives medians, and ratios to the naive form of the same
-repeat. Stable Diffusion 1.5's size has random weights, which take as long as any. Peak memory is the whole process's,
-with the networks of all forms in it: benchmarks/memory.py has a training's own.
+forwards, VAE, caption and empty caption encoded for every sample. All forms that learn the same are first shown to give
+the same loss and the same gradients (in fp32 held to it, else printed), then timed in alternation; the table gives
+medians, and ratios to the naive form of the same repeat. Stable Diffusion 1.5's size has random weights, which take as
+long as any. Peak memory is the whole process's, with the networks of all forms in it: benchmarks/memory.py has a
+training's own.
 
 The teacher's rollouts are also timed alone, with latents and embeddings at hand. Their arithmetic, and that of the
 floor, is what a forward of one sample counts, times the forwards: matrix products, convolutions and attention, two

@@ -21,7 +21,7 @@ from fewstep.errors import FewstepError, InputError
 from fewstep.lora import trainable_parameters
 from fewstep.reporting import LOG, SILENT, Reporter, in_bytes
 from fewstep.timing import machine
-from fewstep.train import resuming, start
+from fewstep.train import engine, resuming, start
 from fewstep.train.needs import disk_of_run, existing, free_disk
 
 CHECKS: dict[str, tuple[str, ...]] = {
@@ -164,6 +164,7 @@ class _Examination:
 
     def settings(self) -> str:
         method = start.method_of(self._settings, self._base)
+        engine.quickened(self._base, self._settings, self._settings.batch_size)
         start.student_of(self._settings, self._base, resumed=self._resumed is not None)
         return (
             f"{trainable_parameters(self._base.unet):,} trainable parameters, resolution {self._settings.resolution}, "
@@ -185,6 +186,8 @@ class _Examination:
     def data(self) -> str:
         opened = open_data(self._settings, self._base, streaming=self._settings.streaming)
         self._data = opened.report
+        if self._resumed is not None:  # how many processes there will be, and so the global batch, is not known here
+            resuming.check_resumed(self._resumed, self._settings, self._base, {"data_fingerprint": opened.fingerprint})
         few = Slices(batch_size=min(FIRST_PICTURES, len(opened.data)))
         batch = next(
             iter(Batches(opened.data, few, seed=self._settings.seed, start=0, end=1, allowance=opened.allowance))

@@ -16,7 +16,7 @@ from fewstep.opening import open_base, read_prompts, recorded_sampling, warn_of_
 from fewstep.pictures import draw_pictures, encode_prompts, picture_ids
 from fewstep.report import (
     arm_folder,
-    first_free_prompt,
+    free_prompts,
     holds_benchmark,
     picture_path,
     refuse_another_run,
@@ -77,37 +77,34 @@ def generate(
         )
 
     # From here on things are written. Earlier pictures stay: the prompts are numbered on from theirs.
-    folders = {arm.id: arm_folder(settings.outdir, arm.id) for arm in arms}
-    first = first_free_prompt(settings.outdir)
-    for folder in folders.values():
-        folder.mkdir(parents=True, exist_ok=True)
-    reporter.say(settings_toml(settings).strip())
-    name = f"settings-{first:03d}.toml" if first else "settings.toml"
-    write_text_atomic(settings.outdir / name, settings_toml(settings))
-    conditioning = encode_prompts(backbone, prompts, settings.negative_prompt)
-    ids = picture_ids(len(prompts), settings.num_images)
     images: list[Path] = []
     blackened: list[Path] = []
-    for arm in arms:
-        folder = folders[arm.id]
-        with reporter.progress(arm.title, len(ids)) as bar:
-            for batch in draw_pictures(
-                backbone,
-                arm,
-                conditioning,
-                ids,
-                seed=settings.seed,
-                batch_size=settings.batch_size,
-                resolution=settings.resolution,
-            ):
-                objections = checker.objections(batch.pixels) if checker else [False] * len(batch.ids)
-                for (prompt, picture), pixels, objected in zip(batch.ids, batch.pixels, objections, strict=True):
-                    shown = torch.zeros_like(pixels) if objected else pixels
-                    path = picture_path(folder, first + prompt, picture)
-                    images.append(save_picture(path, shown.permute(1, 2, 0).numpy()))
-                    if objected:
-                        blackened.append(path)
-                bar.advance(len(batch.ids))
+    with free_prompts(settings.outdir, [arm.id for arm in arms], len(prompts)) as first:
+        reporter.say(settings_toml(settings).strip())
+        name = f"settings-{first:03d}.toml" if first else "settings.toml"
+        write_text_atomic(settings.outdir / name, settings_toml(settings))
+        conditioning = encode_prompts(backbone, prompts, settings.negative_prompt)
+        ids = picture_ids(len(prompts), settings.num_images)
+        for arm in arms:
+            folder = arm_folder(settings.outdir, arm.id)
+            with reporter.progress(arm.title, len(ids)) as bar:
+                for batch in draw_pictures(
+                    backbone,
+                    arm,
+                    conditioning,
+                    ids,
+                    seed=settings.seed,
+                    batch_size=settings.batch_size,
+                    resolution=settings.resolution,
+                ):
+                    objections = checker.objections(batch.pixels) if checker else [False] * len(batch.ids)
+                    for (prompt, picture), pixels, objected in zip(batch.ids, batch.pixels, objections, strict=True):
+                        shown = torch.zeros_like(pixels) if objected else pixels
+                        path = picture_path(folder, first + prompt, picture)
+                        images.append(save_picture(path, shown.permute(1, 2, 0).numpy()))
+                        if objected:
+                            blackened.append(path)
+                    bar.advance(len(batch.ids))
     if blackened:
         reporter.warn(f"the safety checker objected to {len(blackened)} of {len(images)} pictures: they are black")
     where = f", the first in {images[0].parent.relative_to(settings.outdir)}" if first else ""

@@ -26,8 +26,8 @@ def join_processes(device: str) -> PartialState:
     """The processes that were started together, one or several; a call after another in one process starts anew.
 
     Raises:
-        InputError: there are more of them than GPUs here, one device is named for several, or accelerate was told to
-            cut the model up.
+        InputError: there are more of them than GPUs here, or no GPU for several; one device is named for several, or
+            accelerate was told to cut the model up.
     """
     for name in ("DEEPSPEED", "FSDP", "MEGATRON_LM"):
         if parse_flag_from_env(f"ACCELERATE_USE_{name}"):
@@ -43,6 +43,13 @@ def join_processes(device: str) -> PartialState:
         raise InputError(
             f"{here} processes came for {gpus} GPUs; allowed is one process a GPU; start {gpus} on this machine"
         )
+    started = int(os.environ.get("WORLD_SIZE", "1"))
+    launched = "LOCAL_RANK" in os.environ and started > 1
+    if launched and not on_cpu and not _shares_out_gpus():  # accelerate has each take itself for the only one
+        raise InputError(
+            f"{started} processes came, and torch finds no GPUs here that they could share out; allowed is a machine "
+            "whose GPUs torch can use; look at `fewstep doctor`, or pass --device cpu"
+        )
     try:
         processes = PartialState(cpu=on_cpu, timeout=PATIENCE)
     except (ImportError, NotImplementedError) as error:  # accelerate says what this machine lacks
@@ -56,6 +63,11 @@ def join_processes(device: str) -> PartialState:
             "allowed are auto, cpu and cuda; leave --device out"
         )
     return processes
+
+
+def _shares_out_gpus() -> bool:
+    found = torch.accelerator.current_accelerator(check_available=True)
+    return found is not None and found.type != "mps"
 
 
 def own_device(device: str, processes: PartialState) -> str:

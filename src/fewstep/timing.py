@@ -50,19 +50,17 @@ def measure(
     *,
     repeats: int = 5,
     warmup: int = WARMUP,
-    warm_up: Callable[[], object] | None = None,
     device: torch.device | str = "cpu",
     on_run: Callable[[], object] = lambda: None,
 ) -> Timing:
     """Run ``work`` ``warmup`` times unmeasured, then ``repeats`` times by the wall clock.
 
-    ``on_run`` is called after each of them, outside what is timed; ``warm_up`` runs unmeasured in the place of ``work``
-    where less of the same shapes is enough to be warm.
+    ``on_run`` is called after each of them, outside what is timed.
     """
     if repeats < 1 or warmup < 0:
         raise ValueError(f"{repeats} repeats and {warmup} warm-ups; allowed are at least 1 and 0")
     for _ in range(warmup):
-        (warm_up or work)()
+        work()
         on_run()
     seconds = []
     for _ in range(repeats):

@@ -160,6 +160,16 @@ def test_of_a_repository_that_is_fetched_which_can_be_read(
         assert find_weights(fetched, component, allow_pickle=True) is not None
 
 
+def test_a_folder_is_recorded_as_one(saved_tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """From elsewhere, where it is not, models/mine would be taken for a repository of that name on the Hub."""
+    shutil.copytree(saved_tiny, tmp_path / "models" / "mine")
+    monkeypatch.chdir(tmp_path)
+    assert load_backbone("models/mine", device="cpu").name == "./models/mine"
+    monkeypatch.chdir(tmp_path / "models")
+    with pytest.raises(InputError, match=r"no base model '\./models/mine'.*there is no such file or folder"):
+        load_backbone("./models/mine", device="cpu")
+
+
 def test_another_memory_order_computes_the_same(tiny: Backbone, saved_tiny: Path) -> None:
     loaded = load_backbone(saved_tiny, device="cpu")
     loaded.use_channels_last()

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import copy
 import json
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
+from threading import Barrier
 from typing import Any
 
 import numpy as np
@@ -22,7 +24,7 @@ from fewstep.errors import CheckpointError, InputError, Interrupted
 from fewstep.generate import generate
 from fewstep.opening import trained_for
 from fewstep.pictures import draw_latents, encode_prompts, evaluate, make_pictures, picture_ids
-from fewstep.report import picture_path
+from fewstep.report import free_prompts, picture_path
 from fewstep.safety import SafetyChecker
 from fewstep.sampling import PictureNoise, lcm_sample
 from fewstep.timesteps import student_grid
@@ -63,6 +65,24 @@ def test_earlier_pictures_stay_and_further_prompts_are_numbered_on(
         "settings-001.toml": "a red house",
         "settings-002.toml": "a blue house",
     }
+
+
+def test_calls_at_one_time_take_numbers_of_their_own(tmp_path: Path) -> None:
+    everybody = Barrier(8)
+
+    def call(count: int) -> set[int]:
+        everybody.wait()
+        with free_prompts(tmp_path, ["student-1", "student-2"], count) as first:
+            everybody.wait()  # all have theirs, and nobody has drawn yet
+            folder = tmp_path / "images" / "student-2" / f"{first:03d}"
+            (folder / "000.png").touch()
+        return set(range(first, first + count))
+
+    with ThreadPoolExecutor(8) as pool:
+        taken = list(pool.map(call, [1, 2, 3, 4, 1, 2, 3, 4]))
+    assert len(set.union(*taken)) == 20
+    left = {path.name for path in (tmp_path / "images").glob("*/*")}
+    assert left == {f"{min(one):03d}" for one in taken}, "what stayed empty is gone"
 
 
 def test_words_that_a_base_was_never_taught_are_named(base: Backbone, tmp_path: Path, notes: Notes) -> None:

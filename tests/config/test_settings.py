@@ -267,14 +267,35 @@ def test_what_a_file_says_for_another_base_device_rank_or_sampler_is_left_out(tm
     assert len(left) == 4
 
 
+def test_a_flag_takes_the_place_of_the_files_alternative(tmp_path: Path) -> None:
+    file, left = tmp_path / "settings.toml", list[str]()
+    file.write_text(settings_toml(TrainSettings(data_dir="coco", start="data", teacher_rollouts=64, batch_size=3)))
+    captions = merged(TrainSettings, {"prompts_file": "p.txt"}, config=file, warn=left.append)
+    assert (captions.data_dir, captions.starts_from, captions.batch_size) == (None, "teacher", 3)
+    assert left.pop() == (
+        f"left out of {str(file)!r} for prompts_file p.txt, which takes their place: data_dir coco, start data"
+    )
+    second = merged(TrainSettings, {"start": "student"}, config=file, warn=left.append)
+    assert (second.starts_from, second.teacher_rollouts, second.data_dir) == ("student", None, Path("coco"))
+    assert left.pop() == f"left out of {str(file)!r} for start student, which does without: teacher_rollouts 64"
+    assert merged(TrainSettings, {"start": "teacher"}, config=file, warn=left.append).teacher_rollouts == 64
+    with pytest.raises(InputError, match="data_dir and prompts_file came together"):
+        merged(TrainSettings, {"prompts_file": "p.txt", "data_dir": "coco"}, config=file)
+    file.write_text(settings_toml(TrainSettings(sampler="ddim", timestep_span=0.85)))
+    assert merged(TrainSettings, {"sampler": "lcm"}, config=file).timestep_span == 1
+    file.write_text(settings_toml(BenchSettings(data_dir="coco", num_prompts=50, lora_id="their/lora", resume=True)))
+    bench = merged(BenchSettings, {"prompt": "a house", "lora_path": "mine", "overwrite": True}, config=file)
+    assert (bench.data_dir, bench.num_prompts, bench.lora_id, bench.resume) == (None, 20, None, False)
+
+
 def test_what_is_merged_is_checked_once_and_together(tmp_path: Path) -> None:
     file = tmp_path / "run.toml"
     file.write_text('negative_prompt = "fog"\nnum_images = 0\n')  # each wrong alone, put right by the flags
     given = {"flash_guidance": "2", "num_images": "1"}
     assert merged(BenchSettings, given, config=file).negative_prompt == "fog"
-    file.write_text('lora_path = "a"\n')
+    file.write_text('lora_path = "a"\nlora_id = "b"\n')
     with pytest.raises(InputError, match="lora_path and lora_id came together"):
-        merged(BenchSettings, {"lora_id": "b"}, config=file)
+        merged(BenchSettings, {"num_images": "2"}, config=file)
 
 
 @pytest.mark.parametrize(

@@ -21,12 +21,6 @@ def test_warm_up_is_run_and_not_counted() -> None:
     assert 0.001 <= found.median < 0.04
 
 
-def test_less_than_the_work_may_warm_up() -> None:
-    done: list[str] = []
-    found = measure(lambda: done.append("work"), repeats=2, warmup=1, warm_up=lambda: done.append("less"))
-    assert done == ["less", "work", "work"] and len(found.seconds) == 2
-
-
 def test_median_and_interquartile_range() -> None:
     found = Timing((1.0, 2.0, 3.0, 4.0, 100.0))
     assert (found.median, found.iqr) == (3.0, 2.0)

@@ -257,13 +257,18 @@ def test_a_loss_is_called_a_loss(found: BenchmarkRecord) -> None:
     sentences = verdict(replace(found, summary=found.summary | {"student-4": worse}))
     assert "a loss beyond the interval" in sentences[0]
     assert "The latents of student-4 spread −20.0 %" in sentences[-1] and "it may be chance" in sentences[-1]
-    sure = replace(worse, mean_saturation=interval(0.9, 0.05))
+    sure = replace(worse, mean_saturation=interval(0.9, 0.03))
     sentences = verdict(replace(found, summary=found.summary | {"student-4": sure}))
-    assert "−20.0 %" in sentences[-1] and sentences[-1].endswith("pictures are washed out.")
+    assert "−20.0 %" in sentences[-1]
+    assert sentences[-1].endswith("all channels together less, −10.0 (−13.0 to −7.0) %: pictures are washed out.")
+    # That much only where the whole interval says so.
+    pale = replace(worse, mean_saturation=interval(0.94, 0.03))
+    sentences = verdict(replace(found, summary=found.summary | {"student-4": pale}))
+    assert sentences[-1].endswith("all channels together less, −6.0 (−9.0 to −3.0) %.")
     # What the worst channel says and what all together say are two things where they point apart.
     mixed = replace(sure, saturation=(1.10, 0.92, 0.92, 0.92), mean_saturation=interval(0.965, 0.01))
     sentences = verdict(replace(found, summary=found.summary | {"student-4": mixed}))
-    assert "+10.0 %" in sentences[-1] and sentences[-1].endswith("all channels together spread less.")
+    assert "+10.0 %" in sentences[-1] and "together less, −3.5 (−4.5 to −2.5) %." in sentences[-1]
 
 
 def test_small_distances_keep_digits_that_say_something(found: BenchmarkRecord) -> None:

@@ -436,6 +436,19 @@ def test_a_checkpoint_of_an_older_release_is_gone_on_with(
         resuming.check_resumed(folder, whole.settings.replace(teacher_solver="dpmpp"), backbone, {})
 
 
+def test_a_run_that_goes_on_beyond_its_end_has_none_until_it_comes_to_it(
+    settings: TrainSettings, tmp_path: Path
+) -> None:
+    """Whatever waits for `lora/final` would take the old one for the new."""
+    few, heard = few_updates(settings, tmp_path).replace(max_steps=1), Heard()
+    final = distill(few).adapter
+    longer = few.replace(max_steps=3, resume_from_checkpoint="latest")
+    with pytest.raises(Interrupted, match="stopped at step 2 of 3"):
+        distill(longer, should_stop=lambda: True, reporter=heard)
+    assert not final.exists() and f"removed: {final}, for the run goes on beyond it" in heard.said
+    assert distill(longer).adapter == final and verify(final).step == 3
+
+
 def test_a_run_on_another_base_is_not_resumed(whole: DistillResult, settings: TrainSettings, v_base: Path) -> None:
     with pytest.raises(CheckpointError, match=r"was trained on another base \(.*; pass that one as --base_model"):
         distill(settings.replace(resume_from_checkpoint="latest", base_model=str(v_base)))

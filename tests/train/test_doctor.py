@@ -14,7 +14,7 @@ from fewstep.backbone import Backbone
 from fewstep.checkpoint import Origin
 from fewstep.config import TrainSettings
 from fewstep.errors import FewstepError, InputError
-from fewstep.train import DistillResult, start
+from fewstep.train import DistillResult, rehearse, start
 from tests.train.conftest import Heard
 
 
@@ -121,6 +121,26 @@ def test_a_run_that_is_there_is_not_written_over(whole: DistillResult, settings:
     assert set(states.values()) == {"ok"}
     assert texts["folder"].endswith("goes on from checkpoint-10")
     assert f"{settings.base_model} (recorded in the adapter)" in texts["model"]
+
+
+def test_a_run_that_would_not_be_gone_on_with_is_told(whole: DistillResult, settings: TrainSettings) -> None:
+    goes_on = settings.replace(resume_from_checkpoint="latest")
+    states, texts, _ = verdicts(goes_on)
+    assert set(states.values()) == {"ok"} and "goes on from checkpoint-10" in texts["folder"]
+    states, texts, error = verdicts(goes_on.replace(learning_rate=1e-5))
+    assert states["data"] == "FAIL" and "a resumed run keeps its settings" in texts["data"]
+    assert isinstance(error, InputError)
+    with pytest.raises(InputError, match="a resumed run keeps its settings"):
+        rehearse(goes_on.replace(learning_rate=1e-5))
+
+
+def test_a_compiler_that_is_missing_is_told(asked: TrainSettings, monkeypatch: pytest.MonkeyPatch) -> None:
+    def missing(*_: object) -> None:
+        raise InputError("no compiler")
+
+    monkeypatch.setattr("fewstep.train.engine.check_compiler", missing)
+    states, texts, _ = verdicts(asked.replace(compile=True))
+    assert states["settings"] == "FAIL" and "no compiler" in texts["settings"]
 
 
 def test_the_command_takes_the_flags_of_train(

@@ -53,6 +53,7 @@ def test_the_parts_of_memory_are_counted(found: DryRun, whole: DistillResult, sa
     layers = held["adapter"] // 4
     assert held["optimizer"] == pytest.approx(3 * held["adapter"], rel=0.05), f"two moments and the average of {layers}"
     # What folded layers keep of their weights does not grow with the batch.
+    assert found.two is not None
     assert 1.95 * found.one.activations < found.two.activations <= 2 * found.one.activations
     assert found.one.activations > held["adapter"]
     assert any(line.startswith("memory, counted: base ") and "at batch 2" in line for line in said.said)
@@ -63,6 +64,7 @@ def test_without_folded_layers_all_that_is_kept_grows_with_the_batch(
 ) -> None:
     monkeypatch.setattr("fewstep.lora.folding.folding_pays", lambda *_: False)
     plain = rehearse(asked)
+    assert plain.two is not None
     assert plain.two.activations == pytest.approx(2 * plain.one.activations, rel=0.01)
 
 
@@ -124,6 +126,12 @@ def test_a_batch_that_does_not_fit_is_said_in_one_line(asked: TrainSettings, mon
     monkeypatch.setattr(Teacher, "__call__", full)
     with pytest.raises(InputError, match="batch 2 does not fit into the memory of cpu; allowed is what fits, batch 1"):
         rehearse(asked)
+    # Nobody asked for it where the run's batch is 1.
+    heard = Heard()
+    found = rehearse(asked.replace(batch_size=1, oracle_images=0), reporter=heard)
+    assert found.two is None and found.largest_batch == 1 and not heard.warned
+    assert "largest batch: 1, for 2 does not fit" in heard.said
+    assert found.seconds_per_step == 2 * (found.one.teacher_seconds + found.one.student_seconds)
 
 
 def test_a_loss_that_is_no_number_is_told(asked: TrainSettings, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -141,7 +149,7 @@ def test_a_loss_that_is_no_number_is_told(asked: TrainSettings, monkeypatch: pyt
 @pytest.mark.gpu
 def test_a_gpu_tells_its_peak(asked: TrainSettings) -> None:
     found = rehearse(asked.replace(device="cuda"))
-    assert found.one.peak is not None and found.two.peak is not None
+    assert found.two is not None and found.one.peak is not None and found.two.peak is not None
     assert found.two.peak > found.one.peak > found.held["base"]
     assert found.largest_batch is not None and found.largest_batch > 2
 

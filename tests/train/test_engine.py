@@ -210,6 +210,7 @@ def test_a_run_may_be_compiled_from_a_checkpoint_on(
 def test_a_rehearsal_compiles_too(settings: TrainSettings, graphs: Graphs, tmp_path: Path) -> None:
     found = rehearse(settings.replace(output_dir=tmp_path, compile=True))
     assert sorted(graphs.shapes) == [1, 2, 2, 4], "of each batch, the student's and the teacher's"
+    assert found.two is not None
     assert found.two.activations == pytest.approx(2 * found.one.activations, rel=0.01)
 
 

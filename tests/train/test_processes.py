@@ -18,7 +18,7 @@ from fewstep.backbone import Backbone, random_backbone
 from fewstep.config import TrainSettings, settings_toml
 from fewstep.errors import DataError, InputError, Interrupted
 from fewstep.processes import join_processes, noticing_losses
-from fewstep.train import distill
+from fewstep.train import distill, start
 from tests.train.conftest import Heard
 from tests.train.test_distill import assert_same, few_updates, weights
 
@@ -29,6 +29,33 @@ def test_more_processes_than_gpus_are_refused(monkeypatch: pytest.MonkeyPatch) -
     with pytest.raises(InputError, match="3 processes came for 2 GPUs; allowed is one process a GPU"):
         join_processes("auto")
     assert join_processes("cpu").num_processes == 1
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there the processes share the GPUs out")
+def test_processes_that_would_each_take_themselves_for_the_only_one_are_refused(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """As where a driver is broken: accelerate finds no GPU, and makes no group of them."""
+    for name, value in {"LOCAL_RANK": "1", "RANK": "1", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(InputError, match=r"2 processes came, and torch finds no GPUs .*; look at `fewstep doctor`"):
+        join_processes("auto")
+
+
+def test_what_a_launcher_was_told_is_heeded_or_said(settings: TrainSettings, monkeypatch: pytest.MonkeyPatch) -> None:
+    heard = list[str]()
+    assert start.as_launched(settings, heard.append) == settings and not heard
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "fp16")
+    monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "4")
+    open_to_it = settings.replace(mixed_precision="auto")
+    assert start.as_launched(open_to_it, heard.append).mixed_precision == "fp16"
+    assert heard.pop() == (
+        "accelerate was told gradient_accumulation_steps 4, and 2 counts: pass --gradient_accumulation_steps to fewstep"
+    )
+    assert start.as_launched(settings.replace(mixed_precision="bf16"), heard.append).mixed_precision == "bf16"
+    assert heard[0] == "accelerate was told mixed_precision fp16, and bf16 counts: pass --mixed_precision to fewstep"
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")  # a launcher's default says nothing
+    assert start.as_launched(open_to_it, heard.append) == open_to_it
 
 
 @pytest.mark.slow

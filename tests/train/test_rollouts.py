@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import shutil
 from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
@@ -195,6 +196,21 @@ def test_rollouts_of_another_teacher_are_refused(
     distill(few.replace(run_name="first"))
     with pytest.raises(CheckpointError, match=f"holds rollouts with {named}, this run has"):
         distill(few.replace(run_name="second", **change))
+    assert not (tmp_path / "second").exists(), "refused before the run begins, so that its folder is free"
+
+
+def test_a_resumed_run_asks_for_nothing_that_lies_behind_it(settings: TrainSettings, tmp_path: Path) -> None:
+    cache, heard = tmp_path / "cache", Heard()
+    few = settings.replace(output_dir=tmp_path, teacher_cache=cache, max_steps=4, validate_every=0)
+    done = iter([False, True])
+    with pytest.raises(Interrupted, match="stopped at step 2"):
+        distill(few, should_stop=lambda: heard.bars.get("training", (0, 0))[0] > 0 and next(done), reporter=heard)
+    assert heard.bars["teacher"] == (8, 8)
+    whole = distill(few.replace(run_name="again"))
+    shutil.rmtree(cache)
+    resumed = distill(few.replace(resume_from_checkpoint="latest"), reporter=heard)
+    assert heard.bars["teacher"] == (4, 4)
+    assert same(resumed, whole)
 
 
 def test_rollouts_of_which_nothing_says_whose_they_are_are_refused(settings: TrainSettings, tmp_path: Path) -> None:

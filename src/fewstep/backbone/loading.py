@@ -83,6 +83,8 @@ def load_backbone(
             f"revision {revision!r} came with base model {name!r}, which is none of the Hub's; allowed is a Hub id "
             "OWNER/NAME; leave --revision out"
         )
+    if not from_hub and name not in BASES and path.exists() and hub.looks_like_id(name):
+        name = f"./{name}"  # as it is recorded: from elsewhere, where there is no such folder, it is no Hub id
     if name in BASES:
         parts = load_folder(_shipped_folder(name), name=name, dtype=precision, allow_pickle=False)
     elif path.is_dir():

@@ -89,15 +89,18 @@ def time_arm(plan: Plan, backbone: Backbone, arm: Arm, operations: Operations, b
     t = torch.full((rows,), arm.timesteps[0], device=backbone.device)
     denoise = backbone.denoiser(adapter=arm.adapter)
 
-    def timed(work: Callable[[], object], warm_up: Callable[[], object] | None = None) -> Spread:
+    def timed(work: Callable[[], object], warmup: int = WARMUP) -> Spread:
         timing = measure(
-            work, repeats=settings.timing_repeats, warm_up=warm_up, device=backbone.device, on_run=bar.advance
+            work, repeats=settings.timing_repeats, warmup=warmup, device=backbone.device, on_run=bar.advance
         )
         return Spread(median=timing.median, iqr=timing.iqr, repeats=len(timing.seconds))
 
     drawn: list[Spread] = []
+    for _ in range(WARMUP):  # before memory is looked at: compiling may take more of it than drawing
+        draw(few)
+        bar.advance()
     before = allocated(backbone.device)
-    peak = peak_memory(lambda: drawn.append(timed(draw, warm_up=lambda: draw(few))), backbone.device)
+    peak = peak_memory(lambda: drawn.append(timed(draw, warmup=0)), backbone.device)
     return ArmTiming(
         batch_size=batch_size,
         end_to_end=drawn[0],

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shlex
 import tomllib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -49,11 +49,18 @@ CHOSEN_FOR = {
     ),
     "device": ("mixed_precision",),
     "lora_rank": ("lora_alpha",),
-    "sampler": ("start", "num_ddim_steps", "pairs_per_rollout"),
+    "sampler": ("start", "num_ddim_steps", "pairs_per_rollout", "timestep_span"),
     "num_inference_steps": ("pairs_per_rollout",),
     "timestep_span": ("pairs_per_rollout",),
 }
 """Settings whose value, where none is asked for, follows from another's. A run's file has them all filled in."""
+
+SHUT_OUT = {("start", "student"): ("teacher_rollouts", "teacher_cache", "pairs_per_visit")}
+"""Settings that go with all values of another but one."""
+
+SOURCES = ("data_dir", "dataset_name", "prompts_file", "prompt")
+INSTEAD = {SOURCES: ("start", "streaming", "num_prompts"), ("lora_path", "lora_id"): (), ("resume", "overwrite"): ()}
+"""Settings of which one may be given, so that a flag takes the place of what the file has; and what follows from it."""
 
 
 def merged(
@@ -76,17 +83,30 @@ def merged(
     for key in filed:
         if key not in settings.model_fields:
             raise InputError(f"{str(config)!r}: {unknown_name(key, settings)}")
-    for chosen, following in CHOSEN_FOR.items():
-        if chosen not in given or chosen not in filed or _words(given[chosen]) == _words(filed[chosen]):
-            continue
+    for chosen, following, reason, fix in list(_superseded(given, filed)):
         left = {name: filed.pop(name) for name in following if name in filed and name not in given}
-        if left:
-            told = ", ".join(f"{name} {value}" for name, value in left.items())
-            warn(
-                f"left out of {str(config)!r} for {chosen} {_words(given[chosen])}, for they were chosen for "
-                f"{_words(filed[chosen])}: {told}; to keep one, pass it as a flag"
-            )
+        told = ", ".join(
+            f"{name} {_words(value)}" for name, value in left.items() if value != settings.model_fields[name].default
+        )
+        if told:
+            warn(f"left out of {str(config)!r} for {chosen} {_words(given[chosen])}, {reason}: {told}{fix}")
     return settings(**{**(defaults or {}), **filed, **given})
+
+
+def _superseded(given: Mapping[str, Any], filed: Mapping[str, Any]) -> Iterator[tuple[str, tuple[str, ...], str, str]]:
+    """What was given, what of the file does not go with it, why, and how to have it all the same."""
+    for chosen, following in CHOSEN_FOR.items():
+        if chosen in given and chosen in filed and _words(given[chosen]) != _words(filed[chosen]):
+            reason = f"for they were chosen for {_words(filed[chosen])}"
+            yield chosen, following, reason, "; to keep one, pass it as a flag"
+    for (chosen, value), following in SHUT_OUT.items():
+        if _words(given.get(chosen)) == value != _words(filed.get(chosen)):
+            yield chosen, following, "which does without", ""
+    for alternatives, following in INSTEAD.items():
+        for chosen in (name for name in alternatives if given.get(name)):
+            others = tuple(name for name in alternatives if name in filed and name != chosen)
+            if others:
+                yield chosen, (*others, *following), "which takes their place", ""
 
 
 def _words(value: Any) -> str:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import io
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import numpy as np
@@ -46,9 +48,40 @@ def arm_folder(outdir: Path, arm: str) -> Path:
     return outdir / "images" / arm
 
 
-def first_free_prompt(outdir: Path) -> int:
-    """The number after the highest that a prompt with pictures in ``OUTDIR/images`` has, 0 where there are none."""
-    return 1 + max((int(path.name) for path in (outdir / "images").glob("*/[0-9]*") if path.name.isdigit()), default=-1)
+@contextmanager
+def free_prompts(outdir: Path, arms: Sequence[str], count: int) -> Iterator[int]:
+    """The first of ``count`` numbers in a row that no prompt in ``OUTDIR/images`` has, to be drawn inside.
+
+    The prompts' folders are made at once, so that of two calls at one time each has numbers of its own; those that are
+    still empty at the end, as after an error, go.
+    """
+    images = outdir / "images"
+    for arm in arms:
+        arm_folder(outdir, arm).mkdir(parents=True, exist_ok=True)
+    while True:
+        taken = (int(path.name) for path in images.glob("*/[0-9]*") if path.name.isdigit())
+        first = 1 + max(taken, default=-1)
+        mine: list[Path] = []
+        try:
+            # The last one first: whoever looks from then on counts on from it.
+            for prompt in reversed(range(first, first + count)):
+                for arm in arms:
+                    folder = picture_path(arm_folder(outdir, arm), prompt, 0).parent
+                    folder.mkdir()
+                    mine.append(folder)
+            break
+        except FileExistsError:
+            _remove_empty(mine)
+    try:
+        yield first
+    finally:
+        _remove_empty(mine)
+
+
+def _remove_empty(folders: Iterable[Path]) -> None:
+    for folder in folders:
+        with suppress(OSError):  # not empty
+            folder.rmdir()
 
 
 def picture_path(folder: Path, prompt: int, picture: int) -> Path:

@@ -288,13 +288,19 @@ def _saturation(student: ArmSummary, record: BenchmarkRecord) -> str | None:
     mean = student.mean_saturation
     told = "of all channels it may be chance"
     if mean is not None and mean.low is not None and mean.high is not None and not mean.low <= 1 <= mean.high:
-        told = f"pictures are {'burnt' if worst > 1 else 'washed out'}"
-        if (mean.value > 1) != (worst > 1):
-            told = f"all channels together spread {'more' if mean.value > 1 else 'less'}"
+        told = f"all channels together {'more' if mean.value > 1 else 'less'}, {_over_one(mean)} %"
+        if mean.high < 1 - SATURATION_TOLERANCE or mean.low > 1 + SATURATION_TOLERANCE:
+            told += f": pictures are {'burnt' if mean.value > 1 else 'washed out'}"
     return (
         f"The latents of {student.arm.id} spread {spread} against {_the_teacher(student, record)}'s in the worst "
-        f"channel, beyond the 5 % of a faithful student: {told}."
+        f"channel, where a faithful student stays within 5 %; {told}."
     )
+
+
+def _over_one(ratio: Interval) -> str:
+    """A ratio as what it is above 1, in per cent, with its bounds."""
+    assert ratio.low is not None and ratio.high is not None
+    return signed(Interval(value=ratio.value - 1, low=ratio.low - 1, high=ratio.high - 1), 100)
 
 
 def seconds(value: float) -> str:

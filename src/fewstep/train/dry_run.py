@@ -60,7 +60,7 @@ class DryRun:
 
     Attributes:
         held: bytes that are there whatever the batch, by what they are: base, adapter, gradients, optimizer.
-        one, two: the steps at batch 1 and 2.
+        one, two: the steps at batch 1 and 2; no second one where it does not fit, and 1 is what was asked for.
         largest_batch: that fits into the memory there is; None where that is not known.
         seconds_per_step: an update at the settings' batch, its rollouts included where it makes its own.
         seconds: the whole run, without what loading, checkpoints and previews take.
@@ -70,7 +70,7 @@ class DryRun:
 
     held: dict[str, int]
     one: Trial
-    two: Trial
+    two: Trial | None
     largest_batch: int | None
     seconds_per_step: float
     seconds: float
@@ -89,11 +89,14 @@ def rehearse(settings: TrainSettings, *, reporter: Reporter = LOG) -> DryRun:
     """
     processes = join_processes(settings.device)
     reporter = reporter if processes.is_main_process else SILENT
+    settings = start.as_launched(settings, reporter.warn)
     require_there(settings.data_dir)
     resumed = resuming.checkpoint_to_resume(settings, reporter)
     origin = start.origin_of(settings, resumed)
     backbone, settings = start.open_base(settings, own_device(settings.device, processes), origin, reporter)
     opened = open_data(settings, backbone, streaming=settings.streaming, reporter=reporter)
+    if resumed is not None:  # how many processes there will be, and so the global batch, is not known here
+        resuming.check_resumed(resumed, settings, backbone, {"data_fingerprint": opened.fingerprint})
     method = start.method_of(settings, backbone)
     quick = {size: engine.quickened(backbone, settings, size) for size in (1, 2)}
     parameters = start.student_of(settings, backbone, resumed=resumed is not None, warn=reporter.warn)
@@ -112,13 +115,15 @@ def rehearse(settings: TrainSettings, *, reporter: Reporter = LOG) -> DryRun:
             except RuntimeError as error:
                 if not is_out_of_memory(error):
                     raise
+                if size > settings.batch_size:
+                    break
                 raise InputError(
                     f"batch {size} does not fit into the memory of {backbone.device}; allowed is what fits, "
                     f"{'no batch as it is' if size == 1 else 'batch 1'}; pass --gradient_checkpointing, "
                     "--mixed_precision bf16 or a lower --resolution"
                 ) from None
             bar.advance(1)
-    one, two = trials
+    one, two = trials[0], trials[1] if len(trials) > 1 else None
 
     moments = [value for state in optimizer.state.values() for value in state.values()]
     seconds_per_step, seconds = _durations(one, two, settings, slices)
@@ -220,8 +225,10 @@ def _timed(work: Callable[[], ResultT], seconds: list[float], device: torch.devi
     return result
 
 
-def _largest_batch(one: Trial, two: Trial, device: torch.device) -> int | None:
+def _largest_batch(one: Trial, two: Trial | None, device: torch.device) -> int | None:
     """By a line through batch 1 and 2: on a GPU of the peaks, on a CPU of the activations, into what is still free."""
+    if two is None:
+        return 1
     space = room(device)
     if one.peak is not None and two.peak is not None and device.type == "cuda":
         held = torch.cuda.memory_allocated(device)
@@ -232,8 +239,9 @@ def _largest_batch(one: Trial, two: Trial, device: torch.device) -> int | None:
     return None if space is None or each <= 0 else 1 + max(0, floor((FILLED * space - first) / each))
 
 
-def _durations(one: Trial, two: Trial, settings: TrainSettings, slices: Slices) -> tuple[float, float]:
+def _durations(one: Trial, two: Trial | None, settings: TrainSettings, slices: Slices) -> tuple[float, float]:
     """Seconds of an update at the settings' batch, and of the whole run."""
+    two = one if two is None else two  # there is none for a batch of 1 alone
 
     def at(first: float, second: float) -> float:
         return first + max(0.0, second - first) * (slices.batch_size - 1)
@@ -252,15 +260,16 @@ def _size(tensors: Iterable[Tensor]) -> int:
 
 
 def _described(found: DryRun, settings: TrainSettings, device: torch.device) -> list[str]:
-    one, two = found.one, found.two
-    lines = [
-        f"memory, counted: {_in_words(found.held)}; activations kept for the backward pass "
-        f"{in_bytes(one.activations)} at batch 1, {in_bytes(two.activations)} at batch 2"
-    ]
-    if one.peak is not None and two.peak is not None:
+    trials = [trial for trial in (found.one, found.two) if trial is not None]
+    kept = ", ".join(f"{in_bytes(trial.activations)} at batch {size}" for size, trial in enumerate(trials, 1))
+    peaks = [f"{in_bytes(trial.peak)} at batch {n}" for n, trial in enumerate(trials, 1) if trial.peak is not None]
+    lines = [f"memory, counted: {_in_words(found.held)}; activations kept for the backward pass {kept}"]
+    if peaks:
         how = "allocated" if device.type == "cuda" else "resident"
-        lines.append(f"memory, peak {how}: {in_bytes(one.peak)} at batch 1, {in_bytes(two.peak)} at batch 2")
-    if found.largest_batch is not None:
+        lines.append(f"memory, peak {how}: {', '.join(peaks)}")
+    if found.two is None:
+        lines.append("largest batch: 1, for 2 does not fit")
+    elif found.largest_batch is not None:
         by = "peaks" if device.type == "cuda" else "activations, to which comes what forwards take in passing,"
         lines.append(f"largest batch: about {found.largest_batch:,}, by the {by} at batch 1 and 2")
     kind = "learnt from kept rollouts" if settings.keeps_rollouts else "with its rollouts"

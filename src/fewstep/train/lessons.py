@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from functools import partial
 
 from accelerate import PartialState
@@ -28,8 +28,8 @@ def open_lessons(
     unusable: Unusable,
     processes: PartialState,
     *,
+    store: RolloutStore | None,
     begin: int,
-    identity: Mapping[str, str | int],
     reporter: Reporter,
     should_stop: Callable[[], bool],
 ) -> Iterator[Lesson]:
@@ -39,11 +39,11 @@ def open_lessons(
         teacher: makes them.
         speed: is told how long they were waited for.
         unusable: is told of pictures that are no good, met while rollouts are made.
-        identity: what kept rollouts depend on besides the settings and the base.
+        store: where rollouts are kept; None where each update makes its own.
 
     Raises:
         Interrupted: stopped on request while the teacher made its rollouts; those that are made are kept.
-        CheckpointError: the folder of kept rollouts holds others, or is damaged.
+        CheckpointError: the folder of kept rollouts is damaged.
     """
     batches = partial(
         Batches,
@@ -54,13 +54,14 @@ def open_lessons(
         workers=start.loading_workers(backbone.device),
         spared=teacher.spared(),
     )
-    if not settings.keeps_rollouts:
+    if store is None:
         return map(teacher, speed.waiting(batches(start=begin, end=settings.max_steps)))
 
     count = start.rollouts_to_keep(settings, slices)
-    store = RolloutStore(settings.rollout_dir, start.rollout_key(settings, backbone) | dict(identity))
     require_one_folder(store.folder, "teacher_cache", processes)
-    missing = batches(start=0, end=count // slices.global_batch, skip=store.holds)
+    # Each gone through once: those of updates that are done are not asked for again.
+    behind = begin if count >= settings.max_steps * slices.global_batch else 0
+    missing = batches(start=behind, end=count // slices.global_batch, skip=store.holds)
     with speed.paused():
         start.keep_rollouts(store, teacher, missing, slices, unusable, reporter, should_stop)
         processes.wait_for_everyone()

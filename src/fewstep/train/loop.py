@@ -98,6 +98,7 @@ def distill(
         reporter = reporter if main else Wordless(reporter)
         if settings.log_file is not None and main:
             reporter = cleanup.enter_context(LoggedReporter(reporter, settings.log_file))
+        settings = start.as_launched(settings, reporter.warn)
         found = resuming.state_of(settings.run_dir)
         resumed = resuming.checkpoint_to_resume(settings, reporter)
         require_agreement({"the checkpoint to go on from": resuming.told(resumed)})
@@ -145,6 +146,10 @@ def distill(
             step = checkpoint.load(resumed, stateful).step
             reporter.say(f"resumed from {resumed} at step {step}")
             resuming.warn_of_versions(resumed, reporter)
+        encoder = start.encoder_of(settings, backbone, opened)
+        store = None  # what others have left in shared folders is looked at before anything is written
+        if settings.teacher_cache is not None:
+            store = start.rollouts_of(settings, backbone, identity)
         for line in announcing.plan(settings, method, slices, backbone):
             reporter.say(line)
         if settings.compile:
@@ -161,6 +166,8 @@ def distill(
             resuming.drop_best(
                 settings.run_dir / "lora" / checkpoint.BEST, resumed=resumed is not None, warn=reporter.warn
             )
+            if step < settings.max_steps:
+                resuming.drop_final(settings.run_dir / "lora" / checkpoint.FINAL, reporter.say)
             resuming.note_beginning(settings.run_dir, resumed)
             write_text_atomic(settings.run_dir / "settings.toml", settings_toml(settings))
         telemetry = cleanup.enter_context(
@@ -199,7 +206,8 @@ def distill(
         processes.wait_for_everyone()
 
         # ---- What is learnt from, what is learnt, and what is kept of it.
-        encoder = start.encoder_of(settings, backbone, opened)
+        if settings.keeps_rollouts and store is None:
+            store = start.rollouts_of(settings, backbone, identity)
         unusable = Unusable(opened.allowance, reporter.warn)
         speed = start.throughput_of(settings, backbone, processes.num_processes)
         lessons = open_lessons(
@@ -211,8 +219,8 @@ def distill(
             speed,
             unusable,
             processes,
+            store=store,
             begin=step,
-            identity=identity,
             reporter=reporter,
             should_stop=should_stop,
         )

@@ -11,7 +11,7 @@ from fewstep import checkpoint
 from fewstep.backbone import Backbone
 from fewstep.config import TrainSettings, load_toml, settings_toml, spell
 from fewstep.errors import CheckpointError, InputError
-from fewstep.files import sha256, write_text_atomic
+from fewstep.files import remove_folder_at_once, sha256, write_text_atomic
 from fewstep.opening import versions
 from fewstep.reporting import Reporter
 
@@ -170,6 +170,13 @@ def warn_of_versions(folder: Path, reporter: Reporter) -> None:
     changed = [f"{name} {now.get(name)} (not {before[name]})" for name in before if now.get(name) != before[name]]
     if changed:
         reporter.warn(f"{', '.join(changed)} now, unlike what {folder} was written with: sums may differ in their ends")
+
+
+def drop_final(folder: Path, say: Callable[[str], None]) -> None:
+    """Remove the `lora/final` of a run that goes on beyond it: it tells that a run has come to its end."""
+    if folder.exists():
+        remove_folder_at_once(folder)
+        say(f"removed: {folder}, for the run goes on beyond it")
 
 
 def drop_best(folder: Path, *, resumed: bool, warn: Callable[[str], None]) -> None:

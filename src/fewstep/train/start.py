@@ -51,6 +51,28 @@ def origin_of(settings: TrainSettings, resumed: Path | None) -> checkpoint.Origi
     return checkpoint.recorded_origin(lora.locate(settings.init_lora, flag="init_lora").folder)
 
 
+def as_launched(settings: TrainSettings, warn: Callable[[str], None]) -> TrainSettings:
+    """The settings with the precision that `accelerate launch` was told, where they leave it open.
+
+    Args:
+        warn: told what it was told besides and is not heeded.
+    """
+    precision = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")  # which is its default as well
+    if precision in ("fp16", "bf16") and settings.mixed_precision == "auto":
+        settings = settings.replace(mixed_precision=precision)
+    told = {
+        "mixed_precision": (precision, "no", settings.mixed_precision),
+        "gradient_accumulation_steps": (
+            *(os.environ.get("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "1"), "1"),
+            str(settings.gradient_accumulation_steps),
+        ),
+    }
+    for name, (theirs, default, ours) in told.items():
+        if theirs not in (default, ours):
+            warn(f"accelerate was told {name} {theirs}, and {ours} counts: pass --{name} to fewstep")
+    return settings
+
+
 def open_base(
     settings: TrainSettings, device: str, origin: checkpoint.Origin | None, reporter: Reporter
 ) -> tuple[Backbone, TrainSettings]:
@@ -176,6 +198,19 @@ def cache_of(folder: Path, settings: TrainSettings, backbone: Backbone, opened: 
     assert settings.resolution is not None
     key = cache_key(backbone, opened.fingerprint, settings.resolution)
     return Cached(folder, backbone, key)
+
+
+def rollouts_of(settings: TrainSettings, backbone: Backbone, identity: Mapping[str, str | int]) -> RolloutStore:
+    """The kept rollouts of these resolved settings.
+
+    Args:
+        identity: what they depend on besides the settings and the base.
+
+    Raises:
+        CheckpointError: the folder holds others, or is damaged.
+        InputError: it cannot be written to.
+    """
+    return RolloutStore(settings.rollout_dir, rollout_key(settings, backbone) | dict(identity))
 
 
 def idle_in_training(settings: TrainSettings, backbone: Backbone) -> list[nn.Module]:
