@@ -38,7 +38,7 @@ def cached_latents(shop: Workshop, vae: AutoencoderKL) -> Tensor:
 
 @contextmanager
 def _half_the_threads() -> Iterator[None]:
-    """The processes that draw take cores as well, and an operation one of whose threads waits for a core waits whole."""
+    """The processes that draw take cores, too, and an operation one of whose threads waits for a core waits whole."""
     before = torch.get_num_threads()
     torch.set_num_threads(max(1, before // 2))
     try:
