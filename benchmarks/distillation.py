@@ -194,7 +194,8 @@ class Comparison:
         best = max(rivals, key=lambda name: rivals[name].share)
         errors = [1 - drawn.all_right.double().numpy() for drawn in (rivals[best], student, self.teacher)]
         closed = gap_closed(*errors, self.prompts, level=0.9)
-        print(f"gap closed to {best}, all-right errors: {closed.value:.2f}, lower bound {closed.low}")
+        bound = "none" if closed.low is None else f"{closed.low:.2f}"
+        print(f"gap closed to {best}, all-right errors: {closed.value:.2f}, lower bound {bound}")
         nearest = min(rivals, key=lambda name: self.distances(rivals[name])[0])
         (u, us), (s, ss), (t, ts) = (self.distances(drawn) for drawn in (rivals[nearest], student, self.teacher))
         spread = ((us - ss) / (us - ts)).std(ddof=1)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import errno
 import signal
+from dataclasses import replace
+from itertools import combinations, product
 from pathlib import Path
 
 import numpy as np
@@ -17,9 +19,10 @@ from fewstep.scenes import drawings
 from fewstep.scenes.abilities import SceneAbilities
 from fewstep.scenes.attributes import COMBINATIONS, HELD_OUT_SHARE, VALUES, Attributes, sample_attributes
 from fewstep.scenes.captions import PHRASINGS, read_caption, unknown_words, write_caption
+from fewstep.scenes.drawing import draw
 from fewstep.scenes.drawings import drawn_pixels, flawed_drawings, numbered_attributes, numbered_drawing
 from fewstep.scenes.judge import CLASSES, IGNORED, answers, labels
-from fewstep.scenes.layout import COLUMNS, FLAWS, JITTER, PLACES, SIZE, parameters
+from fewstep.scenes.layout import COLUMNS, FLAWS, JITTER, PLACES, SIZE, parameters, sample_layout
 
 any_attributes = st.builds(Attributes, **{name: st.sampled_from(values) for name, values in VALUES.items()})
 
@@ -162,6 +165,18 @@ def test_parameters_do_not_claim_what_a_flaw_took_away() -> None:
             for position, (name, part) in enumerate(one_hot.items()):
                 if name not in undefined[flaw]:
                     assert part.tolist() == np.eye(len(part))[drawing.attributes.indices()[position]].tolist()
+
+
+@pytest.mark.parametrize(("sky", "weathers"), list(product(VALUES["sky"], combinations(VALUES["weather"], 2))))
+def test_no_two_weathers_look_alike_under_any_sky(sky: str, weathers: tuple[str, str]) -> None:
+    """Under a grey sky a cloud of rain once had the sky's own colour: 229 pixels told it from fair weather."""
+    differing = []
+    for index in range(8):
+        one, other = (replace(numbered_attributes(0, index), sky=sky, weather=weather) for weather in weathers)
+        layout = sample_layout(np.random.default_rng(index), one)
+        difference = np.abs(draw(one, layout).astype(int) - draw(other, layout).astype(int)).max(-1)
+        differing.append((difference > 20).sum())
+    assert np.mean(differing) > 700
 
 
 def test_other_processes_draw_the_same(monkeypatch: pytest.MonkeyPatch) -> None:

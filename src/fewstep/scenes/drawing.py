@@ -107,7 +107,7 @@ def _draw_heavens(canvas: _Canvas, attributes: Attributes, layout: Layout) -> No
     if attributes.weather != "fair":
         shade = CLOUDS[attributes.sky]
         if attributes.weather == "rainy":
-            shade = _blend(shade, (84, 92, 112), 0.5)
+            shade = _blend(shade, (84, 92, 112), 0.8)
         for x, y, width in layout.clouds:
             for dx, dy, rx, ry in ((-0.45, 0.12, 0.5, 0.26), (0.05, -0.08, 0.5, 0.4), (0.5, 0.12, 0.46, 0.26)):
                 canvas.disc(x + dx * width, y + dy * width, rx * width * 0.9, ry * width * 0.9, shade)
@@ -252,7 +252,7 @@ def _draw_building(canvas: _Canvas, building: Building, layout: Layout, brightne
         for quarter in range(4):
             angle = math.pi * (0.25 + layout.wind * 0.2 + quarter / 2)
             c, n = math.cos(angle), math.sin(angle)
-            tip = [(3, 1.0), (17, 2.8), (17, -2.8), (3, -1.0)]
+            tip = [(3, 1.0), (14, 2.8), (14, -2.8), (3, -1.0)]
             canvas.polygon(
                 [(hub_x + s * (c * r - n * w), hub_y + s * (n * r + c * w)) for r, w in tip],
                 _tint((228, 220, 200), brightness),
