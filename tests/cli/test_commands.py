@@ -284,6 +284,7 @@ from fewstep import cli
 from fewstep.errors import Interrupted
 
 signal.signal(signal.SIGHUP, signal.SIG_DFL)  # ignored where the tests run under nohup
+signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored where a script runs them in its background
 
 def train(settings, *, reporter):
     try:
