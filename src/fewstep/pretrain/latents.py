@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -27,24 +25,13 @@ def cached_latents(shop: Workshop, vae: AutoencoderKL) -> Tensor:
     maker = sha256(shop.folded / "diffusion_pytorch_model.safetensors")
     if _maker(file) != maker:
         chunks = []
-        with shop.reporter.progress("latents", count) as bar, shop.autocast(), _half_the_threads():
+        with shop.reporter.progress("latents", count) as bar, shop.autocast():
             for pixels in drawn_in_chunks(shop.train_seed, count):
                 chunks.append(latents_of(vae, to_pixels(pixels)).half())
                 bar.advance(len(pixels))
         write_tensors_atomic(file, {"latents": torch.cat(chunks)}, {"vae": maker})
     with read_whole(file, _AGAIN):
         return load_file(file)["latents"]
-
-
-@contextmanager
-def _half_the_threads() -> Iterator[None]:
-    """The processes that draw take cores, too, and an operation one of whose threads waits for a core waits whole."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(max(1, before // 2))
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 def _maker(file: Path) -> str | None:
