@@ -90,7 +90,8 @@ def test_one_model_under_two_noises_does_not_differ(scenes: Backbone) -> None:
         paired_difference(right, right_again, numbers),
     ):
         assert difference.low is not None and difference.high is not None
-        assert difference.low < 0 < difference.high
+        # A base that is wrong once in 48 pictures has 0 for a bound: that is no difference either.
+        assert difference.low <= 0 <= difference.high and not difference.excludes_zero
 
 
 @pytest.mark.slow
